@@ -1,0 +1,55 @@
+//! Compiles the C++ seam of `src/jit` against the libtorch that torch-sys found, and makes the binary find it at run time.
+
+use std::path::{Path, PathBuf};
+
+/// The torch release whose C++ interface the seam is written for; tch 0.24 goes with the same one.
+const TORCH_VERSION: &str = "2.11.0";
+
+fn main() {
+    let library_dir = PathBuf::from(
+        std::env::var("DEP_TCH_LIBTORCH_LIB")
+            .expect("torch-sys reports its library folder to dependent build scripts"),
+    );
+    let torch = library_dir.parent().expect("libtorch's lib folder has a parent").to_path_buf();
+    check_version(&torch);
+
+    let sources = ["module.cc", "listing.cc", "clean.cc", "run.cc", "emit.cc"];
+    let mut build = cxx_build::bridge("src/jit/ffi.rs");
+    for source in sources {
+        build.file(format!("src/jit/cpp/{source}"));
+    }
+    for include in ["include", "include/torch/csrc/api/include"] {
+        // System headers: libtorch's own warnings are not ours to mend.
+        build.flag("-isystem").flag(torch.join(include).to_str().expect("the path of libtorch is UTF-8"));
+    }
+    build
+        .std("c++17")
+        .warnings(true)
+        .extra_warnings(true)
+        .warnings_into_errors(true)
+        // cxx's generated code compares in ways that -Wextra dislikes on some compilers.
+        .flag_if_supported("-Wno-unused-parameter")
+        .compile("tsquant_jit");
+
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", library_dir.display());
+    println!("cargo:rustc-link-lib=c10");
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src/jit/ffi.rs");
+    println!("cargo:rerun-if-changed=src/jit/cpp");
+}
+
+/// Stops the build, naming both versions, where libtorch is of another release.
+fn check_version(torch: &Path) {
+    let found = std::fs::read_to_string(torch.join("build-version"))
+        .ok()
+        .or_else(|| {
+            let text = std::fs::read_to_string(torch.join("version.py")).ok()?;
+            Some(text.split_once("__version__ = '")?.1.split_once('\'')?.0.to_owned())
+        })
+        .map(|version| version.trim().split('+').next().unwrap_or_default().to_owned());
+    if let Some(found) = found
+        && found != TORCH_VERSION
+    {
+        panic!("tsquant needs torch {TORCH_VERSION}, but {} is torch {found}", torch.display());
+    }
+}

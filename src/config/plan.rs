@@ -1,0 +1,189 @@
+//! The checked plan of one run: what [`Experiment`](super::Experiment) resolves into. Every default is filled, every
+//! path absolute, every combination possible; nothing after `config` checks an option again.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::quantizer::{Granularity, Scheme};
+use crate::threshold::ErrorMethod;
+
+/// Everything that one `tsquant quantize` needs to know.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// Absolute path of the TorchScript file.
+    pub model: PathBuf,
+    /// What runs through the model while statistics are collected.
+    pub calibration: DataPlan,
+    /// How weights are quantized.
+    pub weights: WeightPlan,
+    /// How activations are quantized, always per tensor.
+    pub activations: ActivationPlan,
+    /// Where the model runs.
+    pub device: DevicePlan,
+    /// What is written, and where.
+    pub output: OutputPlan,
+    /// What float and quantized model are compared on; `None` compares them on the calibration data, without labels.
+    pub evaluation: Option<EvaluationPlan>,
+    /// Seed of everything that draws.
+    pub seed: u64,
+}
+
+/// A data set and how its rows become tensors.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DataPlan {
+    /// Absolute path: `.safetensors`, `.npz`, `.npy`, or a folder of images.
+    pub path: PathBuf,
+    /// Where each argument of the model's `forward` comes from.
+    pub inputs: InputsPlan,
+    /// Number of rows to use; `None` takes all.
+    pub samples: Option<NonZeroUsize>,
+    /// Draw the rows by seed instead of taking the first.
+    pub shuffle: bool,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// Rows in a batch; the last batch may hold fewer.
+    pub batch_size: NonZeroUsize,
+    /// From stored values to the model's values.
+    pub transform: Transform,
+}
+
+/// Evaluation data with its labels and the metrics asked for.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EvaluationPlan {
+    /// The data set.
+    pub data: DataPlan,
+    /// Name of the tensor with class indices: `(N)`, or `(N, K)` with K accepted classes padded with −1.
+    pub labels: Option<String>,
+    /// Metrics to show, in this order; the first one ranks.
+    pub metrics: Vec<Metric>,
+}
+
+/// A measure of one model, or of a quantized model against the float one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// Share of rows whose arg-max is an accepted class.
+    Top1,
+    /// Share of rows with an accepted class among the five largest outputs.
+    Top5,
+    /// Share of rows whose arg-max equals that of the float model.
+    Agreement,
+    /// 10 log10(Σ f² / Σ (f − q)²), in dB, over all rows and outputs.
+    Sqnr,
+    /// Cosine similarity of all outputs with those of the float model.
+    Cosine,
+    /// Largest absolute difference from the float model's outputs.
+    MaxAbsDiff,
+}
+
+/// The arguments of `forward`, in order or by name.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum InputsPlan {
+    /// A list in YAML: by position.
+    Positional(Vec<InputSource>),
+    /// A map in YAML: by the model's argument name, in the order written.
+    Named(Vec<(String, InputSource)>),
+}
+
+/// Where one argument comes from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InputSource {
+    /// A tensor of the data file; row i belongs to sample i.
+    Tensor(String),
+    /// The same value for each batch: `{const: 16000}`.
+    Const(Constant),
+}
+
+/// A constant argument.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Constant {
+    /// `true` or `false`.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// Any other number.
+    Float(f64),
+    /// `null`: the argument is None.
+    None,
+}
+
+/// From stored values to the model's values, applied in the order of the fields to uint8 and float tensors; integer
+/// tensors (token ids) pass untouched.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Transform {
+    /// Images only: scale the short side to this many pixels, bilinear with antialiasing as torchvision does.
+    pub resize: Option<u32>,
+    /// Images only: cut this height and width out of the centre.
+    pub crop: Option<[u32; 2]>,
+    /// How the stored tensor is laid out.
+    pub layout: Layout,
+    /// Factor for every value, after the conversion to float32.
+    pub scale: Option<f64>,
+    /// Subtracted per channel (one value: from all), after `scale`.
+    pub mean: Option<Vec<f64>>,
+    /// Divides per channel (one value: all), after `mean`.
+    pub std: Option<Vec<f64>>,
+}
+
+/// Memory layout of stored images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// As the model wants it.
+    #[default]
+    Nchw,
+    /// Rank-4 tensors are permuted from (N, H, W, C) to (N, C, H, W).
+    Nhwc,
+}
+
+/// How weights are quantized.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WeightPlan {
+    /// Bits and grid.
+    pub scheme: Scheme,
+    /// One threshold per tensor or per output channel.
+    pub granularity: Granularity,
+    /// How thresholds are chosen.
+    pub error_method: ErrorMethod,
+}
+
+/// How activations are quantized.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ActivationPlan {
+    /// Bits and grid.
+    pub scheme: Scheme,
+    /// How thresholds are chosen.
+    pub error_method: ErrorMethod,
+}
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DevicePlan {
+    /// The best device that works.
+    Auto,
+    /// The processor.
+    Cpu,
+}
+
+/// What is written, and where.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OutputPlan {
+    /// Absolute path of the run directory.
+    pub dir: PathBuf,
+    /// Form of the emitted model.
+    pub format: Format,
+}
+
+/// Form of an emitted model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// Float kernels, weights on their grid, fake-quantize nodes at the sites.
+    FakeQuant,
+}
