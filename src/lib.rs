@@ -1,1 +1,4 @@
-pub fn x(){}
+//! tsquant: post-training quantization of TorchScript models.
+
+pub mod jit;
+pub mod names;

@@ -1,0 +1,21 @@
+//! Safe TorchScript: load a file, clean its graph, list it, run it with taps, write it.
+//!
+//! The only place with unsafe code, C++ and pointers. It knows nothing of quantization: which values are tapped, what
+//! replaces them and which tensors are written is the caller's business.
+
+mod clean;
+mod error;
+mod ffi;
+mod file;
+mod listing;
+mod module;
+mod tensor;
+mod value;
+mod visit;
+
+pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap};
+pub use error::Error;
+pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
+pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};
+pub use value::{Argument, Output};
+pub use visit::{BoxError, NoVisit, Visit};

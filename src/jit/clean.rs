@@ -1,0 +1,363 @@
+//! From a module as loaded to a graph that the rest of the project can read: frozen, inlined, folded, named, and checked
+//! to compute what the original computes.
+
+use cxx::UniquePtr;
+use tch::Tensor;
+
+use super::error::one_line;
+use super::ffi::bridge;
+use super::listing::{Listing, Seen, ValueId};
+use super::module::{Arguments, Module, Signature};
+use super::value::Output;
+use super::visit::{BoxError, NoVisit, Visit, Visitor};
+use super::{Error, tensor};
+
+/// Largest change of an output by the clean-up, relative to the largest magnitude of that output. Folding batch
+/// normalization rounds differently; real models stay below 1e-5.
+const LIMIT: f64 = 1e-4;
+
+type Step = (&'static str, bridge::Pass);
+
+/// The steps in order. Names are attached before folding replaces the tensors that carry them; mutation goes before
+/// fusing; constants are propagated wherever a step may have made new ones.
+const STEPS: &[Step] = &[
+    ("attach names", bridge::Pass::AttachNames),
+    ("inline", bridge::Pass::Inline),
+    ("inline fork and wait", bridge::Pass::InlineForkWait),
+    ("fold attributes", bridge::Pass::FoldAttributes),
+    ("drop raising branches", bridge::Pass::DropThrowing),
+    ("propagate constants", bridge::Pass::ConstantPropagation),
+    ("lower tuples", bridge::Pass::LowerSimpleTuples),
+    ("remove list mutation", bridge::Pass::RemoveListMutation),
+    ("remove tensor mutation", bridge::Pass::RemoveTensorMutation),
+    ("expand fused attention", bridge::Pass::ForceSlow),
+    ("propagate constants again", bridge::Pass::ConstantPropagation),
+    ("remove dropout", bridge::Pass::RemoveDropout),
+    ("replace generic convolutions", bridge::Pass::ReplaceConvolution),
+    ("fuse linear", bridge::Pass::FuseLinear),
+    ("attach names again", bridge::Pass::AttachNames),
+    ("fold batch norm into convolutions", bridge::Pass::FoldConvBatchNorm),
+    ("fold batch norm into linear", bridge::Pass::FoldLinearBatchNorm),
+    ("fold additions into convolutions", bridge::Pass::FoldConvAddOrSub),
+    ("fold factors into convolutions", bridge::Pass::FoldConvMulOrDiv),
+    ("peephole", bridge::Pass::Peephole),
+    ("propagate constants last", bridge::Pass::ConstantPropagation),
+    ("merge equal expressions", bridge::Pass::EliminateCommonSubexpression),
+    ("pool constants", bridge::Pass::ConstantPooling),
+    ("unpack constants", bridge::Pass::UnpackConstants),
+    ("drop dead code", bridge::Pass::EliminateDeadCode),
+];
+
+/// A value to look at or to replace while the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tap {
+    /// The value.
+    pub value: ValueId,
+    /// Number that [`Visit`] gets; several values may share one.
+    pub number: usize,
+    /// Replace instead of observe.
+    pub substitutes: bool,
+}
+
+/// A fake-quantize node to write after a value.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Quantizer {
+    /// The value.
+    pub value: ValueId,
+    /// Step between levels.
+    pub scale: f32,
+    /// Level of zero.
+    pub zero_point: i32,
+    /// Lowest level.
+    pub quant_min: i32,
+    /// Highest level.
+    pub quant_max: i32,
+}
+
+/// A constant tensor that becomes a named parameter or buffer of the written model.
+#[derive(Debug)]
+pub struct Parameter {
+    /// The constant.
+    pub value: ValueId,
+    /// Dotted name.
+    pub name: String,
+    /// Buffer instead of parameter.
+    pub is_buffer: bool,
+    /// What it holds.
+    pub tensor: Tensor,
+}
+
+/// A text file inside the written archive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExtraFile {
+    /// File name.
+    pub name: String,
+    /// Content.
+    pub text: String,
+}
+
+/// A frozen module with a cleaned graph.
+pub struct Clean {
+    frozen: UniquePtr<bridge::Frozen>,
+    signature: Signature,
+    listing: Listing,
+    notes: Vec<String>,
+    checked: bool,
+}
+
+impl Clean {
+    pub(super) fn new(module: &Module, sample: Option<&Arguments>) -> Result<Self, Error> {
+        let mut clean = Self::freeze(module)?;
+        let reference = sample.map(|sample| module.forward(sample)).transpose()?;
+        for step in steps(module) {
+            clean.apply(step)?;
+        }
+        clean.listing = Listing::from_rows(bridge::list_graph(clean.frozen()?)?);
+        if let (Some(sample), Some(reference)) = (sample, reference) {
+            if let Err(error) = clean.check("the clean-up", sample, &reference) {
+                return Err(blame(module, sample, &reference).err().unwrap_or(error));
+            }
+            clean.see_values(sample)?;
+            clean.checked = true;
+        }
+        Ok(clean)
+    }
+
+    fn freeze(module: &Module) -> Result<Self, Error> {
+        let frozen = bridge::freeze(module.as_bridge()?)
+            .map_err(|error| Error::Freeze { message: one_line(error.what()) })?;
+        let notes = module.notes().to_vec();
+        let signature = module.signature().clone();
+        Ok(Self { frozen, signature, listing: Listing::default(), notes, checked: false })
+    }
+
+    fn apply(&mut self, (name, pass): Step) -> Result<(), Error> {
+        let raising_before = if pass == bridge::Pass::DropThrowing { self.raising()? } else { 0 };
+        bridge::run_pass(self.frozen.pin_mut(), pass)
+            .map_err(|error| Error::Step { step: name, message: one_line(error.what()) })?;
+        if raising_before > 0 {
+            let checks = if raising_before == 1 { "one check".to_owned() } else { format!("{raising_before} checks") };
+            self.notes.push(format!("{checks} of its input that the model makes itself (raise) were taken as passed"));
+        }
+        Ok(())
+    }
+
+    fn raising(&self) -> Result<usize, Error> {
+        Ok(bridge::graph_text(self.frozen()?)?.matches("prim::RaiseException(").count())
+    }
+
+    fn check(&self, step: &'static str, sample: &Arguments, reference: &Output) -> Result<(), Error> {
+        let output = self.instrument(&[], &[])?.run(sample, &mut NoVisit)?;
+        compare(step, reference, &output)
+    }
+
+    /// Notes dtype and shape of every tensor of the graph in the listing.
+    fn see_values(&mut self, sample: &Arguments) -> Result<(), Error> {
+        let tensors = self.listing.values.iter().enumerate();
+        let tensors = tensors.filter(|(_, value)| value.is_tensor && value.constant.is_none());
+        let taps: Vec<_> = tensors.map(|(value, _)| Tap { value, number: value, substitutes: false }).collect();
+        let mut sight = Sight(vec![None; self.listing.values.len()]);
+        self.instrument(&taps, &[])?.run(sample, &mut sight)?;
+        for (value, seen) in self.listing.values.iter_mut().zip(sight.0) {
+            value.seen = seen;
+        }
+        Ok(())
+    }
+
+    /// The graph as plain data; dtypes and shapes are known if it was checked on a sample.
+    #[must_use]
+    pub fn listing(&self) -> &Listing {
+        &self.listing
+    }
+
+    /// What `forward` takes and returns.
+    #[must_use]
+    pub fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    /// What loading and clean-up changed, one sentence each.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// True if the graph was run on a sample and computes what the original computes.
+    #[must_use]
+    pub fn is_checked(&self) -> bool {
+        self.checked
+    }
+
+    /// The graph in TorchScript's own notation.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn text(&self) -> Result<String, Error> {
+        Ok(bridge::graph_text(self.frozen()?)?)
+    }
+
+    /// The tensor behind a constant of the listing.
+    ///
+    /// # Errors
+    /// Where the value is no constant tensor.
+    pub fn constant(&self, value: ValueId) -> Result<Tensor, Error> {
+        Ok(tensor::from_unique(bridge::constant_tensor(self.frozen()?, value)?))
+    }
+
+    /// A copy of the graph with taps after some values and other tensors in place of some constants.
+    ///
+    /// # Errors
+    /// Where libtorch refuses the graph.
+    pub fn instrument(&self, taps: &[Tap], constants: &[(ValueId, Tensor)]) -> Result<Instrumented, Error> {
+        let rows: Vec<_> = taps
+            .iter()
+            .map(|tap| bridge::TapRow { value: tap.value, site: tap.number, substitutes: tap.substitutes })
+            .collect();
+        let values: Vec<_> = constants.iter().map(|(value, _)| *value).collect();
+        let tensors = tensor_list(constants.iter().map(|(_, tensor)| tensor));
+        let tensors = tensors.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
+        Ok(Instrumented { executable: bridge::instrument(self.frozen()?, &rows, &values, tensors)? })
+    }
+
+    /// Writes the graph with fake-quantize nodes and named parameters as a TorchScript file.
+    ///
+    /// # Errors
+    /// Where libtorch refuses the graph or the file cannot be written.
+    pub fn emit(
+        &self,
+        path: &std::path::Path,
+        quantizers: &[Quantizer],
+        parameters: &[Parameter],
+        files: &[ExtraFile],
+    ) -> Result<(), Error> {
+        let failed = |message: &str| Error::Emit { path: path.to_owned(), message: one_line(message) };
+        let quantizers: Vec<_> = quantizers.iter().map(quantizer_row).collect();
+        let rows: Vec<_> = parameters
+            .iter()
+            .map(|parameter| bridge::ParameterRow {
+                value: parameter.value,
+                name: parameter.name.clone(),
+                is_buffer: parameter.is_buffer,
+            })
+            .collect();
+        let files: Vec<_> =
+            files.iter().map(|file| bridge::ExtraFile { name: file.name.clone(), text: file.text.clone() }).collect();
+        let tensors = tensor_list(parameters.iter().map(|parameter| &parameter.tensor));
+        let tensors = tensors.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
+        let target = path.to_str().ok_or_else(|| failed("the path is not UTF-8"))?;
+        bridge::emit_module(self.frozen()?, &quantizers, &rows, tensors, &files, target)
+            .map_err(|error| failed(error.what()))
+    }
+
+    fn frozen(&self) -> Result<&bridge::Frozen, Error> {
+        self.frozen.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))
+    }
+}
+
+/// A graph that can be run, op by op, without libtorch's optimizer.
+pub struct Instrumented {
+    executable: UniquePtr<bridge::Executable>,
+}
+
+impl Instrumented {
+    /// Runs the graph without gradients; a model with state starts from the state in its file each time.
+    ///
+    /// # Errors
+    /// The visit's own error, or that of the model.
+    pub fn run(&self, arguments: &Arguments, visit: &mut dyn Visit) -> Result<Output, Error> {
+        let executable = self.executable.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
+        let mut visitor = Visitor::new(visit);
+        let result = bridge::run(executable, arguments.as_bridge()?, &mut visitor);
+        if let Some(error) = visitor.into_error() {
+            return Err(Error::Visit(error));
+        }
+        let output = result.map_err(|error| Error::Run {
+            inputs: arguments.describe().to_owned(),
+            message: one_line(error.what()),
+        })?;
+        Output::from_bridge(output.as_ref().ok_or_else(|| Error::output("an empty handle"))?)
+    }
+}
+
+/// Records dtype and shape of what it sees.
+struct Sight(Vec<Option<Seen>>);
+
+impl Visit for Sight {
+    fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
+        let seen = Seen { dtype: format!("{:?}", value.f_kind()?), shape: value.size() };
+        if let Some(slot) = self.0.get_mut(tap) {
+            *slot = Some(seen);
+        }
+        Ok(())
+    }
+}
+
+/// The steps for this module: constants are cast only where its tensors were.
+fn steps(module: &Module) -> impl Iterator<Item = Step> {
+    let cast = module.was_cast().then_some(("cast constants to float32", bridge::Pass::CastConstants));
+    let (first, rest) = STEPS.split_at(1);
+    first.iter().copied().chain(cast).chain(rest.iter().copied())
+}
+
+/// Runs the steps again, with a check after each, to name the one that changes the result. Only a failed check of the
+/// whole pays for this.
+fn blame(module: &Module, sample: &Arguments, reference: &Output) -> Result<(), Error> {
+    let mut clean = Clean::freeze(module)?;
+    clean.check("freeze", sample, reference)?;
+    for step in steps(module) {
+        clean.apply(step)?;
+        clean.check(step.0, sample, reference)?;
+    }
+    Ok(())
+}
+
+fn compare(step: &'static str, reference: &Output, output: &Output) -> Result<(), Error> {
+    let (reference, output) = (reference.tensors(), output.tensors());
+    for ((path, expected), (_, found)) in reference.iter().zip(&output) {
+        let difference = relative_difference(expected, found)?;
+        // Not `>`: a NaN is a difference too.
+        if !(difference <= LIMIT) {
+            let output = if path.is_empty() { String::new() } else { format!(" {path}") };
+            return Err(Error::Drift { step, output, difference, limit: LIMIT });
+        }
+    }
+    if reference.len() != output.len() {
+        return Err(Error::Drift { step, output: String::new(), difference: f64::INFINITY, limit: LIMIT });
+    }
+    Ok(())
+}
+
+/// max |a − b| / max |a|, infinite for different shapes; NaN and infinity in the same places count as equal.
+fn relative_difference(expected: &Tensor, found: &Tensor) -> Result<f64, Error> {
+    if expected.size() != found.size() {
+        return Ok(f64::INFINITY);
+    }
+    if expected.numel() == 0 {
+        return Ok(0.0);
+    }
+    let expected = expected.f_to_kind(tch::Kind::Double)?;
+    let found = found.f_to_kind(tch::Kind::Double)?;
+    let same = expected.f_eq_tensor(&found)?.f_logical_or(&expected.f_isnan()?.f_logical_and(&found.f_isnan()?)?)?;
+    let zero = Tensor::from(0.0f64);
+    let difference = zero.f_where_self(&same, &(&expected - &found))?.f_abs()?.f_max()?.f_double_value(&[])?;
+    let magnitude = expected.f_nan_to_num(0.0, 0.0, 0.0)?.f_abs()?.f_max()?.f_double_value(&[])?;
+    Ok(if difference == 0.0 { 0.0 } else { difference / magnitude.max(f64::MIN_POSITIVE) })
+}
+
+fn quantizer_row(quantizer: &Quantizer) -> bridge::QuantizerRow {
+    bridge::QuantizerRow {
+        value: quantizer.value,
+        scale: f64::from(quantizer.scale),
+        zero_point: i64::from(quantizer.zero_point),
+        quant_min: i64::from(quantizer.quant_min),
+        quant_max: i64::from(quantizer.quant_max),
+    }
+}
+
+fn tensor_list<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> UniquePtr<bridge::Tensors> {
+    let mut list = bridge::new_tensors();
+    for item in tensors {
+        bridge::push_tensor(list.pin_mut(), tensor::as_bridge(item));
+    }
+    list
+}

@@ -1,0 +1,453 @@
+// Freezing, and the passes that bring a graph into the form that the rest of the project reads.
+#include "shim.h"
+
+#include <algorithm>
+#include <functional>
+
+#include <torch/csrc/jit/api/compilation_unit.h>
+#include <torch/jit.h>
+#include <torch/csrc/jit/ir/alias_analysis.h>
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/common_subexpression_elimination.h>
+#include <torch/csrc/jit/passes/constant_pooling.h>
+#include <torch/csrc/jit/passes/constant_propagation.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
+#include <torch/csrc/jit/passes/freeze_module.h>
+#include <torch/csrc/jit/passes/frozen_conv_folding.h>
+#include <torch/csrc/jit/passes/frozen_linear_folding.h>
+#include <torch/csrc/jit/passes/fuse_linear.h>
+#include <torch/csrc/jit/passes/inline_fork_wait.h>
+#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/passes/lower_tuples.h>
+#include <torch/csrc/jit/passes/peephole.h>
+#include <torch/csrc/jit/passes/remove_dropout.h>
+#include <torch/csrc/jit/passes/remove_mutation.h>
+
+#include "tsquant/src/jit/ffi.rs.h"
+
+namespace tsquant {
+
+namespace {
+
+using torch::jit::Block;
+using torch::jit::Graph;
+using torch::jit::Node;
+namespace prim = torch::jit::prim;
+
+void for_each_node(Block *block, const std::function<void(Node *)> &visit) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    Node *node = *it;
+    ++it; // the visit may destroy the node
+    for (auto *inner : node->blocks())
+      for_each_node(inner, visit);
+    visit(node);
+  }
+}
+
+void replace_by_constant(Graph &graph, torch::jit::Value *value, const c10::IValue &constant) {
+  torch::jit::WithInsertPoint at_start(*graph.block()->nodes().begin());
+  value->replaceAllUsesWith(graph.insertConstant(constant));
+}
+
+Names names_of_tensors(const torch::jit::Module &module) {
+  Names names;
+  // Parameters first: a buffer that shares a parameter's storage is called like the parameter.
+  for (const auto &entry : module.named_parameters())
+    if (has_tensor_data(entry.value))
+      names.emplace(entry.value.data_ptr(), entry.name);
+  for (const auto &entry : module.named_buffers())
+    if (has_tensor_data(entry.value))
+      names.emplace(entry.value.data_ptr(), entry.name);
+  return names;
+}
+
+// Marks each node that reads a named tensor with that tensor's name, before folding replaces the tensor.
+void attach_names(const Frozen &f) {
+  const auto name_of = [&f](const torch::jit::Value *value) -> std::string {
+    if (value->node()->kind() != prim::Constant)
+      return "";
+    const auto constant = torch::jit::toIValue(value);
+    if (!constant || !constant->isTensor() || !has_tensor_data(constant->toTensor()))
+      return "";
+    const auto found = f.names.find(constant->toTensor().data_ptr());
+    return found == f.names.end() ? "" : found->second;
+  };
+  for_each_node(f.graph->block(), [&](Node *node) {
+    const auto scope = node->scope();
+    if (scope && !scope->isBlank() && std::string(scope->name().toUnqualString()).rfind(kLayerScope, 0) == 0)
+      return;
+    for (const auto *input : node->inputs()) {
+      const auto name = name_of(input);
+      if (name.empty())
+        continue;
+      const auto root = c10::make_intrusive<torch::jit::Scope>();
+      node->setScope(root->push(c10::Symbol::scope(kLayerScope + name)));
+      return;
+    }
+  });
+}
+
+// Freezing leaves reads of attributes that it cannot prove constant, such as in_proj_weight of a scripted
+// MultiheadAttention. Those that nothing writes are constants all the same.
+void fold_attributes(const Frozen &f) {
+  std::vector<std::string> written;
+  std::vector<Node *> reads;
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() == prim::SetAttr)
+      written.push_back(node->s(torch::jit::attr::name));
+    if (node->kind() == prim::GetAttr)
+      reads.push_back(node);
+  });
+  if (reads.empty())
+    return;
+  torch::jit::AliasDb aliases(f.graph);
+  const auto *self = f.graph->inputs().at(0);
+  const std::function<c10::IValue(const torch::jit::Value *)> evaluate =
+      [&](const torch::jit::Value *value) -> c10::IValue {
+    if (value == self)
+      return f.module._ivalue();
+    const auto *node = value->node();
+    if (node->kind() != prim::GetAttr)
+      return c10::IValue();
+    const auto owner = evaluate(node->input());
+    return owner.isObject() ? owner.toObjectRef().getAttr(node->s(torch::jit::attr::name)) : c10::IValue();
+  };
+  for (auto *read : reads) {
+    const auto &name = read->s(torch::jit::attr::name);
+    if (std::find(written.begin(), written.end(), name) != written.end() || aliases.hasWriters(read->output()))
+      continue;
+    const auto value = evaluate(read->output());
+    if (value.isTensor())
+      replace_by_constant(*f.graph, read->output(), value.toTensor().detach());
+  }
+}
+
+bool surely_raises(Block *block) {
+  for (auto *node : block->nodes())
+    if (node->kind() == prim::RaiseException)
+      return true;
+  return false;
+}
+
+// A model's own checks of its input are taken as passed: the condition of an If with one raising block is made constant.
+// (libtorch's EliminateExceptions never ends where two such Ifs share a condition.)
+void drop_throwing(const Frozen &f) {
+  std::vector<Node *> conditionals;
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() == prim::If)
+      conditionals.push_back(node);
+  });
+  for (auto *node : conditionals) {
+    auto *condition = node->input();
+    const bool then_raises = surely_raises(node->blocks().at(0));
+    const bool else_raises = surely_raises(node->blocks().at(1));
+    if (condition->node()->kind() != prim::Constant && then_raises != else_raises)
+      replace_by_constant(*f.graph, condition, else_raises);
+  }
+}
+
+const char *const kFusedOps[] = {"aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"};
+
+bool is_fused(const Node *node) {
+  for (const auto *op : kFusedOps)
+    if (node->kind() == c10::Symbol::fromQualString(op))
+      return true;
+  return false;
+}
+
+bool contains_fused(Block *block) {
+  bool found = false;
+  for_each_node(block, [&](Node *node) { found = found || is_fused(node); });
+  return found;
+}
+
+// What the fused evaluation paths of nn.TransformerEncoderLayer and nn.MultiheadAttention compute, op by op.
+const char *const kExpansions = R"(
+def attend(x: Tensor, embed_dim: int, heads: int, qkv_weight: Tensor, qkv_bias: Tensor, out_weight: Tensor,
+           out_bias: Tensor) -> Tensor:
+    batch = x.size(0)
+    length = x.size(1)
+    qkv = torch.linear(x, qkv_weight, qkv_bias)
+    parts = torch.chunk(qkv, 3, -1)
+    shape = [batch, length, heads, embed_dim // heads]
+    q = parts[0].reshape(shape).transpose(1, 2)
+    k = parts[1].reshape(shape).transpose(1, 2)
+    v = parts[2].reshape(shape).transpose(1, 2)
+    mixed = torch.scaled_dot_product_attention(q, k, v)
+    return torch.linear(mixed.transpose(1, 2).reshape([batch, length, embed_dim]), out_weight, out_bias)
+
+def multi_head(query: Tensor, embed_dim: int, heads: int, qkv_weight: Tensor, qkv_bias: Tensor, out_weight: Tensor,
+               out_bias: Tensor) -> Tensor:
+    return attend(query, embed_dim, heads, qkv_weight, qkv_bias, out_weight, out_bias)
+
+def feed_forward(x: Tensor, use_gelu: bool, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    hidden = torch.linear(x, w1, b1)
+    if use_gelu:
+        hidden = torch.gelu(hidden)
+    else:
+        hidden = torch.relu(hidden)
+    return torch.linear(hidden, w2, b2)
+
+def encoder_layer(src: Tensor, embed_dim: int, heads: int, qkv_weight: Tensor, qkv_bias: Tensor, out_weight: Tensor,
+                  out_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, n1w: Tensor, n1b: Tensor,
+                  n2w: Tensor, n2b: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    x = src
+    if norm_first:
+        x = x + attend(torch.layer_norm(x, [embed_dim], n1w, n1b, eps), embed_dim, heads, qkv_weight, qkv_bias,
+                       out_weight, out_bias)
+        x = x + feed_forward(torch.layer_norm(x, [embed_dim], n2w, n2b, eps), use_gelu, w1, b1, w2, b2)
+    else:
+        x = torch.layer_norm(x + attend(x, embed_dim, heads, qkv_weight, qkv_bias, out_weight, out_bias), [embed_dim],
+                             n1w, n1b, eps)
+        x = torch.layer_norm(x + feed_forward(x, use_gelu, w1, b1, w2, b2), [embed_dim], n2w, n2b, eps)
+    return x
+)";
+
+bool is_none(const torch::jit::Value *value) {
+  const auto constant = torch::jit::toIValue(value);
+  return constant && constant->isNone();
+}
+
+// Puts the inlined body of `function` of kExpansions in place of the node's first output.
+void expand(Graph &graph, Node *node, const char *function, at::ArrayRef<torch::jit::Value *> arguments) {
+  const auto unit = torch::jit::compile(kExpansions);
+  auto body = torch::jit::toGraphFunction(unit->get_function(c10::QualifiedName(function))).graph()->copy();
+  torch::jit::Inline(*body);
+  torch::jit::WithInsertPoint before(node);
+  const auto results = torch::jit::insertGraph(graph, *body, arguments);
+  node->outputs().at(0)->replaceAllUsesWith(results.at(0));
+}
+
+void expand_encoder_layer(Graph &graph, Node *node) {
+  TORCH_CHECK(is_none(node->inputs().at(18)), "a traced nn.TransformerEncoderLayer with a mask (",
+              node->kind().toQualString(), ") cannot be taken apart; export the model with "
+              "torch.backends.mha.set_fastpath_enabled(False)");
+  expand(graph, node, "encoder_layer", node->inputs().slice(0, 18));
+  node->destroy();
+}
+
+void expand_multi_head(Graph &graph, Node *node) {
+  const auto in = node->inputs();
+  const bool weights_unused = node->outputs().at(1)->uses().empty();
+  TORCH_CHECK(in.at(0) == in.at(1) && in.at(0) == in.at(2) && is_none(in.at(9)) && weights_unused,
+              "a traced nn.MultiheadAttention (", node->kind().toQualString(), ") that is not plain self-attention ",
+              "cannot be taken apart; export the model with torch.backends.mha.set_fastpath_enabled(False)");
+  expand(graph, node, "multi_head", {in.at(0), in.at(3), in.at(4), in.at(5), in.at(6), in.at(7), in.at(8)});
+  node->destroy();
+}
+
+// Fused evaluation paths have no inside to quantize and no derivative: scripted models hold the slow path beside it,
+// traced ones are expanded.
+void force_slow(const Frozen &f) {
+  std::vector<Node *> conditionals;
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() == prim::If && node->input()->node()->kind() != prim::Constant)
+      conditionals.push_back(node);
+  });
+  for (auto *node : conditionals) {
+    const bool then_fused = contains_fused(node->blocks().at(0));
+    const bool else_fused = contains_fused(node->blocks().at(1));
+    if (then_fused != else_fused)
+      replace_by_constant(*f.graph, node->input(), else_fused);
+  }
+  torch::jit::ConstantPropagation(const_cast<Frozen &>(f).graph);
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() == c10::Symbol::fromQualString(kFusedOps[0]))
+      expand_encoder_layer(*f.graph, node);
+    else if (node->kind() == c10::Symbol::fromQualString(kFusedOps[1]))
+      expand_multi_head(*f.graph, node);
+  });
+}
+
+// The number of spatial dimensions of a convolution, 0 where its weight is no constant.
+std::size_t spatial_rank(const torch::jit::Value *weight) {
+  const auto constant = torch::jit::toIValue(weight);
+  if (!constant || !constant->isTensor() || constant->toTensor().dim() < 3)
+    return 0;
+  return constant->toTensor().dim() - 2;
+}
+
+// aten::_convolution and aten::convolution, as traces have them, to the op of their own dimension.
+void replace_convolution(const Frozen &f) {
+  static const char *const kPlain[] = {"aten::conv1d", "aten::conv2d", "aten::conv3d"};
+  static const char *const kTransposed[] = {"aten::conv_transpose1d", "aten::conv_transpose2d",
+                                            "aten::conv_transpose3d"};
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() != c10::Symbol::fromQualString("aten::_convolution") &&
+        node->kind() != c10::Symbol::fromQualString("aten::convolution"))
+      return;
+    const auto in = node->inputs();
+    const auto transposed = torch::jit::toIValue(in.at(6));
+    const auto rank = spatial_rank(in.at(1));
+    if (!transposed || rank < 1 || rank > 3)
+      return;
+    auto *input = in.at(0), *weight = in.at(1), *bias = in.at(2), *stride = in.at(3), *padding = in.at(4),
+         *dilation = in.at(5), *output_padding = in.at(7), *groups = in.at(8);
+    const bool is_transposed = transposed->toBool();
+    const auto op = c10::Symbol::fromQualString((is_transposed ? kTransposed : kPlain)[rank - 1]);
+    const std::vector<torch::jit::Value *> arguments =
+        is_transposed ? std::vector<torch::jit::Value *>{input, weight, bias, stride, padding, output_padding, groups,
+                                                         dilation}
+                      : std::vector<torch::jit::Value *>{input, weight, bias, stride, padding, dilation, groups};
+    auto *replacement = f.graph->create(op, arguments, 1)->insertBefore(node);
+    replacement->copyMetadata(node);
+    replacement->output()->setType(node->output()->type());
+    replacement->output()->setDebugName(node->output()->debugName() + "_conv");
+    node->output()->replaceAllUsesWith(replacement->output());
+    node->destroy();
+  });
+}
+
+bool holds_tensors(const c10::IValue &constant) {
+  if (constant.isTensorList())
+    return true;
+  if (!constant.isList() && !constant.isTuple())
+    return false;
+  const auto parts = constant.isTuple() ? constant.toTupleRef().elements().vec() : constant.toListRef().vec();
+  return std::any_of(parts.begin(), parts.end(), [](const c10::IValue &part) { return part.isTensor(); });
+}
+
+// Lists and tuples of tensors that became one constant, such as the weights of a recurrent layer, to constants of their
+// own that are put together in the graph: each can then be named and replaced.
+void unpack_constants(const Frozen &f) {
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() != prim::Constant || node->outputs().size() != 1)
+      return;
+    const auto constant = torch::jit::toIValue(node->output());
+    if (!constant || !holds_tensors(*constant))
+      return;
+    torch::jit::WithInsertPoint before(node);
+    std::vector<torch::jit::Value *> parts;
+    const auto elements = constant->isTuple() ? constant->toTupleRef().elements().vec() : constant->toListRef().vec();
+    for (const auto &element : elements)
+      parts.push_back(f.graph->insertConstant(element));
+    auto *whole = constant->isTuple() ? f.graph->createTuple(parts)
+                                      : f.graph->createList(node->output()->type()->containedType(0), parts);
+    f.graph->insertNode(whole);
+    node->output()->replaceAllUsesWith(whole->output());
+    node->destroy();
+  });
+}
+
+// Tensor constants and dtype arguments of a model that was stored in half precision.
+void cast_constants(const Frozen &f) {
+  for_each_node(f.graph->block(), [&](Node *node) {
+    if (node->kind() != prim::Constant || node->outputs().size() != 1)
+      return;
+    const auto constant = torch::jit::toIValue(node->output());
+    if (!constant || !constant->isTensor() || !constant->toTensor().defined())
+      return;
+    const auto dtype = constant->toTensor().scalar_type();
+    if (dtype != at::kHalf && dtype != at::kBFloat16)
+      return;
+    replace_by_constant(*f.graph, node->output(), constant->toTensor().detach().to(at::kFloat));
+    node->destroy();
+  });
+  for_each_node(f.graph->block(), [&](Node *node) {
+    const auto *schema = node->maybeSchema();
+    if (!schema)
+      return;
+    for (std::size_t i = 0; i < node->inputs().size() && i < schema->arguments().size(); ++i) {
+      const auto constant = torch::jit::toIValue(node->input(i));
+      if (schema->arguments()[i].name() != "dtype" || !constant || !constant->isInt())
+        continue;
+      const auto dtype = static_cast<at::ScalarType>(constant->toInt());
+      if (dtype != at::kHalf && dtype != at::kBFloat16)
+        continue;
+      torch::jit::WithInsertPoint before(node);
+      node->replaceInput(i, f.graph->insertConstant(static_cast<std::int64_t>(at::kFloat)));
+    }
+  });
+}
+
+} // namespace
+
+std::unique_ptr<Frozen> freeze(const Module &m) {
+  auto frozen = std::make_unique<Frozen>();
+  frozen->original = m.inner;
+  frozen->names = names_of_tensors(m.inner);
+  frozen->module = torch::jit::freeze_module(m.inner);
+  frozen->graph = frozen->module.get_method("forward").graph();
+  return frozen;
+}
+
+void run_pass(Frozen &f, Pass pass) {
+  at::NoGradGuard no_grad;
+  auto &graph = f.graph;
+  switch (pass) {
+  case Pass::Inline:
+    torch::jit::Inline(*graph);
+    break;
+  case Pass::InlineForkWait:
+    torch::jit::InlineForkWait(graph);
+    break;
+  case Pass::AttachNames:
+    attach_names(f);
+    break;
+  case Pass::CastConstants:
+    cast_constants(f);
+    break;
+  case Pass::FoldAttributes:
+    fold_attributes(f);
+    break;
+  case Pass::DropThrowing:
+    drop_throwing(f);
+    break;
+  case Pass::ConstantPropagation:
+    torch::jit::ConstantPropagation(graph);
+    break;
+  case Pass::LowerSimpleTuples:
+    torch::jit::LowerSimpleTuples(graph);
+    break;
+  case Pass::RemoveListMutation:
+    torch::jit::RemoveListMutation(graph);
+    break;
+  case Pass::RemoveTensorMutation:
+    torch::jit::RemoveTensorMutation(graph);
+    break;
+  case Pass::ForceSlow:
+    force_slow(f);
+    break;
+  case Pass::RemoveDropout:
+    torch::jit::removeDropout(graph);
+    break;
+  case Pass::ReplaceConvolution:
+    replace_convolution(f);
+    break;
+  case Pass::FuseLinear:
+    torch::jit::FuseLinear(graph);
+    break;
+  case Pass::FoldConvBatchNorm:
+    torch::jit::FoldFrozenConvBatchnorm(graph);
+    break;
+  case Pass::FoldLinearBatchNorm:
+    torch::jit::FoldFrozenLinearBatchnorm(graph);
+    break;
+  case Pass::FoldConvAddOrSub:
+    torch::jit::FoldFrozenConvAddOrSub(graph);
+    break;
+  case Pass::FoldConvMulOrDiv:
+    torch::jit::FoldFrozenConvMulOrDiv(graph);
+    break;
+  case Pass::Peephole:
+    torch::jit::PeepholeOptimize(graph);
+    break;
+  case Pass::EliminateCommonSubexpression:
+    torch::jit::EliminateCommonSubexpression(graph);
+    break;
+  case Pass::ConstantPooling:
+    torch::jit::ConstantPooling(graph);
+    break;
+  case Pass::UnpackConstants:
+    unpack_constants(f);
+    break;
+  case Pass::EliminateDeadCode:
+    torch::jit::EliminateDeadCode(graph);
+    break;
+  default:
+    TORCH_CHECK(false, "unknown pass");
+  }
+  graph->lint();
+}
+
+} // namespace tsquant

@@ -1,0 +1,102 @@
+// Writing an edited graph as a TorchScript file of its own.
+#include "shim.h"
+
+#include <torch/csrc/jit/ir/constants.h>
+
+#include "tsquant/src/jit/ffi.rs.h"
+
+namespace tsquant {
+
+namespace {
+
+std::vector<std::string> split(const std::string &dotted) {
+  std::vector<std::string> parts{""};
+  for (const char c : dotted) {
+    if (c == '.')
+      parts.emplace_back();
+    else
+      parts.back() += c;
+  }
+  return parts;
+}
+
+// The child of that name, made where it is missing.
+torch::jit::Module child_of(torch::jit::Module &parent, const std::string &name) {
+  if (!parent.hasattr(name))
+    parent.register_module(
+        name, torch::jit::Module(c10::QualifiedName("__torch__.tsquant.Node"), parent._ivalue()->compilation_unit(),
+                                 /*shouldMangle=*/true));
+  return parent.attr(name).toModule();
+}
+
+void add_parameter(torch::jit::Module &module, torch::jit::Graph &graph, torch::jit::Value *constant,
+                   const std::string &name, const at::Tensor &tensor, bool is_buffer) {
+  const auto path = split(name);
+  auto owner = module;
+  auto *object = graph.inputs().at(0);
+  for (std::size_t i = 0; i + 1 < path.size(); ++i) {
+    auto child = child_of(owner, path[i]);
+    object = graph.insertGetAttr(object, path[i]);
+    owner = child;
+  }
+  owner.register_parameter(path.back(), tensor, is_buffer);
+  constant->replaceAllUsesWith(graph.insertGetAttr(object, path.back()));
+}
+
+void add_quantizer(torch::jit::Graph &graph, torch::jit::Value *value, const QuantizerRow &row) {
+  static const auto op = c10::Symbol::fromQualString("aten::fake_quantize_per_tensor_affine");
+  torch::jit::WithInsertPoint after(node_after(value));
+  auto *node = graph.create(op,
+                            {value, graph.insertConstant(row.scale), graph.insertConstant(row.zero_point),
+                             graph.insertConstant(row.quant_min), graph.insertConstant(row.quant_max)},
+                            1);
+  graph.insertNode(node);
+  node->output()->setType(c10::TensorType::get());
+  replace_inner_uses(graph, value, node);
+}
+
+// A device that was stored when the model was traced: from now on that of the first tensor that comes in.
+void follow_device(torch::jit::Graph &graph, const std::vector<torch::jit::Value *> &values) {
+  torch::jit::Value *input = nullptr;
+  for (auto *candidate : graph.inputs())
+    if (!input && candidate->type()->isSubtypeOf(*c10::TensorType::get()))
+      input = candidate;
+  for (auto *value : values) {
+    if (value->node()->kind() != torch::jit::prim::Constant || value->type()->kind() != c10::TypeKind::DeviceObjType ||
+        !input)
+      continue;
+    auto *device = graph.create(torch::jit::prim::device, {input}, 1);
+    device->output()->setType(c10::DeviceObjType::get());
+    graph.insertNode(device);
+    value->replaceAllUsesWith(device->output());
+  }
+}
+
+} // namespace
+
+void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
+                 rust::Slice<const ParameterRow> parameters, const Tensors &tensors,
+                 rust::Slice<const ExtraFile> files, rust::Str path) {
+  auto module = f.module.clone();
+  auto graph = module.get_method("forward").graph();
+  const auto values = enumerate_values(*graph);
+  {
+    torch::jit::WithInsertPoint at_start(*graph->block()->nodes().begin());
+    follow_device(*graph, values);
+    for (std::size_t i = 0; i < parameters.size(); ++i)
+      add_parameter(module, *graph, values.at(parameters[i].value), std::string(parameters[i].name), tensors.inner.at(i),
+                    parameters[i].is_buffer);
+  }
+  for (const auto &row : quantizers)
+    add_quantizer(*graph, values.at(row.value), row);
+  for (auto *value : values)
+    if (value->node()->kind() == torch::jit::prim::Constant && value->uses().empty())
+      value->node()->destroy();
+  graph->lint();
+  torch::jit::ExtraFilesMap extra;
+  for (const auto &file : files)
+    extra.emplace(std::string(file.name), std::string(file.text));
+  module.save(std::string(path.data(), path.size()), extra);
+}
+
+} // namespace tsquant

@@ -1,0 +1,134 @@
+// Instrumented copies of a graph: two operators that call into Rust while the model runs.
+#include "shim.h"
+
+#include <mutex>
+
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/runtime/custom_operator.h>
+
+#include "tsquant/src/jit/ffi.rs.h"
+
+namespace tsquant {
+
+namespace {
+
+// The visitor of the run in progress on this thread; the interpreter calls operators on the thread that runs it.
+thread_local Visitor *current_visitor = nullptr;
+
+class CurrentVisitor {
+public:
+  explicit CurrentVisitor(Visitor &visitor) : previous_(current_visitor) { current_visitor = &visitor; }
+  ~CurrentVisitor() { current_visitor = previous_; }
+  CurrentVisitor(const CurrentVisitor &) = delete;
+  CurrentVisitor &operator=(const CurrentVisitor &) = delete;
+
+private:
+  Visitor *previous_;
+};
+
+Visitor &visitor_or_throw() {
+  TORCH_CHECK(current_visitor != nullptr, "an instrumented graph was run without a visitor");
+  return *current_visitor;
+}
+
+void tap(torch::jit::Stack &stack) {
+  const auto site = torch::jit::pop(stack).toInt();
+  const auto &value = torch::jit::peek(stack, 0, 1).toTensor();
+  if (value.defined())
+    visitor_or_throw().observe(site, value);
+}
+
+void simulate(torch::jit::Stack &stack) {
+  const auto site = torch::jit::pop(stack).toInt();
+  auto value = torch::jit::pop(stack).toTensor();
+  if (value.defined()) {
+    auto substitute = visitor_or_throw().substitute(site, value);
+    value = std::move(*substitute);
+  }
+  torch::jit::push(stack, std::move(value));
+}
+
+void register_operators() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    torch::jit::RegisterOperators({
+        torch::jit::Operator("tsquant::tap(Tensor(a) x, int site) -> Tensor(a)", tap,
+                             c10::AliasAnalysisKind::FROM_SCHEMA),
+        torch::jit::Operator("tsquant::simulate(Tensor x, int site) -> Tensor", simulate,
+                             c10::AliasAnalysisKind::FROM_SCHEMA),
+    });
+  });
+}
+
+// True if running the graph needs its module: something beside the constants folded into it.
+bool uses_self(const torch::jit::Graph &graph) { return !graph.inputs().at(0)->uses().empty(); }
+
+} // namespace
+
+bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use) {
+  const auto *user = use.user;
+  if (user == graph.return_node())
+    return true;
+  if (user->kind() != torch::jit::prim::TupleConstruct && user->kind() != torch::jit::prim::ListConstruct &&
+      user->kind() != torch::jit::prim::DictConstruct)
+    return false;
+  for (const auto &next : user->output()->uses())
+    if (!is_output_use(graph, next))
+      return false;
+  return true;
+}
+
+torch::jit::Node *node_after(torch::jit::Value *value) {
+  if (value->node()->kind() == torch::jit::prim::Param)
+    return *value->node()->owningBlock()->nodes().begin();
+  return value->node()->next();
+}
+
+void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torch::jit::Node *substitute) {
+  const auto uses = value->uses();
+  for (const auto &use : uses)
+    if (use.user != substitute && !is_output_use(graph, use))
+      use.user->replaceInput(use.offset, substitute->output());
+}
+
+std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
+                                       rust::Slice<const std::size_t> constants,
+                                       const Tensors &replacements) {
+  register_operators();
+  auto executable = std::make_unique<Executable>();
+  executable->graph = f.graph->copy();
+  auto &graph = *executable->graph;
+  const auto values = enumerate_values(graph);
+  for (std::size_t i = 0; i < constants.size(); ++i) {
+    auto *constant = values.at(constants[i]);
+    torch::jit::WithInsertPoint before(constant->node());
+    constant->replaceAllUsesWith(graph.insertConstant(replacements.inner.at(i)));
+  }
+  static const auto tap_op = c10::Symbol::fromQualString("tsquant::tap");
+  static const auto simulate_op = c10::Symbol::fromQualString("tsquant::simulate");
+  for (const auto &row : taps) {
+    auto *value = values.at(row.value);
+    torch::jit::WithInsertPoint after(node_after(value));
+    auto *site = graph.insertConstant(static_cast<std::int64_t>(row.site));
+    auto *node = graph.insertNode(graph.create(row.substitutes ? simulate_op : tap_op, {value, site}, 1));
+    node->output()->setType(value->type());
+    replace_inner_uses(graph, value, node);
+  }
+  executable->code = torch::jit::Code(executable->graph, "forward");
+  executable->stateful = uses_self(graph);
+  executable->state = f.module;
+  return executable;
+}
+
+std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor) {
+  at::NoGradGuard no_grad;
+  const CurrentVisitor guard(visitor);
+  torch::jit::Stack stack;
+  stack.reserve(a.positional.size() + 1);
+  stack.emplace_back(e.stateful ? e.state.deepcopy()._ivalue() : e.state._ivalue());
+  stack.insert(stack.end(), a.positional.begin(), a.positional.end());
+  torch::jit::InterpreterState(e.code).run(stack);
+  return std::make_unique<Value>(Value{torch::jit::pop(stack)});
+}
+
+} // namespace tsquant

@@ -1,0 +1,143 @@
+// What src/jit offers Rust of libtorch's TorchScript interface: load, list, edit, run, save. No policy lives here.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/ir/ir.h>
+#include <torch/csrc/jit/runtime/interpreter.h>
+
+#include "rust/cxx.h"
+
+// How C++ exceptions become Rust errors: libtorch's own without its C++ backtrace.
+namespace rust {
+namespace behavior {
+template <typename Try, typename Fail>
+static void trycatch(Try &&attempt, Fail &&fail) noexcept try {
+  attempt();
+} catch (const c10::Error &error) {
+  fail(error.what_without_backtrace());
+} catch (const std::exception &error) {
+  fail(error.what());
+} catch (...) {
+  fail("an exception that is no std::exception");
+}
+} // namespace behavior
+} // namespace rust
+
+namespace tsquant {
+
+struct Visitor;
+struct ArgumentRow;
+struct TensorRow;
+struct OpCount;
+struct ListingRows;
+struct TapRow;
+struct QuantizerRow;
+struct ParameterRow;
+struct ExtraFile;
+enum class Pass : std::uint8_t;
+enum class ValueKind : std::uint8_t;
+
+using Names = std::unordered_map<const void *, std::string>;
+
+// An IValue: an argument or an output of a model.
+struct Value {
+  c10::IValue inner;
+};
+
+std::unique_ptr<Value> value_none();
+std::unique_ptr<Value> value_bool(bool x);
+std::unique_ptr<Value> value_int(std::int64_t x);
+std::unique_ptr<Value> value_float(double x);
+std::unique_ptr<Value> value_from_tensor(const at::Tensor &x);
+ValueKind value_kind(const Value &v);
+std::unique_ptr<at::Tensor> value_tensor(const Value &v);
+rust::String value_type(const Value &v);
+std::size_t value_len(const Value &v);
+std::unique_ptr<Value> value_at(const Value &v, std::size_t index);
+rust::String value_key(const Value &v, std::size_t index);
+
+// A module as loaded.
+struct Module {
+  torch::jit::Module inner;
+};
+
+std::unique_ptr<Module> load_module(rust::Str path);
+bool has_method(const Module &m, rust::Str name);
+rust::Vec<rust::String> method_names(const Module &m);
+rust::Vec<ArgumentRow> arguments(const Module &m);
+rust::Vec<rust::String> return_types(const Module &m);
+rust::Vec<TensorRow> named_tensors(const Module &m);
+rust::Vec<OpCount> op_counts(const Module &m);
+bool is_training(const Module &m);
+void set_eval(const Module &m);
+void cast_to_float(const Module &m);
+
+// Arguments of forward, bound: positional ones first, then those by name, defaults filled in, types checked.
+struct Arguments {
+  std::vector<c10::IValue> positional;
+  std::unordered_map<std::string, c10::IValue> named;
+};
+std::unique_ptr<Arguments> new_arguments();
+void push_named(Arguments &a, rust::Str name, const Value &v);
+void bind_arguments(const Module &m, Arguments &a);
+std::unique_ptr<Value> call_forward(const Module &m, const Arguments &a);
+
+// A frozen module whose forward graph is edited in place by passes.
+struct Frozen {
+  torch::jit::Module original; // keeps the storage alive that `names` points to
+  torch::jit::Module module;
+  std::shared_ptr<torch::jit::Graph> graph;
+  Names names; // data pointer of a parameter or buffer -> its dotted name
+};
+
+std::unique_ptr<Frozen> freeze(const Module &m);
+void run_pass(Frozen &f, Pass pass);
+rust::String graph_text(const Frozen &f);
+ListingRows list_graph(const Frozen &f);
+std::unique_ptr<at::Tensor> constant_tensor(const Frozen &f, std::size_t value);
+
+// Tensors on their way into a graph.
+struct Tensors {
+  std::vector<at::Tensor> inner;
+};
+std::unique_ptr<Tensors> new_tensors();
+void push_tensor(Tensors &list, const at::Tensor &tensor);
+
+// An instrumented copy of a graph, ready to run op by op.
+struct Executable {
+  std::shared_ptr<torch::jit::Graph> graph;
+  torch::jit::Code code;
+  torch::jit::Module state; // run from a copy of it where the graph still has state
+  bool stateful = false;
+};
+
+std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
+                                       rust::Slice<const std::size_t> constants,
+                                       const Tensors &replacements);
+std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor);
+
+void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
+                 rust::Slice<const ParameterRow> parameters, const Tensors &tensors,
+                 rust::Slice<const ExtraFile> files, rust::Str path);
+
+// Shared by the source files; not seen from Rust.
+
+// All values of a graph in the one order that Rust's value numbers mean; the same for a copy of the graph.
+std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph);
+// A pass of our own marks a node with the module that owns its weight, as a scope of this name.
+extern const char *const kLayerScope;
+bool has_tensor_data(const at::Tensor &t);
+// The node to insert in front of so that the new node comes right behind the value.
+torch::jit::Node *node_after(torch::jit::Value *value);
+// Lets all users of a value read the substitute's output instead, except the substitute itself and the model's own
+// outputs, which keep the value.
+void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torch::jit::Node *substitute);
+
+} // namespace tsquant

@@ -1,0 +1,202 @@
+//! The bridge to the C++ sources beside it. Only [`super`] uses it; what each function does stands in `cpp/shim.h`.
+
+use super::visit::Visitor;
+
+// The macro makes everything `pub`; the module keeps it inside `jit`.
+#[allow(unsafe_code, unreachable_pub, missing_docs)]
+#[cxx::bridge(namespace = "tsquant")]
+pub(super) mod bridge {
+    /// One argument of `forward`, without the module itself.
+    struct ArgumentRow {
+        name: String,
+        type_name: String,
+        has_default: bool,
+        default_text: String,
+    }
+
+    /// A named parameter or buffer.
+    struct TensorRow {
+        name: String,
+        dtype: String,
+        shape: Vec<i64>,
+        bytes: u64,
+        is_buffer: bool,
+    }
+
+    struct OpCount {
+        op: String,
+        count: usize,
+    }
+
+    struct ValueRow {
+        name: String,
+        type_name: String,
+        is_tensor: bool,
+        is_constant: bool,
+        has_writers: bool,
+        text: String,
+        dtype: String,
+        shape: Vec<i64>,
+        pointer: usize,
+        storage_bytes: u64,
+        parameter: String,
+    }
+
+    struct BlockRow {
+        owner: i64,
+        parameters: Vec<usize>,
+        returns: Vec<usize>,
+    }
+
+    struct NodeRow {
+        op: String,
+        block: usize,
+        blocks: Vec<usize>,
+        path: String,
+        layer: String,
+        inputs: Vec<usize>,
+        outputs: Vec<usize>,
+    }
+
+    struct ListingRows {
+        values: Vec<ValueRow>,
+        blocks: Vec<BlockRow>,
+        nodes: Vec<NodeRow>,
+    }
+
+    struct TapRow {
+        value: usize,
+        site: usize,
+        substitutes: bool,
+    }
+
+    struct QuantizerRow {
+        value: usize,
+        scale: f64,
+        zero_point: i64,
+        quant_min: i64,
+        quant_max: i64,
+    }
+
+    struct ParameterRow {
+        value: usize,
+        name: String,
+        is_buffer: bool,
+    }
+
+    struct ExtraFile {
+        name: String,
+        text: String,
+    }
+
+    enum ValueKind {
+        None,
+        Tensor,
+        Bool,
+        Int,
+        Float,
+        Tuple,
+        List,
+        Dict,
+        Other,
+    }
+
+    enum Pass {
+        Inline,
+        InlineForkWait,
+        AttachNames,
+        CastConstants,
+        FoldAttributes,
+        DropThrowing,
+        ConstantPropagation,
+        LowerSimpleTuples,
+        RemoveListMutation,
+        RemoveTensorMutation,
+        ForceSlow,
+        RemoveDropout,
+        ReplaceConvolution,
+        FuseLinear,
+        FoldConvBatchNorm,
+        FoldLinearBatchNorm,
+        FoldConvAddOrSub,
+        FoldConvMulOrDiv,
+        Peephole,
+        EliminateCommonSubexpression,
+        ConstantPooling,
+        UnpackConstants,
+        EliminateDeadCode,
+    }
+
+    extern "Rust" {
+        type Visitor<'a>;
+        fn observe(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<()>;
+        fn substitute(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<UniquePtr<Tensor>>;
+    }
+
+    unsafe extern "C++" {
+        include!("tsquant/src/jit/cpp/shim.h");
+
+        #[namespace = "at"]
+        type Tensor;
+        type Value;
+        type Module;
+        type Arguments;
+        type Frozen;
+        type Executable;
+        type Tensors;
+
+        fn value_none() -> UniquePtr<Value>;
+        fn value_bool(x: bool) -> UniquePtr<Value>;
+        fn value_int(x: i64) -> UniquePtr<Value>;
+        fn value_float(x: f64) -> UniquePtr<Value>;
+        fn value_from_tensor(x: &Tensor) -> UniquePtr<Value>;
+        fn value_kind(v: &Value) -> ValueKind;
+        fn value_tensor(v: &Value) -> Result<UniquePtr<Tensor>>;
+        fn value_type(v: &Value) -> String;
+        fn value_len(v: &Value) -> Result<usize>;
+        fn value_at(v: &Value, index: usize) -> Result<UniquePtr<Value>>;
+        fn value_key(v: &Value, index: usize) -> Result<String>;
+
+        fn load_module(path: &str) -> Result<UniquePtr<Module>>;
+        fn has_method(m: &Module, name: &str) -> Result<bool>;
+        fn method_names(m: &Module) -> Result<Vec<String>>;
+        fn arguments(m: &Module) -> Result<Vec<ArgumentRow>>;
+        fn return_types(m: &Module) -> Result<Vec<String>>;
+        fn named_tensors(m: &Module) -> Result<Vec<TensorRow>>;
+        fn op_counts(m: &Module) -> Result<Vec<OpCount>>;
+        fn is_training(m: &Module) -> Result<bool>;
+        fn set_eval(m: &Module) -> Result<()>;
+        fn cast_to_float(m: &Module) -> Result<()>;
+
+        fn new_arguments() -> UniquePtr<Arguments>;
+        fn push_named(a: Pin<&mut Arguments>, name: &str, v: &Value);
+        fn bind_arguments(m: &Module, a: Pin<&mut Arguments>) -> Result<()>;
+        fn call_forward(m: &Module, a: &Arguments) -> Result<UniquePtr<Value>>;
+
+        fn freeze(m: &Module) -> Result<UniquePtr<Frozen>>;
+        fn run_pass(f: Pin<&mut Frozen>, pass: Pass) -> Result<()>;
+        fn graph_text(f: &Frozen) -> Result<String>;
+        fn list_graph(f: &Frozen) -> Result<ListingRows>;
+        fn constant_tensor(f: &Frozen, value: usize) -> Result<UniquePtr<Tensor>>;
+
+        fn new_tensors() -> UniquePtr<Tensors>;
+        fn push_tensor(list: Pin<&mut Tensors>, tensor: &Tensor);
+
+        fn instrument(
+            f: &Frozen,
+            taps: &[TapRow],
+            constants: &[usize],
+            replacements: &Tensors,
+        ) -> Result<UniquePtr<Executable>>;
+        fn run(e: &Executable, a: &Arguments, visitor: &mut Visitor<'_>) -> Result<UniquePtr<Value>>;
+
+        fn emit_module(
+            f: &Frozen,
+            quantizers: &[QuantizerRow],
+            parameters: &[ParameterRow],
+            tensors: &Tensors,
+            files: &[ExtraFile],
+            path: &str,
+        ) -> Result<()>;
+    }
+}

@@ -1,0 +1,71 @@
+//! What a file is, before libtorch is asked to load it: a clear word beats an unpickler's error.
+
+use std::io::{Read, Seek};
+use std::path::Path;
+
+use super::Error;
+
+const SAVE_TORCHSCRIPT: &str = "save the model with torch.jit.trace(model, example).save(path) or torch.jit.script(model).save(path)";
+const SAVE_AGAIN: &str = "the file is damaged or only part of it was copied: save or copy it again";
+
+/// Succeeds if the file looks like a TorchScript archive.
+pub(super) fn check(path: &Path) -> Result<(), Error> {
+    let refuse = |found: &str, advice| {
+        Err(Error::NotTorchScript { path: path.to_owned(), found: found.to_owned(), advice })
+    };
+    if std::fs::metadata(path).map_err(Error::io(path))?.is_dir() {
+        return refuse("a folder", SAVE_TORCHSCRIPT);
+    }
+    let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
+    let mut start = Vec::new();
+    file.by_ref().take(4096).read_to_end(&mut start).map_err(Error::io(path))?;
+    if !start.starts_with(b"PK") {
+        let (found, advice) = name_other_format(path, &start);
+        return refuse(found, advice);
+    }
+    file.rewind().map_err(Error::io(path))?;
+    let Ok(archive) = zip::ZipArchive::new(std::io::BufReader::new(file)) else {
+        return refuse("a damaged or truncated zip archive", SAVE_AGAIN);
+    };
+    let Ok(entries) = archive.file_names().map(|name| name.map(String::from)).collect::<Result<Vec<_>, _>>() else {
+        return refuse("a damaged zip archive", SAVE_AGAIN);
+    };
+    match name_archive(&entries) {
+        None => Ok(()),
+        Some((found, advice)) => refuse(found, advice),
+    }
+}
+
+/// `None` for TorchScript, else what the archive is.
+fn name_archive(entries: &[String]) -> Option<(&'static str, &'static str)> {
+    let has = |end: &str| entries.iter().any(|entry| entry.ends_with(end));
+    let has_code = entries.iter().any(|entry| entry.contains("/code/"));
+    if has("/constants.pkl") && has_code {
+        return None;
+    }
+    Some(if has("/models/model.json") || has("serialized_exported_program.json") || has("/archive_format") {
+        ("a program saved by torch.export (.pt2)", SAVE_TORCHSCRIPT)
+    } else if has("/data.pkl") {
+        ("a pickle saved by torch.save (a state_dict or an eager model)", SAVE_TORCHSCRIPT)
+    } else if has(".npy") {
+        ("a NumPy archive (.npz)", SAVE_TORCHSCRIPT)
+    } else {
+        ("a zip archive without TorchScript code", SAVE_TORCHSCRIPT)
+    })
+}
+
+fn name_other_format(path: &Path, start: &[u8]) -> (&'static str, &'static str) {
+    let extension = path.extension().and_then(std::ffi::OsStr::to_str).unwrap_or_default().to_lowercase();
+    let is_safetensors = start.get(8) == Some(&b'{') && start.get(4..8) == Some(&[0; 4]);
+    let found = match start {
+        [] => return ("an empty file", SAVE_AGAIN),
+        [0x80, 2..=5, ..] => "a pickle saved by torch.save in its old format (a state_dict or an eager model)",
+        _ if is_safetensors => "a safetensors file, which holds tensors without code",
+        [0x08, ..] if extension == "onnx" || start.windows(4).any(|window| window == b"onnx") => "an ONNX model",
+        _ if extension == "onnx" => "an ONNX model",
+        _ if start.starts_with(b"\x89HDF") => "an HDF5 file",
+        _ if start.starts_with(b"\x93NUMPY") => "a NumPy array",
+        _ => return ("something that is no zip archive", SAVE_TORCHSCRIPT),
+    };
+    (found, SAVE_TORCHSCRIPT)
+}

@@ -1,0 +1,157 @@
+//! A cleaned graph as plain data: what [`sites`](crate::sites) reads. It knows no pointer and no libtorch type.
+
+use super::ffi::bridge;
+
+/// Number of a value in its [`Listing`].
+pub type ValueId = usize;
+/// Number of a node in its [`Listing`].
+pub type NodeId = usize;
+/// Number of a block in its [`Listing`]; 0 is the body of `forward`.
+pub type BlockId = usize;
+
+/// All values, blocks and nodes of one graph, in graph order.
+#[derive(Debug, Clone, Default)]
+pub struct Listing {
+    /// Everything that a node or block defines.
+    pub values: Vec<Value>,
+    /// The body of `forward` and those of its `prim::If` and `prim::Loop` nodes.
+    pub blocks: Vec<Block>,
+    /// The operations, constants left out.
+    pub nodes: Vec<Node>,
+}
+
+/// A value of the graph.
+#[derive(Debug, Clone, Default)]
+pub struct Value {
+    /// Its name in the graph's text.
+    pub name: String,
+    /// TorchScript type, `Tensor` or `int[]` for instance.
+    pub type_name: String,
+    /// True for a tensor (not for lists of them).
+    pub is_tensor: bool,
+    /// Something writes to it, or to what it shares memory with.
+    pub has_writers: bool,
+    /// Set for constants.
+    pub constant: Option<Constant>,
+    /// Set for tensors that were seen while the model ran: dtype and shape.
+    pub seen: Option<Seen>,
+}
+
+/// What a run showed of a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// In libtorch's name: `Float`, `Long`.
+    pub dtype: String,
+    /// Of the last time it was seen.
+    pub shape: Vec<i64>,
+}
+
+/// A constant of the graph.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Constant {
+    /// Text of a constant that is no tensor.
+    pub text: String,
+    /// libtorch's name of a tensor's dtype, empty for other constants.
+    pub dtype: String,
+    /// Shape of a tensor.
+    pub shape: Vec<i64>,
+    /// Equal for constants that share their storage, 0 where there is none.
+    pub storage: usize,
+    /// Bytes of a tensor.
+    pub bytes: u64,
+    /// Dotted name of the parameter or buffer that this tensor is, if it still is one after folding.
+    pub parameter: Option<String>,
+}
+
+impl Constant {
+    /// True for a tensor.
+    #[must_use]
+    pub fn is_tensor(&self) -> bool {
+        !self.dtype.is_empty()
+    }
+}
+
+/// A list of nodes with parameters and returned values.
+#[derive(Debug, Clone, Default)]
+pub struct Block {
+    /// The `prim::If` or `prim::Loop` that it belongs to; `None` for `forward`.
+    pub owner: Option<NodeId>,
+    /// For `forward`: the module itself, then the arguments.
+    pub parameters: Vec<ValueId>,
+    /// What it returns.
+    pub returns: Vec<ValueId>,
+}
+
+/// An operation.
+#[derive(Debug, Clone, Default)]
+pub struct Node {
+    /// Qualified name without overload: `aten::conv2d`.
+    pub op: String,
+    /// The block that it stands in.
+    pub block: BlockId,
+    /// Its own blocks.
+    pub blocks: Vec<BlockId>,
+    /// Dotted path of the modules that were called to reach it; may be empty or lack parts.
+    pub path: String,
+    /// Dotted name of the parameter that it read before folding, if any.
+    pub parameter: Option<String>,
+    /// Values read.
+    pub inputs: Vec<ValueId>,
+    /// Values defined.
+    pub outputs: Vec<ValueId>,
+}
+
+impl Listing {
+    pub(super) fn from_rows(rows: bridge::ListingRows) -> Self {
+        Self {
+            values: rows.values.into_iter().map(value).collect(),
+            blocks: rows.blocks.into_iter().map(block).collect(),
+            nodes: rows.nodes.into_iter().map(node).collect(),
+        }
+    }
+
+    /// The arguments of `forward`, without the module itself.
+    #[must_use]
+    pub fn arguments(&self) -> &[ValueId] {
+        self.blocks.first().and_then(|block| block.parameters.get(1..)).unwrap_or_default()
+    }
+}
+
+fn some(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn value(row: bridge::ValueRow) -> Value {
+    let constant = row.is_constant.then(|| Constant {
+        text: row.text,
+        dtype: row.dtype,
+        shape: row.shape,
+        storage: row.pointer,
+        bytes: row.storage_bytes,
+        parameter: some(row.parameter),
+    });
+    Value {
+        name: row.name,
+        type_name: row.type_name,
+        is_tensor: row.is_tensor,
+        has_writers: row.has_writers,
+        constant,
+        seen: None,
+    }
+}
+
+fn block(row: bridge::BlockRow) -> Block {
+    Block { owner: usize::try_from(row.owner).ok(), parameters: row.parameters, returns: row.returns }
+}
+
+fn node(row: bridge::NodeRow) -> Node {
+    Node {
+        op: row.op,
+        block: row.block,
+        blocks: row.blocks,
+        path: row.path,
+        parameter: some(row.layer),
+        inputs: row.inputs,
+        outputs: row.outputs,
+    }
+}

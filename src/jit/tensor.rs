@@ -1,0 +1,40 @@
+//! Tensors across the seam: tch's handle and C++'s `at::Tensor` are the same object behind two types.
+
+#![allow(unsafe_code)]
+
+use cxx::UniquePtr;
+use tch::Tensor;
+
+use super::ffi::bridge;
+
+/// Borrows what a tch tensor points to.
+pub(super) fn as_bridge(tensor: &Tensor) -> &bridge::Tensor {
+    let pointer = tensor.as_ptr().cast::<bridge::Tensor>();
+    // SAFETY: torch-sys declares C_tensor as the opaque name of at::Tensor, tch keeps the pointer non-null and alive as
+    // long as `tensor`, and the reference returned borrows `tensor`.
+    unsafe { &*pointer }
+}
+
+/// A second handle to the same storage.
+pub(super) fn from_bridge(tensor: &bridge::Tensor) -> Tensor {
+    let pointer = std::ptr::from_ref(tensor).cast_mut().cast();
+    // SAFETY: the pointer comes from a live reference to an at::Tensor; libtorch copies the handle and does not write
+    // through the pointer.
+    unsafe { Tensor::clone_from_ptr(pointer) }
+}
+
+/// Gives a tensor to C++.
+pub(super) fn into_bridge(tensor: Tensor) -> UniquePtr<bridge::Tensor> {
+    let tensor = std::mem::ManuallyDrop::new(tensor);
+    let pointer = tensor.as_ptr().cast_mut().cast::<bridge::Tensor>();
+    // SAFETY: tch allocates its tensors with C++'s `new at::Tensor`, as UniquePtr's `delete` expects, and ManuallyDrop
+    // leaves C++ as the only owner.
+    unsafe { UniquePtr::from_raw(pointer) }
+}
+
+/// Takes a tensor from C++.
+pub(super) fn from_unique(tensor: UniquePtr<bridge::Tensor>) -> Tensor {
+    let pointer = tensor.into_raw().cast();
+    // SAFETY: the pointer was made by C++'s `new at::Tensor` and nothing else owns it; tch frees it with `delete`.
+    unsafe { Tensor::from_ptr(pointer) }
+}
