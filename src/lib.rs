@@ -2,3 +2,4 @@
 
 pub mod jit;
 pub mod names;
+pub mod sites;

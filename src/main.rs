@@ -14,8 +14,10 @@ fn main() {
     let t = std::time::Instant::now();
     let c = m.clean(a.as_ref()).map_err(|e| e.to_string()).unwrap();
     println!("{:?} {:?}", t.elapsed(), c.notes());
-    for n in &c.listing().nodes {
-        let ins: Vec<String> = n.inputs.iter().map(|i| { let v=&c.listing().values[*i]; match &v.constant { Some(k) if k.is_tensor() => format!("<{:?} {:?}>", k.shape, k.parameter), Some(k) => k.text.clone(), None => format!("%{}", v.name)} }).collect();
-        println!("{} b{} path={:?} param={:?} ({}) -> {:?}", n.op, n.block, n.path, n.parameter, ins.join(", "), n.outputs.iter().map(|i| (&c.listing().values[*i].name, c.listing().values[*i].has_writers, &c.listing().values[*i].seen)).collect::<Vec<_>>());
-    }
+    if std::env::var("G").is_ok() { println!("{}", c.text().unwrap()); }
+    let s = tsquant::sites::find(c.listing());
+    for w in &s.weights { println!("W {} {} {:?} {}", w.name, w.op, w.shape, w.channel_axis); }
+    for a in &s.activations { println!("A {} {} {:?}", a.name, a.op, a.values.iter().map(|v| c.listing().values[*v].name.clone()).collect::<Vec<_>>()); }
+    for f in &s.left_float { println!("F {} {}: {}", f.name, f.op, f.reason); }
+    println!("{:?} layers {} weights {} activations {}", s.unknown_ops, s.layers.len(), s.weights.len(), s.activations.len());
 }

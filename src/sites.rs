@@ -1,0 +1,102 @@
+//! What is quantized: weights and activations, by name, and what stays float, each with its reason.
+//!
+//! Reads the plain listing of a cleaned graph. It knows no tensor and no statistics: which sites there are depends on the
+//! graph alone.
+
+mod attention;
+mod classes;
+mod find;
+mod names;
+mod ops;
+
+use serde::Serialize;
+
+use crate::jit::{Listing, NodeId, ValueId};
+
+/// Everything that the rest needs to know about a graph.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sites {
+    /// Ops with weights, in graph order.
+    pub layers: Vec<Layer>,
+    /// Weights to quantize, in graph order; a shared weight once.
+    pub weights: Vec<WeightSite>,
+    /// Values to quantize, in graph order.
+    pub activations: Vec<ActivationSite>,
+    /// What is not quantized though it computes with float tensors.
+    pub left_float: Vec<LeftFloat>,
+    /// Ops on float tensors that the op table lacks, with the number of their nodes.
+    pub unknown_ops: Vec<(String, usize)>,
+}
+
+/// An op with weights.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Layer {
+    /// Path of the module that owns the weight, or the op with a running number.
+    pub name: String,
+    /// TorchScript name of the op: `aten::conv2d`.
+    pub op: String,
+    /// Shapes of its constant tensors, in the order of its arguments.
+    pub constants: Vec<Vec<i64>>,
+    /// Its node.
+    #[serde(skip)]
+    pub node: NodeId,
+}
+
+/// A constant weight.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WeightSite {
+    /// `LAYER.<parameter>`.
+    pub name: String,
+    /// The first layer that uses it.
+    pub layer: String,
+    /// That layer's op.
+    pub op: String,
+    /// Shape of the weight.
+    pub shape: Vec<i64>,
+    /// Axis of the output channels.
+    pub channel_axis: usize,
+    /// The constants of the graph that are this weight.
+    #[serde(skip)]
+    pub values: Vec<ValueId>,
+}
+
+/// A value of the graph that gets one quantizer, together with all values that are the same numbers moved about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ActivationSite {
+    /// `LAYER.output`, `LAYER.output.1`, `input.NAME`.
+    pub name: String,
+    /// What makes the value; `input` for an argument of the model.
+    pub layer: String,
+    /// Its op; empty for an argument of the model.
+    pub op: String,
+    /// Where the quantizer goes: the values that are made, not moved. More than one where branches or loops meet.
+    #[serde(skip)]
+    pub values: Vec<ValueId>,
+}
+
+/// Something that computes with float tensors and is not quantized.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeftFloat {
+    /// Name of the layer, op or value.
+    pub name: String,
+    /// Its op.
+    pub op: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Finds all sites of a graph.
+#[must_use]
+pub fn find(listing: &Listing) -> Sites {
+    find::find(listing)
+}
+
+/// Arguments of `forward` whose dtype nothing tells: not seen in a run, and no op that takes only integers.
+#[must_use]
+pub fn arguments_of_unknown_dtype(listing: &Listing) -> Vec<String> {
+    let classes = classes::Classes::new(listing);
+    let arguments = listing.arguments().iter().map(|&id| (id, &listing.values[id]));
+    let unknown = arguments.filter(|&(id, value)| value.is_tensor && classes.dtype(id) == classes::Dtype::Unknown);
+    unknown.map(|(_, value)| value.name.clone()).collect()
+}
+

@@ -1,0 +1,260 @@
+//! Values that are the same numbers: moved by views and pooling, through branches and loops. A class has one quantizer.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::ops::{self, Role};
+use crate::jit::{Listing, Node, NodeId, ValueId};
+
+/// What is known of a class's numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dtype {
+    Float,
+    Other,
+    Unknown,
+}
+
+/// Who reads and who makes the values of a graph, and which values belong together.
+pub(super) struct Classes<'a> {
+    listing: &'a Listing,
+    parent: Vec<ValueId>,
+    users: Vec<Vec<NodeId>>,
+    makers: Vec<Option<NodeId>>,
+    returned: Vec<bool>,
+    dtypes: BTreeMap<ValueId, Dtype>,
+}
+
+impl<'a> Classes<'a> {
+    pub(super) fn new(listing: &'a Listing) -> Self {
+        let count = listing.values.len();
+        let mut classes = Self {
+            listing,
+            parent: (0..count).collect(),
+            users: vec![Vec::new(); count],
+            makers: vec![None; count],
+            returned: vec![false; count],
+            dtypes: BTreeMap::new(),
+        };
+        for (id, node) in listing.nodes.iter().enumerate() {
+            node.inputs.iter().for_each(|&value| classes.users[value].push(id));
+            node.outputs.iter().for_each(|&value| classes.makers[value] = Some(id));
+        }
+        for block in &listing.blocks {
+            block.returns.iter().for_each(|&value| classes.returned[value] = true);
+        }
+        for node in &listing.nodes {
+            classes.join_node(node);
+        }
+        classes.dtypes = classes.find_dtypes();
+        classes
+    }
+
+    /// The class of a value, as the smallest value in it.
+    pub(super) fn of(&self, mut value: ValueId) -> ValueId {
+        while self.parent[value] != value {
+            value = self.parent[value];
+        }
+        value
+    }
+
+    pub(super) fn members(&self, class: ValueId) -> impl Iterator<Item = ValueId> + '_ {
+        (0..self.parent.len()).filter(move |&value| self.of(value) == class)
+    }
+
+    pub(super) fn users(&self, value: ValueId) -> &[NodeId] {
+        &self.users[value]
+    }
+
+    pub(super) fn maker(&self, value: ValueId) -> Option<NodeId> {
+        self.makers[value]
+    }
+
+    /// True if some block returns the value.
+    pub(super) fn is_returned(&self, value: ValueId) -> bool {
+        self.returned[value]
+    }
+
+    pub(super) fn dtype(&self, value: ValueId) -> Dtype {
+        self.dtypes.get(&self.of(value)).copied().unwrap_or(Dtype::Unknown)
+    }
+
+    /// True for a tensor, or list of tensors, that runs may fill with float32 numbers.
+    pub(super) fn may_be_float(&self, value: ValueId) -> bool {
+        let known = &self.listing.values[value];
+        match &known.constant {
+            Some(constant) => constant.dtype == "Float",
+            None => holds_tensors(self.listing, value) && self.dtype(value) != Dtype::Other,
+        }
+    }
+
+    /// The tensors behind an operand: itself, or the elements of a list that is put together in the graph.
+    pub(super) fn elements(&self, value: ValueId) -> Vec<ValueId> {
+        let maker = self.maker(value).map(|id| &self.listing.nodes[id]);
+        match maker {
+            Some(node) if node.op == "prim::ListConstruct" => node.inputs.clone(),
+            _ => vec![value],
+        }
+    }
+
+    /// The values of a class that are made rather than passed on: where its quantizer goes.
+    pub(super) fn anchors(&self, class: ValueId) -> Vec<ValueId> {
+        let made = |value: &ValueId| match self.maker(*value) {
+            Some(node) => !moved(self.listing, node).iter().any(|&input| self.of(input) == class),
+            None => self.is_argument(*value),
+        };
+        self.members(class).filter(made).filter(|&value| self.listing.values[value].constant.is_none()).collect()
+    }
+
+    /// True if something in the model computes with the numbers of this class. Asking for shapes, and ops without float
+    /// results such as arg-max, do not count.
+    pub(super) fn is_computed_with(&self, class: ValueId) -> bool {
+        self.members(class).flat_map(|value| self.users(value)).any(|&id| {
+            let node = &self.listing.nodes[id];
+            let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output));
+            !moves(node) && !is_container(node) && output_floats || self.is_read_by_list_user(node)
+        })
+    }
+
+    fn is_read_by_list_user(&self, node: &Node) -> bool {
+        is_container(node)
+            && node.outputs.iter().flat_map(|&output| self.users(output)).any(|&id| {
+                let user = &self.listing.nodes[id];
+                !is_container(user) || self.is_read_by_list_user(user)
+            })
+    }
+
+    fn is_argument(&self, value: ValueId) -> bool {
+        self.listing.arguments().contains(&value)
+    }
+
+    fn join(&mut self, a: ValueId, b: ValueId) {
+        let joinable = |value: ValueId| {
+            self.listing.values[value].constant.is_none() && holds_tensors(self.listing, value)
+        };
+        if !joinable(a) || !joinable(b) {
+            return;
+        }
+        // A cast between float and other numbers changes them.
+        let seen = |value: ValueId| self.listing.values[value].seen.as_ref().map(|seen| seen.dtype == "Float");
+        if let (Some(a), Some(b)) = (seen(a), seen(b))
+            && a != b
+        {
+            return;
+        }
+        let (a, b) = (self.of(a), self.of(b));
+        self.parent[a.max(b)] = a.min(b);
+    }
+
+    fn join_node(&mut self, node: &Node) {
+        match (node.op.as_str(), effective_role(self.listing, node)) {
+            ("prim::If", _) => self.join_if(node),
+            ("prim::Loop", _) => self.join_loop(node),
+            (op, Some(Role::Move(slots))) => {
+                let outputs = if op == "prim::ListUnpack" { node.outputs.len() } else { 1 };
+                for &slot in slots {
+                    let Some(&input) = node.inputs.get(slot) else { continue };
+                    for &output in node.outputs.iter().take(outputs) {
+                        self.join(input, output);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn join_if(&mut self, node: &Node) {
+        for &block in &node.blocks {
+            for (&returned, &output) in self.listing.blocks[block].returns.iter().zip(&node.outputs) {
+                self.join(returned, output);
+            }
+        }
+    }
+
+    /// A loop's inputs are trip count, condition, carried values; its body takes the iteration and the carried values and
+    /// returns the condition and the carried values.
+    fn join_loop(&mut self, node: &Node) {
+        for &block in &node.blocks {
+            let block = &self.listing.blocks[block];
+            let carried = node.inputs.iter().skip(2);
+            let bodies = block.parameters.iter().skip(1).zip(block.returns.iter().skip(1));
+            for ((&input, (&parameter, &returned)), &output) in carried.zip(bodies).zip(&node.outputs) {
+                self.join(input, parameter);
+                self.join(input, returned);
+                self.join(input, output);
+            }
+        }
+    }
+
+    fn find_dtypes(&self) -> BTreeMap<ValueId, Dtype> {
+        let mut dtypes = BTreeMap::new();
+        for (id, value) in self.listing.values.iter().enumerate() {
+            if let Some(seen) = &value.seen {
+                let dtype = if seen.dtype == "Float" { Dtype::Float } else { Dtype::Other };
+                dtypes.insert(self.of(id), dtype);
+            }
+        }
+        for node in &self.listing.nodes {
+            if let Some(&indices) = index_slot(&node.op).and_then(|slot| node.inputs.get(slot)) {
+                dtypes.entry(self.of(indices)).or_insert(Dtype::Other);
+            }
+            if matches!(ops::role(&node.op), Some(Role::Weighted(_))) && index_slot(&node.op).is_none() {
+                if let Some(&data) = node.inputs.first() {
+                    dtypes.entry(self.of(data)).or_insert(Dtype::Float);
+                }
+            }
+        }
+        dtypes
+    }
+}
+
+/// The role of a node, where padding with anything but zero is no moving of numbers.
+pub(super) fn effective_role(listing: &Listing, node: &Node) -> Option<Role> {
+    match ops::role(&node.op)? {
+        Role::Pad(slot) => {
+            let value = node.inputs.get(slot).and_then(|&value| listing.values[value].constant.as_ref());
+            let zero = value.is_some_and(|constant| matches!(constant.text.as_str(), "None" | "0" | "0."));
+            Some(if zero || node.inputs.len() <= slot { Role::Move(&[0]) } else { Role::Float })
+        }
+        role => Some(role),
+    }
+}
+
+/// True for ops that pass numbers on: moves, branches and loops.
+pub(super) fn moves(node: &Node) -> bool {
+    matches!(node.op.as_str(), "prim::If" | "prim::Loop") || matches!(ops::role(&node.op), Some(Role::Move(_) | Role::Pad(_)))
+}
+
+/// The values whose numbers a moving node passes on; none for other nodes.
+pub(super) fn moved(listing: &Listing, id: NodeId) -> Vec<ValueId> {
+    let node = &listing.nodes[id];
+    let returns = || node.blocks.iter().flat_map(|&block| listing.blocks[block].returns.iter().copied());
+    match node.op.as_str() {
+        "prim::If" => returns().collect(),
+        "prim::Loop" => node.inputs.iter().skip(2).copied().chain(returns()).collect(),
+        _ => match effective_role(listing, node) {
+            Some(Role::Move(slots)) => slots.iter().filter_map(|&slot| node.inputs.get(slot).copied()).collect(),
+            _ => Vec::new(),
+        },
+    }
+}
+
+/// True for a tensor or a list of tensors.
+pub(super) fn holds_tensors(listing: &Listing, value: ValueId) -> bool {
+    let value = &listing.values[value];
+    value.is_tensor || matches!(value.type_name.as_str(), "Tensor[]" | "List[Tensor]" | "Optional[Tensor]" | "Tensor?")
+}
+
+fn is_container(node: &Node) -> bool {
+    matches!(node.op.as_str(), "prim::ListConstruct" | "prim::TupleConstruct" | "prim::DictConstruct")
+}
+
+/// The slot in which an op takes indices.
+fn index_slot(op: &str) -> Option<usize> {
+    match op {
+        "aten::embedding" | "aten::embedding_bag" => Some(1),
+        "aten::index_select" | "aten::gather" => Some(2),
+        _ => None,
+    }
+}
+
+/// Nodes from a set, for the callers that mark some.
+pub(super) type NodeSet = BTreeSet<NodeId>;

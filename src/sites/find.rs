@@ -1,0 +1,376 @@
+//! From roles of ops to sites.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::attention::{self, Scores};
+use super::classes::{Classes, effective_role, moves};
+use super::names;
+use super::ops::{Role, Weighted, Weights};
+use super::{ActivationSite, Layer, LeftFloat, Sites, WeightSite};
+use crate::jit::{Constant, Listing, Node, NodeId, ValueId};
+
+pub(super) fn find(listing: &Listing) -> Sites {
+    let classes = Classes::new(listing);
+    let scores = attention::find(listing, &classes);
+    let names = names::of_nodes(listing);
+    let mut finder = Finder {
+        listing,
+        classes,
+        scores,
+        names,
+        fused_from: BTreeMap::new(),
+        demanded: BTreeSet::new(),
+        weights: BTreeMap::new(),
+        sites: Sites::default(),
+    };
+    for id in 0..listing.nodes.len() {
+        finder.visit(id);
+    }
+    finder.demand_arguments();
+    finder.collect_activations();
+    finder.collect_unknown_ops();
+    finder.sites
+}
+
+struct Finder<'a> {
+    listing: &'a Listing,
+    classes: Classes<'a>,
+    scores: Scores,
+    names: Vec<String>,
+    /// Activation function → the op that it joins.
+    fused_from: BTreeMap<NodeId, NodeId>,
+    demanded: BTreeSet<ValueId>,
+    /// Storage and shape of a weight → its index among the sites.
+    weights: BTreeMap<(usize, Vec<i64>), usize>,
+    sites: Sites,
+}
+
+/// A constant operand on its way to become a weight site.
+struct Candidate {
+    value: ValueId,
+    axis: usize,
+    /// What to call it if it is no named parameter.
+    fallback: String,
+}
+
+impl Finder<'_> {
+    fn visit(&mut self, id: NodeId) {
+        let node = &self.listing.nodes[id];
+        if self.scores.arithmetic.contains(&id) {
+            self.leave_op_float(id, "arithmetic of scores and masks before a softmax");
+            return;
+        }
+        match effective_role(self.listing, node) {
+            Some(Role::Weighted(row)) => self.visit_weighted(id, row),
+            Some(Role::Product(product)) => self.visit_product(id, product.left, product.right),
+            Some(Role::Quantized(slots)) => self.visit_quantized(id, slots),
+            Some(Role::Attention) => {
+                self.demand_inputs(id, &[0, 1, 2]);
+                self.demand_output(id);
+                self.leave_op_float(id, "scores and softmax inside are computed in float; query, key and value are sites");
+            }
+            Some(Role::Float) => self.leave_op_float(id, "computed in float"),
+            Some(Role::Softmax) => self.leave_op_float(id, "computed in float, like the scores before it"),
+            Some(Role::Activation) if !self.fused_from.contains_key(&id) => {
+                self.leave_op_float(id, "computed in float: it follows no layer that it could join");
+            }
+            Some(Role::Activation | Role::Move(_) | Role::Pad(_)) => {}
+            None if node.op.starts_with("prim::") || node.op.starts_with("tsquant::") => {}
+            None if node.op == "aten::fake_quantize_per_tensor_affine" => {
+                self.leave_op_float(id, "a fake-quantize node of the model's own");
+            }
+            None => self.leave_op_float(id, "not in the op table"),
+        }
+    }
+
+    fn visit_weighted(&mut self, id: NodeId, row: &Weighted) {
+        let node = &self.listing.nodes[id];
+        self.demand_inputs(id, row.data);
+        match row.weights {
+            Weights::Slots(slots) => {
+                for &slot in slots {
+                    let Some(&value) = node.inputs.get(slot) else { continue };
+                    let fallback = if slots.len() == 1 { "weight".to_owned() } else { format!("weight_{slot}") };
+                    self.add_weight(id, Candidate { value, axis: row.axis, fallback });
+                }
+            }
+            Weights::List(slot) => {
+                self.add_recurrent_weights(id, slot, row.axis);
+                self.leave_op_float(id, "the cell's arithmetic is computed in float; its weights and its input are sites");
+            }
+        }
+        self.add_layer(id);
+        if row.output && !self.scores.products.contains(&id) {
+            self.demand_output(id);
+        } else if row.output {
+            self.leave_result_float(id, "scores on their way into a softmax");
+        }
+    }
+
+    fn add_recurrent_weights(&mut self, id: NodeId, slot: usize, axis: usize) {
+        let node = &self.listing.nodes[id];
+        let Some(&list) = node.inputs.get(slot) else { return };
+        let elements = self.classes.elements(list);
+        let matrices: Vec<_> = elements.into_iter().filter(|&value| rank(self.listing, value) == Some(2)).collect();
+        let flag = |slot: usize| node.inputs.get(slot).and_then(|&value| self.listing.values[value].constant.as_ref());
+        let bidirectional = flag(7).is_some_and(|constant| constant.text == "True");
+        for (index, value) in matrices.into_iter().enumerate() {
+            let fallback = names::recurrent_matrix(index, bidirectional);
+            self.add_weight(id, Candidate { value, axis, fallback });
+        }
+    }
+
+    fn visit_product(&mut self, id: NodeId, left: usize, right: usize) {
+        let node = &self.listing.nodes[id];
+        let mut has_weight = false;
+        for (slot, is_right) in [(left, false), (right, true)] {
+            let Some(&value) = node.inputs.get(slot) else { continue };
+            let Some(rank) = rank(self.listing, value).filter(|&rank| rank > 0) else {
+                self.demand(value);
+                continue;
+            };
+            // Output channels are the columns of a right factor and the rows of a left one.
+            let axis = if is_right || rank == 1 { rank - 1 } else { rank - 2 };
+            has_weight |= self.add_weight(id, Candidate { value, axis, fallback: "weight".to_owned() });
+        }
+        if has_weight {
+            self.add_layer(id);
+        }
+        if self.scores.products.contains(&id) {
+            self.leave_result_float(id, "scores on their way into a softmax");
+        } else {
+            self.demand_output(id);
+        }
+    }
+
+    fn visit_quantized(&mut self, id: NodeId, slots: &[usize]) {
+        let node = &self.listing.nodes[id];
+        if !node.outputs.iter().any(|&output| self.classes.may_be_float(output)) {
+            return;
+        }
+        self.demand_inputs(id, slots);
+        self.demand_output(id);
+        for &slot in slots {
+            let operands = node.inputs.get(slot).map(|&value| self.classes.elements(value)).unwrap_or_default();
+            for value in operands {
+                let constant = self.listing.values[value].constant.as_ref();
+                if let Some(shape) = constant.filter(|c| c.dtype == "Float" && !c.shape.is_empty()).map(|c| &c.shape) {
+                    let reason = format!("its constant operand of shape {shape:?} stays float");
+                    self.leave_float(self.names[id].clone(), &node.op, reason);
+                }
+            }
+        }
+    }
+
+    fn demand_inputs(&mut self, id: NodeId, slots: &[usize]) {
+        let node = &self.listing.nodes[id];
+        for value in slots.iter().filter_map(|&slot| node.inputs.get(slot)) {
+            for element in self.classes.elements(*value) {
+                self.demand(element);
+            }
+        }
+    }
+
+    /// Makes the result a site, or that of the activation function that joins the op.
+    fn demand_output(&mut self, id: NodeId) {
+        let node = &self.listing.nodes[id];
+        let Some(&output) = node.outputs.first() else { return };
+        match self.joining_activation(node, output) {
+            Some(end) => {
+                self.fused_from.insert(end, id);
+                self.listing.nodes[end].outputs.iter().for_each(|&value| self.demand(value));
+            }
+            None => self.demand(output),
+        }
+    }
+
+    /// The activation function that is the only reader of a layer's, product's or addition's result.
+    fn joining_activation(&self, node: &Node, output: ValueId) -> Option<NodeId> {
+        let [reader] = *self.classes.users(output) else { return None };
+        let function = &self.listing.nodes[reader];
+        let joins = matches!(effective_role(self.listing, function), Some(Role::Activation))
+            && function.inputs.first() == Some(&output)
+            && !self.classes.is_returned(output);
+        // Sums fuse with the clamps only, as integer kernels do.
+        let clamps = ["relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"];
+        let takes_any = matches!(effective_role(self.listing, node), Some(Role::Weighted(_) | Role::Product(_)));
+        (joins && (takes_any || clamps.contains(&names::short(&function.op)))).then_some(reader)
+    }
+
+    fn demand(&mut self, value: ValueId) {
+        if self.listing.values[value].constant.is_none() && self.classes.may_be_float(value) {
+            self.demanded.insert(self.classes.of(value));
+        }
+    }
+
+    /// Float arguments of the model are sites, unless nothing but masks is made of them.
+    fn demand_arguments(&mut self) {
+        for &value in self.listing.arguments() {
+            let class = self.classes.of(value);
+            let mut readers = self.classes.members(class).flat_map(|member| self.readers_of(member));
+            let is_read = readers.any(|reader| !self.scores.arithmetic.contains(&reader));
+            drop(readers);
+            if is_read {
+                self.demand(value);
+            }
+        }
+    }
+
+    /// Nodes that compute with a value; an attention's use of it as mask does not count.
+    fn readers_of(&self, value: ValueId) -> Vec<NodeId> {
+        let reads = |id: &NodeId| {
+            let node = &self.listing.nodes[*id];
+            let only_as_mask = matches!(effective_role(self.listing, node), Some(Role::Attention))
+                && !node.inputs.iter().take(3).any(|&input| input == value);
+            !moves(node) && !only_as_mask
+        };
+        self.classes.users(value).iter().copied().filter(reads).collect()
+    }
+
+    fn collect_activations(&mut self) {
+        for class in std::mem::take(&mut self.demanded) {
+            let anchors = self.classes.anchors(class);
+            let Some(&first) = anchors.first() else { continue };
+            let (name, layer, op) = self.name_value(first);
+            if !self.classes.is_computed_with(class) {
+                if !self.listing.arguments().contains(&first) {
+                    self.leave_float(name, &op, "an output of the model".to_owned());
+                }
+            } else if anchors.iter().any(|&value| self.listing.values[value].has_writers) {
+                self.leave_float(name, &op, "written in place: replacing it would change the model".to_owned());
+            } else if anchors.iter().any(|&value| !self.listing.values[value].is_tensor) {
+                self.leave_float(name, &op, "a list of tensors".to_owned());
+            } else {
+                self.sites.activations.push(ActivationSite { name, layer, op, values: anchors });
+            }
+        }
+        self.sites.activations.sort_by_key(|site| site.values.first().copied());
+    }
+
+    /// Site name, layer and op of a value.
+    fn name_value(&self, value: ValueId) -> (String, String, String) {
+        let Some(maker) = self.classes.maker(value) else {
+            let name = trim_suffix(&self.listing.values[value].name);
+            return (format!("input.{name}"), "input".to_owned(), String::new());
+        };
+        let node = &self.listing.nodes[maker];
+        let first = self.fused_from.get(&maker).copied().unwrap_or(maker);
+        let layer = self.names[first].clone();
+        let outputs = node.outputs.iter().filter(|&&output| self.listing.values[output].is_tensor).count();
+        let position = node.outputs.iter().position(|&output| output == value);
+        let name = match position {
+            Some(position) if outputs > 1 => format!("{layer}.output.{position}"),
+            _ => format!("{layer}.output"),
+        };
+        (name, layer, self.listing.nodes[first].op.clone())
+    }
+
+    /// Adds a weight site for a constant; a tensor that is computed is an activation like any other.
+    fn add_weight(&mut self, id: NodeId, candidate: Candidate) -> bool {
+        let value = &self.listing.values[candidate.value];
+        let node = &self.listing.nodes[id];
+        let Some(constant) = value.constant.as_ref() else {
+            self.demand(candidate.value);
+            return false;
+        };
+        if !constant.is_tensor() {
+            return false;
+        }
+        let own_name = constant.parameter.as_deref().or(node.parameter.as_deref()).map(names::last_part);
+        let parameter = own_name.filter(|name| !name.starts_with("bias")).unwrap_or(&candidate.fallback).to_owned();
+        let name = format!("{}.{parameter}", self.names[id]);
+        if constant.dtype != "Float" {
+            let reason = format!("its dtype is {}, not float32", constant.dtype.to_lowercase());
+            self.leave_float(name, &node.op, reason);
+            return false;
+        }
+        if constant.shape.contains(&0) {
+            self.leave_float(name, &node.op, "it is empty".to_owned());
+            return false;
+        }
+        let key = (constant.storage, constant.shape.clone());
+        if let Some(&index) = self.weights.get(&key) {
+            let site = &mut self.sites.weights[index];
+            if !site.values.contains(&candidate.value) {
+                site.values.push(candidate.value);
+            }
+            return true;
+        }
+        self.weights.insert(key, self.sites.weights.len());
+        let name = self.unique_weight_name(name);
+        self.sites.weights.push(WeightSite {
+            name,
+            layer: self.names[id].clone(),
+            op: node.op.clone(),
+            shape: constant.shape.clone(),
+            channel_axis: candidate.axis,
+            values: vec![candidate.value],
+        });
+        true
+    }
+
+    fn unique_weight_name(&self, name: String) -> String {
+        let taken = |name: &str| self.sites.weights.iter().any(|site| site.name == name);
+        if !taken(&name) {
+            return name;
+        }
+        let numbered = (2..).map(|number| format!("{name}#{number}"));
+        numbered.into_iter().find(|name| !taken(name)).unwrap_or(name)
+    }
+
+    fn add_layer(&mut self, id: NodeId) {
+        let node = &self.listing.nodes[id];
+        let operands = node.inputs.iter().flat_map(|&value| self.classes.elements(value));
+        let constants = operands.filter_map(|value| self.listing.values[value].constant.as_ref());
+        let shapes = constants.filter(|constant| constant.is_tensor()).map(|constant| constant.shape.clone());
+        self.sites.layers.push(Layer {
+            name: self.names[id].clone(),
+            op: node.op.clone(),
+            constants: shapes.collect(),
+            node: id,
+        });
+    }
+
+    /// Lists an op that takes and gives float tensors.
+    fn leave_op_float(&mut self, id: NodeId, reason: &str) {
+        let node = &self.listing.nodes[id];
+        let floats = |values: &[ValueId]| {
+            let elements = values.iter().flat_map(|&value| self.classes.elements(value));
+            elements.into_iter().any(|value| self.classes.may_be_float(value))
+        };
+        if floats(&node.inputs) && floats(&node.outputs) {
+            self.leave_float(self.names[id].clone(), &node.op, reason.to_owned());
+        }
+    }
+
+    fn leave_result_float(&mut self, id: NodeId, reason: &str) {
+        let name = format!("{}.output", self.names[id]);
+        self.leave_float(name, &self.listing.nodes[id].op, reason.to_owned());
+    }
+
+    fn leave_float(&mut self, name: String, op: &str, reason: String) {
+        self.sites.left_float.push(LeftFloat { name, op: op.to_owned(), reason });
+    }
+
+    fn collect_unknown_ops(&mut self) {
+        let mut counts = BTreeMap::<&str, usize>::new();
+        for left in self.sites.left_float.iter().filter(|left| left.reason == "not in the op table") {
+            *counts.entry(&left.op).or_default() += 1;
+        }
+        self.sites.unknown_ops = counts.into_iter().map(|(op, count)| (op.to_owned(), count)).collect();
+    }
+}
+
+/// Rank of a constant tensor.
+fn rank(listing: &Listing, value: ValueId) -> Option<usize> {
+    listing.values[value].constant.as_ref().filter(|constant| constant.is_tensor()).map(|constant: &Constant| constant.shape.len())
+}
+
+/// An argument's name without the `.1` that the graph adds to keep names apart.
+fn trim_suffix(name: &str) -> &str {
+    match name.rsplit_once('.') {
+        Some((stem, number)) if number.bytes().all(|byte| byte.is_ascii_digit()) => stem,
+        _ => name,
+    }
+}
+
