@@ -17,5 +17,12 @@ pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap};
 pub use error::Error;
 pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};
+pub use tensor::with_values;
 pub use value::{Argument, Output};
 pub use visit::{BoxError, NoVisit, Visit};
+
+/// Version of the libtorch that the binary was built against.
+#[must_use]
+pub fn torch_version() -> String {
+    ffi::bridge::torch_version()
+}

@@ -1,5 +1,23 @@
-//! tsquant: post-training quantization of TorchScript models.
+//! tsquant: post-training quantization of TorchScript models. TorchScript in, TorchScript out, no Python at run time.
+//!
+//! A run goes one way: a [`config::Plan`] names a model and data; [`jit`] loads and cleans the model; [`sites`] says what is
+//! quantized; [`observe`] collects [`statistics`] while the data runs; [`threshold`] chooses one [`quantizer`] per site;
+//! [`emit`] writes the quantized model; [`evaluate`] compares it with the float one; [`report`] tells. [`pipeline`] holds
+//! that order. ARCHITECTURE.md is the map.
 
+pub mod cli;
+pub mod config;
+pub mod dataset;
+pub mod emit;
+pub mod evaluate;
+pub mod feed;
 pub mod jit;
 pub mod names;
+pub mod observe;
+pub mod pipeline;
+pub mod quantizer;
+pub mod report;
+pub mod simulate;
 pub mod sites;
+pub mod statistics;
+pub mod threshold;

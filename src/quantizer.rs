@@ -1,8 +1,20 @@
 //! The number system: which levels a quantizer has and how a value becomes one of them.
 //!
 //! The only place with this arithmetic. Plain data: it knows `f32` and integers, never a tensor, a graph or a file.
+//! How a threshold is found is not its business either; see [`threshold`](crate::threshold).
+
+mod bits;
+mod params;
+mod threshold;
 
 use serde::{Deserialize, Serialize};
+
+pub use bits::{Bits, BitsError};
+pub use params::{Levels, QuantParams, QuantParamsError};
+pub use threshold::{Range, Threshold};
+
+/// Smallest scale of any quantizer: 2^-126, the smallest normal `f32`, whose reciprocal is still finite.
+pub const MIN_SCALE: f32 = f32::MIN_POSITIVE;
 
 /// Where the levels of a quantizer lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -25,11 +37,6 @@ pub enum Granularity {
     /// One per output channel.
     PerChannel,
 }
-
-/// Width of a quantizer: 2 to 16 bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "u64", into = "u8")]
-pub struct Bits(u8);
 
 /// Bits and grid of a quantizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

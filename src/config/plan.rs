@@ -4,13 +4,14 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::quantizer::{Granularity, Scheme};
 use crate::threshold::ErrorMethod;
 
-/// Everything that one `tsquant quantize` needs to know.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// Everything that one `tsquant quantize` needs to know. Serialized, it is an experiment again: the same keys as the
+/// YAML, every default written.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// Absolute path of the TorchScript file.
     pub model: PathBuf,
@@ -31,7 +32,7 @@ pub struct Plan {
 }
 
 /// A data set and how its rows become tensors.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DataPlan {
     /// Absolute path: `.safetensors`, `.npz`, `.npy`, or a folder of images.
     pub path: PathBuf,
@@ -50,7 +51,7 @@ pub struct DataPlan {
 }
 
 /// Evaluation data with its labels and the metrics asked for.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct EvaluationPlan {
     /// The data set.
     pub data: DataPlan,
@@ -61,7 +62,7 @@ pub struct EvaluationPlan {
 }
 
 /// A measure of one model, or of a quantized model against the float one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
     /// Share of rows whose arg-max is an accepted class.
@@ -78,9 +79,29 @@ pub enum Metric {
     MaxAbsDiff,
 }
 
+impl Metric {
+    /// The name in YAML, tables and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Top1 => "top1",
+            Self::Top5 => "top5",
+            Self::Agreement => "agreement",
+            Self::Sqnr => "sqnr",
+            Self::Cosine => "cosine",
+            Self::MaxAbsDiff => "max_abs_diff",
+        }
+    }
+
+    /// Whether it compares with labels, not with the float model.
+    #[must_use]
+    pub fn needs_labels(self) -> bool {
+        matches!(self, Self::Top1 | Self::Top5)
+    }
+}
+
 /// The arguments of `forward`, in order or by name.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(untagged)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum InputsPlan {
     /// A list in YAML: by position.
     Positional(Vec<InputSource>),
@@ -89,8 +110,7 @@ pub enum InputsPlan {
 }
 
 /// Where one argument comes from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq)]
 pub enum InputSource {
     /// A tensor of the data file; row i belongs to sample i.
     Tensor(String),
@@ -114,7 +134,7 @@ pub enum Constant {
 
 /// From stored values to the model's values, applied in the order of the fields to uint8 and float tensors; integer
 /// tensors (token ids) pass untouched.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Transform {
     /// Images only: scale the short side to this many pixels, bilinear with antialiasing as torchvision does.
     pub resize: Option<u32>,
@@ -131,7 +151,7 @@ pub struct Transform {
 }
 
 /// Memory layout of stored images.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Layout {
     /// As the model wants it.
@@ -142,7 +162,7 @@ pub enum Layout {
 }
 
 /// How weights are quantized.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct WeightPlan {
     /// Bits and grid.
     pub scheme: Scheme,
@@ -153,7 +173,7 @@ pub struct WeightPlan {
 }
 
 /// How activations are quantized.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ActivationPlan {
     /// Bits and grid.
     pub scheme: Scheme,
@@ -162,7 +182,7 @@ pub struct ActivationPlan {
 }
 
 /// Where the model runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DevicePlan {
     /// The best device that works.
@@ -172,7 +192,7 @@ pub enum DevicePlan {
 }
 
 /// What is written, and where.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct OutputPlan {
     /// Absolute path of the run directory.
     pub dir: PathBuf,
@@ -181,7 +201,7 @@ pub struct OutputPlan {
 }
 
 /// Form of an emitted model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
     /// Float kernels, weights on their grid, fake-quantize nodes at the sites.

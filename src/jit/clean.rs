@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::error::one_line;
 use super::ffi::bridge;
 use super::listing::{Listing, Seen, ValueId};
-use super::module::{Arguments, Module, Signature};
+use super::module::{Arguments, Module};
 use super::value::Output;
 use super::visit::{BoxError, NoVisit, Visit, Visitor};
 use super::{Error, tensor};
@@ -99,7 +99,7 @@ pub struct ExtraFile {
 /// A frozen module with a cleaned graph.
 pub struct Clean {
     frozen: UniquePtr<bridge::Frozen>,
-    signature: Signature,
+    module: Module,
     listing: Listing,
     notes: Vec<String>,
     checked: bool,
@@ -113,6 +113,7 @@ impl Clean {
             clean.apply(step)?;
         }
         clean.listing = Listing::from_rows(bridge::list_graph(clean.frozen()?)?);
+        clean.listing.complete_paths(&module.paths()?);
         if let (Some(sample), Some(reference)) = (sample, reference) {
             if let Err(error) = clean.check("the clean-up", sample, &reference) {
                 return Err(blame(module, sample, &reference).err().unwrap_or(error));
@@ -127,8 +128,7 @@ impl Clean {
         let frozen = bridge::freeze(module.as_bridge()?)
             .map_err(|error| Error::Freeze { message: one_line(error.what()) })?;
         let notes = module.notes().to_vec();
-        let signature = module.signature().clone();
-        Ok(Self { frozen, signature, listing: Listing::default(), notes, checked: false })
+        Ok(Self { frozen, module: module.share()?, listing: Listing::default(), notes, checked: false })
     }
 
     fn apply(&mut self, (name, pass): Step) -> Result<(), Error> {
@@ -170,10 +170,10 @@ impl Clean {
         &self.listing
     }
 
-    /// What `forward` takes and returns.
+    /// The module that this graph comes from.
     #[must_use]
-    pub fn signature(&self) -> &Signature {
-        &self.signature
+    pub fn module(&self) -> &Module {
+        &self.module
     }
 
     /// What loading and clean-up changed, one sentence each.
@@ -260,6 +260,14 @@ pub struct Instrumented {
 }
 
 impl Instrumented {
+    /// The graph of a module as it is, to run it op by op without libtorch's optimizer.
+    ///
+    /// # Errors
+    /// Where libtorch refuses the graph.
+    pub fn of_module(module: &Module) -> Result<Self, Error> {
+        Ok(Self { executable: bridge::executable_of(module.as_bridge()?)? })
+    }
+
     /// Runs the graph without gradients; a model with state starts from the state in its file each time.
     ///
     /// # Errors

@@ -158,6 +158,10 @@ pub(super) mod bridge {
         fn value_key(v: &Value, index: usize) -> Result<String>;
 
         fn load_module(path: &str) -> Result<UniquePtr<Module>>;
+        fn share_module(m: &Module) -> UniquePtr<Module>;
+        fn is_dense(t: &Tensor) -> bool;
+        fn torch_version() -> String;
+        fn module_paths(m: &Module) -> Result<Vec<String>>;
         fn has_method(m: &Module, name: &str) -> Result<bool>;
         fn method_names(m: &Module) -> Result<Vec<String>>;
         fn arguments(m: &Module) -> Result<Vec<ArgumentRow>>;
@@ -188,6 +192,7 @@ pub(super) mod bridge {
             constants: &[usize],
             replacements: &Tensors,
         ) -> Result<UniquePtr<Executable>>;
+        fn executable_of(m: &Module) -> Result<UniquePtr<Executable>>;
         fn run(e: &Executable, a: &Arguments, visitor: &mut Visitor<'_>) -> Result<UniquePtr<Value>>;
 
         fn emit_module(

@@ -110,11 +110,40 @@ impl Listing {
         }
     }
 
+    /// Call stacks leave out containers such as ModuleList; where exactly one module fits a path that is none, take it.
+    pub(super) fn complete_paths(&mut self, modules: &[String]) {
+        for node in self.nodes.iter_mut().filter(|node| !node.path.is_empty()) {
+            if modules.contains(&node.path) {
+                continue;
+            }
+            let fitting = modules.iter().filter(|module| leaves_out(&node.path, module));
+            let shortest = fitting.clone().map(|module| module.matches('.').count()).min();
+            let mut fitting = fitting.filter(|module| Some(module.matches('.').count()) == shortest);
+            if let (Some(module), None) = (fitting.next(), fitting.next()) {
+                node.path.clone_from(module);
+            }
+        }
+    }
+
     /// The arguments of `forward`, without the module itself.
     #[must_use]
     pub fn arguments(&self) -> &[ValueId] {
         self.blocks.first().and_then(|block| block.parameters.get(1..)).unwrap_or_default()
     }
+}
+
+/// True if `path` is `module` with some parts before the last left out.
+fn leaves_out(path: &str, module: &str) -> bool {
+    let (mut wanted, parts) = (path.rsplit('.').peekable(), module.rsplit('.'));
+    if module.rsplit('.').next() != wanted.peek().copied() {
+        return false;
+    }
+    for part in parts {
+        if wanted.peek() == Some(&part) {
+            wanted.next();
+        }
+    }
+    wanted.next().is_none()
 }
 
 fn some(text: String) -> Option<String> {
@@ -153,5 +182,31 @@ fn node(row: bridge::NodeRow) -> Node {
         parameter: some(row.layer),
         inputs: row.inputs,
         outputs: row.outputs,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn completed(path: &str, modules: &[&str]) -> String {
+        let node = Node { path: path.to_owned(), ..Node::default() };
+        let mut listing = Listing { nodes: vec![node], ..Listing::default() };
+        listing.complete_paths(&modules.iter().map(|&module| module.to_owned()).collect::<Vec<_>>());
+        listing.nodes[0].path.clone()
+    }
+
+    #[test]
+    fn containers_come_back_where_one_module_fits() {
+        let modules = ["bert.encoder.layer.0", "bert.encoder.layer.0.output", "bert.encoder.layer.1", "bert"];
+        assert_eq!(completed("bert.encoder.0.output", &modules), "bert.encoder.layer.0.output");
+        assert_eq!(completed("bert.encoder.0", &modules), "bert.encoder.layer.0");
+        assert_eq!(completed("bert", &modules), "bert");
+        assert_eq!(completed("other.0", &modules), "other.0");
+    }
+
+    #[test]
+    fn a_path_that_fits_two_modules_stays() {
+        assert_eq!(completed("0", &["left.0", "right.0"]), "0");
     }
 }

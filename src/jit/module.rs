@@ -214,6 +214,21 @@ impl Module {
         clean::Clean::new(self, sample)
     }
 
+    /// A second handle to the same module.
+    pub(super) fn share(&self) -> Result<Self, Error> {
+        Ok(Self {
+            inner: bridge::share_module(self.as_bridge()?),
+            path: self.path.clone(),
+            signature: self.signature.clone(),
+            notes: self.notes.clone(),
+            was_cast: self.was_cast,
+        })
+    }
+
+    pub(super) fn paths(&self) -> Result<Vec<String>, Error> {
+        Ok(bridge::module_paths(self.as_bridge()?)?)
+    }
+
     pub(super) fn as_bridge(&self) -> Result<&bridge::Module, Error> {
         self.inner.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))
     }

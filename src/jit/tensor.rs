@@ -5,7 +5,30 @@
 use cxx::UniquePtr;
 use tch::Tensor;
 
+use super::Error;
 use super::ffi::bridge;
+
+/// Lends the values of a float32 tensor as a slice: in memory order, without a copy, wherever they lie without gaps on the
+/// CPU; else a contiguous copy.
+///
+/// # Errors
+/// For a tensor of another dtype.
+pub fn with_values<R>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R, Error> {
+    let kind = tensor.f_kind()?;
+    if kind != tch::Kind::Float {
+        return Err(Error::Libtorch(format!("expected a float32 tensor, found {kind:?}")));
+    }
+    let here = tensor.f_to_device(tch::Device::Cpu)?;
+    let dense = if bridge::is_dense(as_bridge(&here)) { here } else { here.f_contiguous()? };
+    if dense.numel() == 0 {
+        return Ok(read(&[]));
+    }
+    // SAFETY: the tensor is float32, on the CPU and dense, so that numel() values lie at data_ptr(), which is the lowest
+    // address as strides are not negative; `dense` keeps them alive, and nothing writes while `read` runs, since the
+    // interpreter waits for it.
+    let values = unsafe { std::slice::from_raw_parts(dense.data_ptr().cast::<f32>(), dense.numel()) };
+    Ok(read(values))
+}
 
 /// Borrows what a tch tensor points to.
 pub(super) fn as_bridge(tensor: &Tensor) -> &bridge::Tensor {

@@ -196,6 +196,11 @@ impl<'a> Classes<'a> {
             if let Some(&indices) = index_slot(&node.op).and_then(|slot| node.inputs.get(slot)) {
                 dtypes.entry(self.of(indices)).or_insert(Dtype::Other);
             }
+            if matches!(ops::role(&node.op), Some(Role::Other)) {
+                node.outputs.iter().for_each(|&output| {
+                    dtypes.entry(self.of(output)).or_insert(Dtype::Other);
+                });
+            }
             if matches!(ops::role(&node.op), Some(Role::Weighted(_))) && index_slot(&node.op).is_none() {
                 if let Some(&data) = node.inputs.first() {
                     dtypes.entry(self.of(data)).or_insert(Dtype::Float);

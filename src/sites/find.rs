@@ -74,7 +74,7 @@ impl Finder<'_> {
             Some(Role::Activation) if !self.fused_from.contains_key(&id) => {
                 self.leave_op_float(id, "computed in float: it follows no layer that it could join");
             }
-            Some(Role::Activation | Role::Move(_) | Role::Pad(_)) => {}
+            Some(Role::Activation | Role::Move(_) | Role::Pad(_) | Role::Other) => {}
             None if node.op.starts_with("prim::") || node.op.starts_with("tsquant::") => {}
             None if node.op == "aten::fake_quantize_per_tensor_affine" => {
                 self.leave_op_float(id, "a fake-quantize node of the model's own");

@@ -17,6 +17,8 @@ pub(super) enum Role {
     Pad(usize),
     /// Needs more precision than a quantized tensor has.
     Float,
+    /// Gives truth values or indices, no float numbers.
+    Other,
     /// Float, and what stands between the last product and its input is scores and masks.
     Softmax,
     /// Attention with queries, keys, values in the first three slots and a mask, which is no site, in the fourth.
@@ -126,6 +128,13 @@ const TABLE: &[(&str, Role)] = &[
     ("aten::constant_pad_nd", Role::Pad(2)), ("aten::pad", Role::Pad(3)), ("aten::reflection_pad1d", MOVE),
     ("aten::reflection_pad2d", MOVE), ("aten::reflection_pad3d", MOVE), ("aten::replication_pad1d", MOVE),
     ("aten::replication_pad2d", MOVE), ("aten::replication_pad3d", MOVE),
+
+    ("aten::eq", Role::Other), ("aten::ne", Role::Other), ("aten::lt", Role::Other), ("aten::le", Role::Other),
+    ("aten::gt", Role::Other), ("aten::ge", Role::Other), ("aten::logical_and", Role::Other),
+    ("aten::logical_or", Role::Other), ("aten::logical_not", Role::Other), ("aten::isnan", Role::Other),
+    ("aten::isinf", Role::Other), ("aten::isfinite", Role::Other), ("aten::argmax", Role::Other),
+    ("aten::argmin", Role::Other), ("aten::argsort", Role::Other), ("aten::nonzero", Role::Other),
+    ("aten::any", Role::Other), ("aten::all", Role::Other), ("aten::sign", Role::Float),
 
     ("aten::softmax", Role::Softmax), ("aten::_softmax", Role::Softmax), ("aten::log_softmax", Role::Softmax),
     ("aten::_log_softmax", Role::Softmax),

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/serialization/import.h>
+#include <torch/version.h>
 
 #include "tsquant/src/jit/ffi.rs.h"
 
@@ -114,6 +115,13 @@ std::unique_ptr<Module> load_module(rust::Str path) {
   return std::make_unique<Module>(Module{torch::jit::load(owned(path), at::Device(at::kCPU))});
 }
 
+// A handle to the same module.
+std::unique_ptr<Module> share_module(const Module &m) { return std::make_unique<Module>(m); }
+
+bool is_dense(const at::Tensor &t) { return t.layout() == at::kStrided && t.is_non_overlapping_and_dense(); }
+
+rust::String torch_version() { return TORCH_VERSION; }
+
 bool has_method(const Module &m, rust::Str name) { return m.inner.find_method(owned(name)).has_value(); }
 
 rust::Vec<rust::String> method_names(const Module &m) {
@@ -153,6 +161,13 @@ rust::Vec<TensorRow> named_tensors(const Module &m) {
   for (const auto &entry : m.inner.named_buffers())
     rows.push_back(describe(entry.name, entry.value, true));
   return rows;
+}
+
+rust::Vec<rust::String> module_paths(const Module &m) {
+  rust::Vec<rust::String> paths;
+  for (const auto &entry : m.inner.named_modules())
+    paths.push_back(entry.name);
+  return paths;
 }
 
 rust::Vec<OpCount> op_counts(const Module &m) {

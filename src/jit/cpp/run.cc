@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/custom_operator.h>
 
 #include "tsquant/src/jit/ffi.rs.h"
@@ -117,6 +118,16 @@ std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow
   executable->code = torch::jit::Code(executable->graph, "forward");
   executable->stateful = uses_self(graph);
   executable->state = f.module;
+  return executable;
+}
+
+std::unique_ptr<Executable> executable_of(const Module &m) {
+  auto executable = std::make_unique<Executable>();
+  executable->graph = m.inner.get_method("forward").graph()->copy();
+  torch::jit::Inline(*executable->graph);
+  executable->code = torch::jit::Code(executable->graph, "forward");
+  executable->stateful = uses_self(*executable->graph);
+  executable->state = m.inner;
   return executable;
 }
 

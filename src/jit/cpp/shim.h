@@ -63,17 +63,23 @@ std::size_t value_len(const Value &v);
 std::unique_ptr<Value> value_at(const Value &v, std::size_t index);
 rust::String value_key(const Value &v, std::size_t index);
 
+// True if the tensor's values fill its memory without gaps, in whatever order.
+bool is_dense(const at::Tensor &t);
+rust::String torch_version();
+
 // A module as loaded.
 struct Module {
   torch::jit::Module inner;
 };
 
 std::unique_ptr<Module> load_module(rust::Str path);
+std::unique_ptr<Module> share_module(const Module &m);
 bool has_method(const Module &m, rust::Str name);
 rust::Vec<rust::String> method_names(const Module &m);
 rust::Vec<ArgumentRow> arguments(const Module &m);
 rust::Vec<rust::String> return_types(const Module &m);
 rust::Vec<TensorRow> named_tensors(const Module &m);
+rust::Vec<rust::String> module_paths(const Module &m);
 rust::Vec<OpCount> op_counts(const Module &m);
 bool is_training(const Module &m);
 void set_eval(const Module &m);
@@ -121,6 +127,7 @@ struct Executable {
 std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
                                        rust::Slice<const std::size_t> constants,
                                        const Tensors &replacements);
+std::unique_ptr<Executable> executable_of(const Module &m);
 std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor);
 
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,

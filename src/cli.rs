@@ -1,0 +1,65 @@
+//! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
+
+mod inspect;
+mod progress;
+mod quantize;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config;
+
+/// The run failed.
+const EXIT_FAILED: u8 = 1;
+/// The command line or the YAML is wrong.
+const EXIT_USAGE: u8 = 2;
+
+/// Post-training quantization of TorchScript models.
+#[derive(Debug, Parser)]
+#[command(version, about, arg_required_else_help = true, after_help = "Exit codes: 0 done, 1 the run failed, 2 the command line or the YAML is wrong.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Quantize a model as a YAML file describes.
+    Quantize(quantize::Quantize),
+    /// Explain a TorchScript file: signature, layers, what would be quantized and what not.
+    Inspect(inspect::Inspect),
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Quantize(command) => command.run(),
+        Command::Inspect(command) => command.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let usage = error.chain().any(|cause| cause.is::<config::Error>() || cause.is::<UsageError>());
+            ExitCode::from(if usage { EXIT_USAGE } else { EXIT_FAILED })
+        }
+    }
+}
+
+/// A flag whose value is wrong in a way that clap cannot see.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+/// A reader that has seen enough (`| head`) is no failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,493 @@
+//! An experiment as typed in YAML ([`Experiment`]) and the checked [`Plan`] that it resolves into.
+//!
+//! Strict: a key or value that is unknown, impossible or not built yet is an error that names file or flag, line, column
+//! and the key's full path. Plain data: it opens the YAML alone, and refuses to know what models and data files hold.
+
+mod decode;
+mod document;
+mod error;
+mod inputs;
+mod keys;
+mod not_built;
+mod plan;
+mod resolve;
+mod write;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+pub use error::{Error, Origin, Place, Problem, Spot};
+pub use plan::{
+    ActivationPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Layout, Metric,
+    OutputPlan, Plan, Transform, WeightPlan,
+};
+
+use document::{MAX_DEPTH, Node, Value};
+
+/// Bytes beyond which a file is no experiment.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// An experiment as typed: one YAML file, and the settings of the command line laid over it.
+///
+/// Nothing about its keys is checked before [`resolve`](Self::resolve), so that a setting can replace a value of the
+/// file that is impossible.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Experiment {
+    file: PathBuf,
+    root: Node,
+}
+
+impl Experiment {
+    /// Reads the YAML file at `path`.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is no UTF-8, no YAML, not one document, empty, or has a key twice.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let unreadable =
+            |reason: String| Place::whole(Origin::File(file.clone())).error(Problem::Unreadable { reason });
+        let mut bytes = Vec::new();
+        let opened = std::fs::File::open(&file).map_err(|e| unreadable(e.to_string()))?;
+        opened.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| unreadable(e.to_string()))?;
+        if bytes.len() as u64 > MAX_BYTES {
+            return Err(unreadable(format!("expected at most {MAX_BYTES} bytes, found more")));
+        }
+        Self::parse(file, &bytes)
+    }
+
+    /// Parses the bytes of `file`, an absolute path.
+    fn parse(file: PathBuf, bytes: &[u8]) -> Result<Self, Error> {
+        let whole = Place::whole(Origin::File(file.clone()));
+        let text = std::str::from_utf8(bytes).map_err(|error| {
+            let valid = bytes.get(..error.valid_up_to()).unwrap_or_default();
+            let place = Place { spot: Some(end_of(&String::from_utf8_lossy(valid))), ..whole.clone() };
+            place.error(Problem::Syntax { reason: "expected UTF-8, found other bytes".to_owned() })
+        })?;
+        let root = Node::parse(text, &whole.origin)?;
+        match root.value {
+            Value::Null => Err(whole.error(Problem::Empty)),
+            _ => Ok(Self { file, root }),
+        }
+    }
+
+    /// Lays each `KEY=VALUE` of `settings` over the experiment, the later over the earlier.
+    ///
+    /// `a.b=V` is the partial document `a: {b: V}`: V is YAML, maps are laid field by field (`inputs` is replaced whole),
+    /// and an empty V or `null` brings the default back.
+    ///
+    /// # Errors
+    /// A setting that is not `KEY=VALUE`, or whose VALUE is not YAML; errors name the flag `--set KEY=VALUE`.
+    pub fn overlay(mut self, settings: &[String]) -> Result<Self, Error> {
+        for setting in settings {
+            let place = Place::whole(Origin::Flag(format!("--set {setting}")));
+            let refuse = |found: &str| place.error(Problem::NotASetting { found: found.to_owned() });
+            let Some((key, value)) = setting.split_once('=') else { return Err(refuse("no `=`")) };
+            let path: Vec<&str> = key.trim().split('.').collect();
+            if path.iter().any(|name| name.is_empty()) {
+                return Err(refuse("an empty name in KEY"));
+            }
+            if path.len() > MAX_DEPTH {
+                return Err(refuse("too many names in KEY"));
+            }
+            let value = Node::parse(value, &place.origin)?;
+            self.lay(Node::nested(&path, value));
+        }
+        Ok(self)
+    }
+
+    /// Replaces the device, as `--device NAME` asks.
+    #[must_use]
+    pub fn with_device(mut self, name: &str) -> Self {
+        let place = Place::whole(Origin::Flag(format!("--device {name}")));
+        self.lay(Node::nested(&["device"], Node { place, value: Value::Text(name.to_owned()) }));
+        self
+    }
+
+    /// Checks everything, fills every default and makes every path absolute; relative ones start at `base`.
+    ///
+    /// # Errors
+    /// The first thing wrong: an unknown or missing key, an impossible value or combination, what is not built yet,
+    /// a model or data set that is not there.
+    pub fn resolve(&self, base: &Path) -> Result<Plan, Error> {
+        let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
+        let name = self.file.file_stem().unwrap_or_default().to_string_lossy();
+        let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name };
+        resolver.plan(decode::decode(&self.root)?)
+    }
+
+    fn lay(&mut self, over: Node) {
+        self.root.lay(over, &["inputs"]);
+    }
+}
+
+/// The position just after `text`.
+fn end_of(text: &str) -> Spot {
+    let last = text.rsplit('\n').next().unwrap_or_default();
+    Spot { line: text.matches('\n').count() as u64 + 1, column: last.chars().count() as u64 + 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../configs/mnist_resnet.yaml");
+
+    const SHORTEST: &str = "\
+model: {path: m.pt}
+calibration: {data: c.npz, inputs: [x]}
+quantization: {weights_error_method: NOCLIPPING, activation_error_method: NOCLIPPING}
+";
+
+    /// A folder with the files that the experiments here name.
+    fn folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        fs_err::create_dir_all(folder.path().join("models")).unwrap();
+        let files = ["mnist_resnet.pt", "mnist_calibration.safetensors", "mnist_evaluation.safetensors"];
+        for file in files.map(|file| format!("models/{file}")).iter().map(String::as_str).chain(["m.pt", "c.npz"]) {
+            fs_err::write(folder.path().join(file), "").unwrap();
+        }
+        folder
+    }
+
+    fn run_in(folder: &Path, yaml: impl AsRef<[u8]>, settings: &[&str]) -> Result<Plan, String> {
+        let file = folder.join("e.yaml");
+        fs_err::write(&file, yaml).unwrap();
+        let settings: Vec<String> = settings.iter().copied().map(String::from).collect();
+        let plan = Experiment::read(&file).and_then(|e| e.overlay(&settings)?.resolve(folder));
+        plan.map_err(|error| error.to_string())
+    }
+
+    fn run(yaml: impl AsRef<[u8]>, settings: &[&str]) -> Result<Plan, String> {
+        run_in(folder().path(), yaml, settings)
+    }
+
+    /// The error with its folder taken out.
+    fn refusal(yaml: impl AsRef<[u8]>, settings: &[&str]) -> String {
+        let folder = folder();
+        let error = run_in(folder.path(), yaml, settings).unwrap_err();
+        assert!(!error.contains('\n') && !error.is_empty(), "{error}");
+        error.replace(&format!("{}/", folder.path().display()), "/dir/")
+    }
+
+    #[test]
+    fn the_shipped_experiment_says_what_design_10_says() {
+        let folder = folder();
+        let plan = run_in(folder.path(), SHIPPED, &[]).unwrap();
+        assert_eq!(plan.model, folder.path().join("models/mnist_resnet.pt"));
+        assert_eq!(plan.output.dir, folder.path().join("runs/mnist_resnet"));
+        assert_eq!(plan.calibration.samples.map(std::num::NonZeroUsize::get), Some(256));
+        assert_eq!(plan.calibration.transform.scale, Some(1.0 / 255.0));
+        let evaluation = plan.evaluation.unwrap();
+        assert_eq!(evaluation.labels.as_deref(), Some("labels"));
+        assert_eq!(evaluation.metrics, [Metric::Top1, Metric::Agreement, Metric::Sqnr]);
+        assert_eq!(evaluation.data.transform, plan.calibration.transform);
+    }
+
+    #[test]
+    fn fills_every_default() {
+        let folder = folder();
+        let plan = run_in(folder.path(), SHORTEST, &[]).unwrap();
+        let shown = plan.to_yaml().unwrap().replace(&folder.path().display().to_string(), "/dir");
+        insta::assert_snapshot!(shown, @r"
+model:
+  path: /dir/m.pt
+calibration:
+  data: /dir/c.npz
+  inputs:
+  - x
+  samples: null
+  shuffle: false
+  batch_size: 32
+  transform:
+    resize: null
+    crop: null
+    layout: nchw
+    scale: null
+    mean: null
+    std: null
+quantization:
+  weights:
+    bits: 8
+    grid: symmetric
+    granularity: per_channel
+  activations:
+    bits: 8
+    grid: uniform
+    granularity: per_tensor
+  weights_error_method: NOCLIPPING
+  activation_error_method: NOCLIPPING
+device: auto
+output:
+  dir: /dir/runs/e
+  format: fake_quant
+evaluation: null
+seed: 0
+");
+    }
+
+    #[test]
+    fn a_written_plan_resolves_into_an_equal_plan() {
+        let every = r#"
+calibration.inputs={"1": "true", b: {const: 16000}, c: {const: 1.0}, d: {const: null}, "e: #": {const: false}, f: {const: 1e300}, g: " [x\n"}
+calibration.transform={resize: 256, crop: [224, 200], layout: nhwc, mean: [0.1, -2, 3e-8], std: [1]}
+calibration.shuffle=true
+evaluation.transform={}
+evaluation.samples=7
+evaluation.metrics=[max_abs_diff, cosine, top5]
+quantization.weights={bits: 2, grid: power_of_two, granularity: per_tensor}
+quantization.activations={bits: 16, grid: symmetric}
+device=cpu
+seed=18446744073709551615
+output.dir='a "b": #c'"#;
+        let every: Vec<&str> = every.lines().skip(1).collect();
+        let cases: [(&str, &[&str]); 5] = [
+            (SHORTEST, &[]),
+            (SHIPPED, &[]),
+            (SHIPPED, &every),
+            (SHIPPED, &["evaluation=", "calibration.samples=null"]),
+            (SHIPPED, &["evaluation.labels=", "evaluation.metrics="]),
+        ];
+        let folder = folder();
+        for (yaml, settings) in cases {
+            let plan = run_in(folder.path(), yaml, settings).unwrap();
+            let written = plan.to_yaml().unwrap();
+            let again = run_in(&folder.path().join("models"), &written, &[]).unwrap();
+            assert_eq!(again, plan, "{written}");
+            assert_eq!(again.to_yaml().unwrap(), written);
+        }
+    }
+
+    #[test]
+    fn later_settings_win_and_null_brings_the_default_back() {
+        let plan =
+            run(SHIPPED, &["quantization.weights.bits=4", "quantization={weights: {bits: 3}}", "seed=5"]).unwrap();
+        assert_eq!((plan.weights.scheme.bits.get(), plan.activations.scheme.bits.get()), (3, 8));
+        assert_eq!((plan.seed, plan.calibration.seed), (5, 5));
+        assert_eq!(run(SHIPPED, &["seed=5", "seed="]).unwrap().seed, 0);
+        assert_eq!(run(SHIPPED, &["evaluation=null"]).unwrap().evaluation, None);
+        let inputs =
+            run(SHIPPED, &["calibration.inputs={a: x}", "calibration.inputs={b: y}"]).unwrap().calibration.inputs;
+        assert_eq!(inputs, InputsPlan::Named(vec![("b".to_owned(), InputSource::Tensor("y".to_owned()))]));
+        let mended = SHIPPED.replace("device: auto", "device: cuda");
+        assert!(run(&mended, &[]).is_err() && run(&mended, &["device=cpu"]).is_ok());
+    }
+
+    #[test]
+    fn evaluation_takes_what_it_lacks_from_calibration() {
+        let own = ["evaluation={inputs: null, batch_size: 5, transform: {scale: 2}}"];
+        let plan = run(SHIPPED, &own).unwrap();
+        let evaluation = plan.evaluation.unwrap().data;
+        assert_eq!(evaluation.inputs, plan.calibration.inputs);
+        assert_eq!(evaluation.batch_size.get(), 5);
+        assert_eq!(evaluation.transform, Transform { scale: Some(2.0), ..Transform::default() });
+        let unlabelled = run(SHIPPED, &["evaluation.labels=", "evaluation.metrics="]).unwrap();
+        assert_eq!(unlabelled.evaluation.unwrap().metrics, [Metric::Agreement, Metric::Sqnr]);
+    }
+
+    #[test]
+    fn finds_paths_from_the_base_and_through_links() {
+        let folder = folder();
+        let base = folder.path();
+        let set = ["model.path=./models/../m.pt", "output.dir=x/../../y/./z"];
+        let plan = run_in(base, SHORTEST, &set).unwrap();
+        assert_eq!(plan.model, base.join("m.pt"));
+        assert_eq!(plan.output.dir, base.parent().unwrap().join("y/z"));
+        #[cfg(unix)]
+        {
+            fs_err::create_dir_all(base.join("far/away")).unwrap();
+            fs_err::write(base.join("far/m.pt"), "").unwrap();
+            fs_err::os::unix::fs::symlink(base.join("far/away"), base.join("link")).unwrap();
+            let plan = run_in(base, SHORTEST, &["model.path=link/../m.pt"]).unwrap();
+            assert_eq!(plan.model, base.join("link/../m.pt"), "far/m.pt, not m.pt");
+        }
+    }
+
+    #[test]
+    fn names_file_line_column_and_key() {
+        let calibration = "calibration: {data: c.npz, inputs: [x]}";
+        let with = |from: &str, to: &str| SHORTEST.replace(from, to);
+        let cases = [
+            (String::new(), ": the file is empty, expected an experiment with `model` and `calibration`"),
+            ("# a comment\n".to_owned(), ": the file is empty, expected an experiment with `model` and `calibration`"),
+            ("only text".to_owned(), ":1:1: expected an experiment as a map of keys, found the text `only text`"),
+            ("- 1".to_owned(), ":1:1: expected an experiment as a map of keys, found a list"),
+            ("a: 1\n---\nb: 2".to_owned(), ":3:1: not valid YAML: expected one document, found several"),
+            ("a: \"x\ny".to_owned(), ":1:4: not valid YAML: unclosed quote"),
+            (format!("{SHORTEST}model: {{}}"), ":4:1: `model` is given twice"),
+            (with("{path: m.pt}", "m.pt"), ":1:8: `model` must be a map of keys, found the text `m.pt`"),
+            (with("model: {path: m.pt}", ""), ":2:1: `model.path` is missing, expected the path of a TorchScript file"),
+            (
+                with("{path: m.pt}", "{path: models}"),
+                ":1:15: `model.path`: expected a TorchScript file, found the folder /dir/models",
+            ),
+            (with("m.pt", "no.pt"), ":1:15: `model.path`: expected a file that exists, found nothing at /dir/no.pt"),
+            (with("m.pt", "''"), ":1:15: `model.path`: expected a path, found an empty text"),
+            (
+                with("c.npz", "no.npz"),
+                ":2:21: `calibration.data`: expected a file that exists, found nothing at /dir/no.npz",
+            ),
+            (
+                with(", inputs: [x]", ""),
+                ":2:14: `calibration.inputs` is missing, expected the tensors that the model takes",
+            ),
+            (
+                with("{data: c.npz, inputs: [x]}", "\n  data: c.npz\n  inputs: [x]\n  batchsize: 32"),
+                ":5:3: unknown key `batchsize` in `calibration`, did you mean `batch_size`?",
+            ),
+            (
+                with(calibration, "calibration: &it {data: c.npz, inputs: [x]}\nevaluation: *it")
+                    .replace("[x]", "[x, 1]"),
+                ":2:44: `calibration.inputs[1]` must be the name of a tensor (in quotes where it reads as a number) or \
+                 {const: VALUE}, found the number 1",
+            ),
+            (
+                with("weights_error_method: NOCLIPPING, ", ""),
+                ":3:15: `quantization.weights_error_method` is missing and its default, MSE, is not built yet: write \
+                 `quantization.weights_error_method: NOCLIPPING`",
+            ),
+            (with("NOCLIPPING}", "LP}"), ":3:75: `quantization.activation_error_method: LP` is not built yet"),
+        ];
+        for (yaml, expected) in cases {
+            assert_eq!(refusal(&yaml, &[]), format!("/dir/e.yaml{expected}"), "{yaml}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_not_a_small_text_file() {
+        assert_eq!(
+            refusal(b"a: 1\nb: \xc3\xa9\xff", &[]),
+            "/dir/e.yaml:2:5: not valid YAML: expected UTF-8, found other bytes"
+        );
+        assert!(refusal(b"a: 1\n\0b: 2", &[]).starts_with("/dir/e.yaml:2:1: not valid YAML: "));
+        let long = " ".repeat(1 << 20) + "\n";
+        assert_eq!(refusal(long, &[]), "/dir/e.yaml: cannot be read: expected at most 1048576 bytes, found more");
+        let folder = folder();
+        let missing = Experiment::read(&folder.path().join("no.yaml")).unwrap_err().to_string();
+        assert!(missing.contains("no.yaml: cannot be read: "), "{missing}");
+        let directory = Experiment::read(folder.path()).unwrap_err().to_string();
+        assert!(directory.contains(": cannot be read: "), "{directory}");
+    }
+
+    #[test]
+    fn names_the_device_flag() {
+        let folder = folder();
+        let file = folder.path().join("e.yaml");
+        fs_err::write(&file, SHORTEST).unwrap();
+        let on = |name: &str| Experiment::read(&file).unwrap().with_device(name).resolve(folder.path());
+        assert_eq!(on("cpu").unwrap().device, DevicePlan::Cpu);
+        assert_eq!(on("cuda:1").unwrap_err().to_string(), "--device cuda:1: `device: cuda:1` is not built yet");
+    }
+
+    #[test]
+    fn names_the_flag_and_the_key() {
+        let settings = SETTINGS.lines().map(|line| line.split_once(" => ").unwrap());
+        for (setting, expected) in settings {
+            let refusal = refusal(SHIPPED, &[setting]);
+            let flag = format!("--set {setting}: ");
+            assert_eq!(refusal.strip_prefix(&flag).unwrap_or(&refusal), expected, "{setting}");
+        }
+    }
+
+    /// Settings laid over the shipped experiment, and what is said of each.
+    const SETTINGS: &str = r#"quantization.weights.bits=17 => `quantization.weights.bits`: bits must be from 2 to 16, found 17
+quantization.weights.bits=-1 => `quantization.weights.bits` must be a whole number, 0 or more, found the number -1
+quantization.weights.bits=8.0 => `quantization.weights.bits` must be a whole number, 0 or more, found the number 8.0
+quantization.weights.grid=simetric => `quantization.weights.grid` must be one of `symmetric`, `uniform`, `power_of_two`, found `simetric`, did you mean `symmetric`?
+quantization.weights.grid=Symmetric => `quantization.weights.grid` must be one of `symmetric`, `uniform`, `power_of_two`, found `Symmetric`, did you mean `symmetric`?
+quantization.weights.grid=3 => `quantization.weights.grid` must be one of `symmetric`, `uniform`, `power_of_two`, found the number 3
+quantization.weights.rounding=gptq => `quantization.weights.rounding` is not built yet
+quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`, which is not built yet?
+quantization.activations.granularity=per_channel => `quantization.activations.granularity`: activations are quantized per tensor, expected `per_tensor`, found `per_channel`
+quantization.weights_error_method=MSE => `quantization.weights_error_method: MSE` is not built yet
+quantization.weights_error_method=mse => `quantization.weights_error_method` must be `NOCLIPPING`, found `mse`, did you mean `MSE`, which is not built yet?
+quantization.weights_error_method=noclipping => `quantization.weights_error_method` must be `NOCLIPPING`, found `noclipping`, did you mean `NOCLIPPING`?
+quantization.activation_error_method= => `quantization.activation_error_method` is missing and its default, MSE, is not built yet: write `quantization.activation_error_method: NOCLIPPING`
+quantization.l_p_value=2 => `quantization.l_p_value` is not built yet
+overrides=[] => `overrides` is not built yet
+device=cuda => `device: cuda` is not built yet
+device=cuda:1 => `device: cuda:1` is not built yet
+device=cuda:x => `device` must be one of `auto`, `cpu`, found `cuda:x`, did you mean `cuda:N`, which is not built yet?
+device=gpu => `device` must be one of `auto`, `cpu`, found `gpu`, did you mean `cpu`?
+output.format=int8 => `output.format: int8` is not built yet
+output.format=[fake_quant, int8] => `output.format[1]: int8` is not built yet
+output.format=[fake_quant, fake_quant] => `output.format: a list of several` is not built yet
+output.format=[] => `output.format`: expected the name of a format, found an empty list
+output.format={} => `output.format` must be the name of a format, or a list of names, found a map
+output.format=fakequant => `output.format` must be `fake_quant`, found `fakequant`, did you mean `fake_quant`?
+output.strict=true => `output.strict` is not built yet
+evaluation.output=0 => `evaluation.output` is not built yet
+calibration.samples=0 => `calibration.samples`: expected a whole number from 1 to 4294967295, found 0
+calibration.samples=-3 => `calibration.samples`: expected a whole number from 1 to 4294967295, found -3
+calibration.samples=many => `calibration.samples` must be a whole number, found the text `many`
+calibration.samples=4294967296 => `calibration.samples`: expected a whole number from 1 to 4294967295, found 4294967296
+calibration.samples=99999999999999999999 => `calibration.samples` must be a whole number, found the number 1e20
+calibration.batch_size=0 => `calibration.batch_size`: expected a whole number from 1 to 4294967295, found 0
+calibration.shuffle=yes => `calibration.shuffle` must be true or false, found the text `yes`
+calibration.inputs=[] => `calibration.inputs`: expected at least one tensor, found none
+calibration.inputs=images => `calibration.inputs` must be a list of tensor names, or a map from argument names to tensor names, found the text `images`
+calibration.inputs=[x, {const: abc}] => `calibration.inputs[1].const` must be a number, true, false or null, found the text `abc`
+calibration.inputs=[x, {const: .inf}] => `calibration.inputs[1].const`: expected a finite number, found inf
+calibration.inputs=[x, {konst: 1}] => unknown key `konst` in `calibration.inputs[1]`, did you mean `const`?
+calibration.inputs=[x, {}] => `calibration.inputs[1].const` is missing, expected a value
+calibration.inputs=[x, 5] => `calibration.inputs[1]` must be the name of a tensor (in quotes where it reads as a number) or {const: VALUE}, found the number 5
+calibration.inputs=[x, ''] => `calibration.inputs[1]`: expected the name of a tensor, found an empty text
+calibration.inputs={a: {const: 1}} => `calibration.inputs`: expected at least one tensor, found constants alone
+calibration.inputs={'': x} => `calibration.inputs`: expected the name of an argument, found an empty text
+calibration.transform.std=[0] => `calibration.transform.std[0]`: expected a finite number above 0 in float32, found 0.0
+calibration.transform.std=[0.1, .nan] => `calibration.transform.std[1]`: expected a finite number above 0 in float32, found NaN
+calibration.transform.std=[1e-60] => `calibration.transform.std[0]`: expected a finite number above 0 in float32, found 1e-60
+calibration.transform={mean: [1,2], std: [1,2,3]} => `calibration.transform.std`: expected as many numbers as `mean` has (2) or one, found 3
+calibration.transform.std=[] => `calibration.transform.std`: expected one number or one per channel, found an empty list
+calibration.transform.std=0.5 => `calibration.transform.std` must be a list, found the number 0.5
+calibration.transform.mean=[.inf] => `calibration.transform.mean[0]`: expected a finite number in float32, found inf
+calibration.transform.scale=1e39 => `calibration.transform.scale`: expected a finite number other than 0 in float32, found 1e39
+calibration.transform.scale=0 => `calibration.transform.scale`: expected a finite number other than 0 in float32, found 0.0
+calibration.transform.resize=0 => `calibration.transform.resize`: expected from 1 to 65535 pixels, found 0
+calibration.transform.crop=0 => `calibration.transform.crop`: expected from 1 to 65535 pixels, found 0
+calibration.transform.crop=[1, 2, 3] => `calibration.transform.crop`: expected [height, width], found a list of 3
+calibration.transform.crop=[1, x] => `calibration.transform.crop[1]` must be a whole number, found the text `x`
+calibration.transform.crop=big => `calibration.transform.crop` must be a number of pixels or [height, width], found the text `big`
+calibration.transform.layout=nhcw => `calibration.transform.layout` must be one of `nchw`, `nhwc`, found `nhcw`, did you mean `nhwc`?
+evaluation.metrics=[top1, top1] => `evaluation.metrics[1]`: expected each metric once, found top1 twice
+evaluation.metrics=[top2] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `top2`, did you mean `top5`?
+evaluation.metrics=[accuracy] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `accuracy`
+evaluation.metrics=[] => `evaluation.metrics`: expected at least one metric, found an empty list
+evaluation.labels= => /dir/e.yaml:46:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
+evaluation.labels=5 => `evaluation.labels` must be text (in quotes where it reads as a number), found the number 5
+evaluation.data= => `evaluation.data` is missing, expected the path of a data file or a folder of images
+evaluation.data=nope.npz => `evaluation.data`: expected a file that exists, found nothing at /dir/nope.npz
+seed=-1 => `seed` must be a whole number, 0 or more, found the number -1
+seed=1.5 => `seed` must be a whole number, 0 or more, found the number 1.5
+seed => expected KEY=VALUE such as `quantization.weights.bits=4`, found no `=`
+=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
+a..b=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
+a=[1 => not valid YAML: unclosed bracket '['
+a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `device`, `output`, `evaluation`, `seed`
+calibration=5 => `calibration` must be a map of keys, found the number 5
+output.dir="a\0b" => `output.dir`: expected a path, found a\0b
+a=x: y: z => not valid YAML: mapping values are not allowed in this context
+quantization.l_p_valu=2 => unknown key `l_p_valu` in `quantization`, did you mean `l_p_value`, which is not built yet?
+calibration.inputs={a: {const: 18446744073709551615}, b: x} => `calibration.inputs.a.const`: expected a whole number of at most 64 bits, found 18446744073709551615"#;
+
+    #[test]
+    fn survives_any_bytes() {
+        let folder = folder();
+        let survive = |bytes: &[u8]| {
+            let experiment = Experiment::parse(folder.path().join("e.yaml"), bytes);
+            if let Err(error) = experiment.and_then(|e| e.resolve(folder.path())) {
+                let error = error.to_string();
+                assert!(error.contains("e.yaml"), "{error}");
+                assert!(!error.chars().any(char::is_control), "{error:?}");
+            }
+        };
+        let bytes = SHIPPED.as_bytes();
+        for at in 0..bytes.len() {
+            survive(&bytes[..at]);
+            for flipped in [bytes[at] ^ 1, bytes[at] ^ 0x20, 0, 0xff] {
+                let mut bytes = bytes.to_owned();
+                bytes[at] = flipped;
+                survive(&bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The keys of an experiment as typed: every one optional, unknown ones refused, nothing filled in.
+//!
+//! Read from a file and written for a plan through the same types, so that what is written is read again. It refuses to
+//! know defaults and combinations; those are `resolve`'s.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
+use crate::quantizer::{Bits, Granularity, Grid};
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Keys {
+    pub(super) model: Option<ModelKeys>,
+    pub(super) calibration: Option<CalibrationKeys>,
+    pub(super) quantization: Option<QuantizationKeys>,
+    pub(super) device: Option<DevicePlan>,
+    pub(super) output: Option<OutputKeys>,
+    pub(super) evaluation: Option<EvaluationKeys>,
+    pub(super) seed: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ModelKeys {
+    pub(super) path: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CalibrationKeys {
+    pub(super) data: Option<PathBuf>,
+    pub(super) inputs: Option<InputsPlan>,
+    pub(super) samples: Option<Count>,
+    pub(super) shuffle: Option<bool>,
+    pub(super) batch_size: Option<Count>,
+    pub(super) transform: Option<TransformKeys>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EvaluationKeys {
+    pub(super) data: Option<PathBuf>,
+    pub(super) inputs: Option<InputsPlan>,
+    pub(super) labels: Option<String>,
+    pub(super) metrics: Option<Vec<Metric>>,
+    pub(super) samples: Option<Count>,
+    pub(super) shuffle: Option<bool>,
+    pub(super) batch_size: Option<Count>,
+    pub(super) transform: Option<TransformKeys>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TransformKeys {
+    pub(super) resize: Option<Pixels>,
+    pub(super) crop: Option<Crop>,
+    pub(super) layout: Option<Layout>,
+    pub(super) scale: Option<f64>,
+    pub(super) mean: Option<Vec<f64>>,
+    pub(super) std: Option<Vec<f64>>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct QuantizationKeys {
+    pub(super) weights: Option<SiteKeys>,
+    pub(super) activations: Option<SiteKeys>,
+    pub(super) weights_error_method: Option<Method>,
+    pub(super) activation_error_method: Option<Method>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SiteKeys {
+    pub(super) bits: Option<Bits>,
+    pub(super) grid: Option<Grid>,
+    pub(super) granularity: Option<Granularity>,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct OutputKeys {
+    pub(super) dir: Option<PathBuf>,
+    pub(super) format: Option<Formats>,
+}
+
+/// The name of an error method; its parameters are other keys.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+pub(super) enum Method {
+    #[serde(rename = "NOCLIPPING")]
+    NoClipping,
+}
+
+/// A number of rows, from 1 to 2^32 - 1, so that sizes computed from it stay far from overflow.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(try_from = "i128")]
+pub(super) struct Count(pub(super) NonZeroUsize);
+
+impl TryFrom<i128> for Count {
+    type Error = String;
+
+    fn try_from(number: i128) -> Result<Self, String> {
+        let count = u32::try_from(number).ok().and_then(|n| NonZeroUsize::new(usize::try_from(n).ok()?));
+        count.map(Self).ok_or_else(|| format!("expected a whole number from 1 to {}, found {number}", u32::MAX))
+    }
+}
+
+/// A side of an image, from 1 to 65535.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(try_from = "i128")]
+pub(super) struct Pixels(pub(super) u32);
+
+impl TryFrom<i128> for Pixels {
+    type Error = String;
+
+    fn try_from(number: i128) -> Result<Self, String> {
+        match u16::try_from(number) {
+            Ok(pixels @ 1..) => Ok(Self(pixels.into())),
+            _ => Err(format!("expected from 1 to {} pixels, found {number}", u16::MAX)),
+        }
+    }
+}
+
+/// Height and width; typed as one number where they are equal.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Crop(pub(super) [Pixels; 2]);
+
+impl<'de> Deserialize<'de> for Crop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(CropVisitor)
+    }
+}
+
+struct CropVisitor;
+
+impl<'de> Visitor<'de> for CropVisitor {
+    type Value = Crop;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a number of pixels or [height, width]")
+    }
+
+    fn visit_i128<E: de::Error>(self, number: i128) -> Result<Crop, E> {
+        let side = Pixels::try_from(number).map_err(E::custom)?;
+        Ok(Crop([side, side]))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Crop, A::Error> {
+        let mut sides: Vec<Pixels> = Vec::new();
+        while let Some(side) = list.next_element()? {
+            sides.push(side);
+        }
+        let count = sides.len();
+        let sides = <[Pixels; 2]>::try_from(sides);
+        let wrong = format!("expected [height, width], found a list of {count}");
+        sides.map(Crop).map_err(|_| de::Error::custom(wrong))
+    }
+}
+
+/// One format, or a list of them.
+#[derive(Debug)]
+pub(super) struct Formats(pub(super) Vec<Format>);
+
+impl Serialize for Formats {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.as_slice() {
+            [only] => only.serialize(serializer),
+            several => several.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Formats {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(FormatsVisitor)
+    }
+}
+
+struct FormatsVisitor;
+
+impl<'de> Visitor<'de> for FormatsVisitor {
+    type Value = Formats;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a format, or a list of names")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<Formats, E> {
+        let name: de::value::StrDeserializer<'_, E> = de::IntoDeserializer::into_deserializer(name);
+        Ok(Formats(vec![Format::deserialize(name)?]))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Formats, A::Error> {
+        let mut formats = Vec::new();
+        while let Some(format) = list.next_element()? {
+            formats.push(format);
+        }
+        Ok(Formats(formats))
+    }
+}

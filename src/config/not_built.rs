@@ -1,0 +1,97 @@
+//! What the format has a name for and tsquant does not do yet. Building one removes its line here.
+
+/// A key, or one value of a key.
+enum NotBuilt {
+    Key(&'static str),
+    Value(&'static str, &'static str),
+}
+
+use NotBuilt::{Key, Value};
+
+/// `cuda:N` stands for every N.
+const NOT_BUILT: &[NotBuilt] = &[
+    Key("overrides"),
+    Key("mixed_precision"),
+    Key("hessian"),
+    Key("allow_tf32"),
+    Key("quantization.weights.rounding"),
+    Key("quantization.l_p_value"),
+    Key("quantization.z_threshold"),
+    Key("quantization.weights_bias_correction"),
+    Key("quantization.accuracy"),
+    Key("output.engine"),
+    Key("output.reduce_range"),
+    Key("output.strict"),
+    Key("evaluation.output"),
+    Value("quantization.weights_error_method", "MSE"),
+    Value("quantization.weights_error_method", "MAE"),
+    Value("quantization.weights_error_method", "KL"),
+    Value("quantization.weights_error_method", "LP"),
+    Value("quantization.weights_error_method", "HMSE"),
+    Value("quantization.activation_error_method", "MSE"),
+    Value("quantization.activation_error_method", "MAE"),
+    Value("quantization.activation_error_method", "KL"),
+    Value("quantization.activation_error_method", "LP"),
+    Value("quantization.activation_error_method", "HMSE"),
+    Value("output.format", "int8"),
+    Value("device", "cuda"),
+    Value("device", "cuda:N"),
+];
+
+/// Whether the key with this full path is yet to be built.
+pub(super) fn key(path: &str) -> bool {
+    NOT_BUILT.iter().any(|entry| matches!(entry, Key(key) if *key == path))
+}
+
+/// The names of the keys in the map at `parent` that are yet to be built.
+pub(super) fn keys(parent: &str) -> Vec<&'static str> {
+    let split = |key: &'static str| key.rsplit_once('.').unwrap_or(("", key));
+    let keys = NOT_BUILT.iter().filter_map(|entry| if let Key(key) = entry { Some(split(key)) } else { None });
+    keys.filter(|(map, _)| *map == parent).map(|(_, name)| name).collect()
+}
+
+/// Whether this value of the key, or of an item of its list, is yet to be built.
+pub(super) fn value(path: &str, name: &str) -> bool {
+    let number = name.strip_prefix("cuda:").filter(|n| !n.is_empty() && n.chars().all(|c| c.is_ascii_digit()));
+    let name = if number.is_some() { "cuda:N" } else { name };
+    values(path).contains(&name)
+}
+
+/// The values of the key, or of an item of its list, that are yet to be built.
+pub(super) fn values(path: &str) -> Vec<&'static str> {
+    let path = path.split('[').next().unwrap_or(path);
+    let values = NOT_BUILT.iter().filter_map(|entry| match entry {
+        Value(key, value) if *key == path => Some(*value),
+        _ => None,
+    });
+    values.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::decode::decode;
+    use super::super::document::{Node, Value as Yaml};
+    use super::super::error::{Origin, Place};
+    use super::super::keys::Keys;
+    use super::*;
+
+    /// Fails for an entry whose key or value has been built, or whose path has a slip in it.
+    #[test]
+    fn refuses_every_entry_as_such() {
+        for entry in NOT_BUILT {
+            let (path, text, what) = match entry {
+                Key(path) => (path, "anything", (*path).to_owned()),
+                Value(path, value) => (path, *value, format!("{path}: {value}")),
+            };
+            let place = Place::whole(Origin::Flag("here".to_owned()));
+            let path: Vec<&str> = path.split('.').collect();
+            let tree = Node::nested(&path, Node { place, value: Yaml::Text(text.to_owned()) });
+            let error = decode::<Keys>(&tree).unwrap_err().to_string();
+            // `cuda:N` stands for numbers alone.
+            if text != "cuda:N" {
+                assert_eq!(error, format!("here: `{what}` is not built yet"));
+            }
+        }
+        assert!(value("device", "cuda:0") && !value("device", "cuda:") && !value("device", "cuda:x"));
+    }
+}

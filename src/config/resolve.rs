@@ -1,0 +1,289 @@
+//! From keys as typed to the checked plan: defaults, absolute paths, combinations.
+//!
+//! It looks at the file system only to see that model and data are there; it opens nothing and refuses to know formats.
+
+use std::num::NonZeroUsize;
+use std::path::{Component, Path, PathBuf};
+
+use super::document::Node;
+use super::error::{Error, Problem, printable};
+use super::keys::{
+    CalibrationKeys, Count, EvaluationKeys, Formats, Keys, Method, OutputKeys, QuantizationKeys, SiteKeys,
+    TransformKeys,
+};
+use super::plan::{
+    ActivationPlan, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric, OutputPlan, Plan,
+    Transform, WeightPlan,
+};
+use crate::quantizer::{Bits, Granularity, Grid, Scheme};
+use crate::threshold::ErrorMethod;
+
+/// Rows in a batch where nothing else is typed.
+const BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+
+/// What keys are resolved against.
+pub(super) struct Resolver<'a> {
+    /// The tree the keys were read from, for the places of errors.
+    pub(super) root: &'a Node,
+    /// Absolute folder of relative paths.
+    pub(super) base: &'a Path,
+    /// Last part of the default run directory.
+    pub(super) name: &'a str,
+}
+
+impl Resolver<'_> {
+    /// The plan of `keys`.
+    ///
+    /// # Errors
+    /// A missing key, a value or combination that is impossible, a model or data set that is not there.
+    pub(super) fn plan(&self, keys: Keys) -> Result<Plan, Error> {
+        let model = self.model(keys.model.unwrap_or_default().path)?;
+        let seed = keys.seed.unwrap_or(0);
+        let calibration = self.calibration(keys.calibration.unwrap_or_default(), seed)?;
+        let (weights, activations) = self.quantization(keys.quantization.unwrap_or_default())?;
+        let device = keys.device.unwrap_or(DevicePlan::Auto);
+        let output = self.output(keys.output.unwrap_or_default())?;
+        let evaluation = keys.evaluation.map(|keys| self.evaluation(keys, &calibration, seed)).transpose()?;
+        Ok(Plan { model, calibration, weights, activations, device, output, evaluation, seed })
+    }
+
+    fn error(&self, key: &str, problem: Problem) -> Error {
+        self.root.place_of(key).error(problem)
+    }
+
+    fn invalid(&self, key: &str, reason: impl Into<String>) -> Error {
+        self.error(key, Problem::Invalid { key: key.to_owned(), reason: reason.into() })
+    }
+
+    fn required<T>(&self, key: &str, value: Option<T>, expected: &str) -> Result<T, Error> {
+        let missing = || Problem::Missing { key: key.to_owned(), expected: expected.to_owned() };
+        value.ok_or_else(|| self.error(key, missing()))
+    }
+
+    fn model(&self, typed: Option<PathBuf>) -> Result<PathBuf, Error> {
+        let key = "model.path";
+        let path = self.existing(key, &self.required(key, typed, "the path of a TorchScript file")?)?;
+        if path.is_dir() {
+            let shown = printable(&path.to_string_lossy());
+            return Err(self.invalid(key, format!("expected a TorchScript file, found the folder {shown}")));
+        }
+        Ok(path)
+    }
+
+    fn calibration(&self, keys: CalibrationKeys, seed: u64) -> Result<DataPlan, Error> {
+        let data = self.required("calibration.data", keys.data, "the path of a data file or a folder of images")?;
+        let path = self.existing("calibration.data", &data)?;
+        let inputs = self.required("calibration.inputs", keys.inputs, "the tensors that the model takes")?;
+        self.check_inputs("calibration.inputs", &inputs)?;
+        Ok(DataPlan {
+            path,
+            inputs,
+            samples: keys.samples.map(|Count(count)| count),
+            shuffle: keys.shuffle.unwrap_or(false),
+            seed,
+            batch_size: keys.batch_size.map_or(BATCH_SIZE, |Count(count)| count),
+            transform: self.transform("calibration.transform", keys.transform.unwrap_or_default())?,
+        })
+    }
+
+    fn evaluation(&self, keys: EvaluationKeys, calibration: &DataPlan, seed: u64) -> Result<EvaluationPlan, Error> {
+        let data = self.required("evaluation.data", keys.data, "the path of a data file or a folder of images")?;
+        let path = self.existing("evaluation.data", &data)?;
+        let inputs = keys.inputs.unwrap_or_else(|| calibration.inputs.clone());
+        self.check_inputs("evaluation.inputs", &inputs)?;
+        let transform = match keys.transform {
+            Some(own) => self.transform("evaluation.transform", own)?,
+            None => calibration.transform.clone(),
+        };
+        let data = DataPlan {
+            path,
+            inputs,
+            samples: keys.samples.map(|Count(count)| count),
+            shuffle: keys.shuffle.unwrap_or(false),
+            seed,
+            batch_size: keys.batch_size.map_or(calibration.batch_size, |Count(count)| count),
+            transform,
+        };
+        if keys.labels.as_deref() == Some("") {
+            return Err(self.invalid("evaluation.labels", "expected the name of a tensor, found an empty text"));
+        }
+        let metrics = self.metrics(keys.metrics, keys.labels.is_some())?;
+        Ok(EvaluationPlan { data, labels: keys.labels, metrics })
+    }
+
+    fn metrics(&self, typed: Option<Vec<Metric>>, labelled: bool) -> Result<Vec<Metric>, Error> {
+        let Some(metrics) = typed else {
+            let all = [Metric::Top1, Metric::Agreement, Metric::Sqnr];
+            return Ok(all.into_iter().filter(|metric| labelled || !metric.needs_labels()).collect());
+        };
+        if metrics.is_empty() {
+            return Err(self.invalid("evaluation.metrics", "expected at least one metric, found an empty list"));
+        }
+        for (i, metric) in metrics.iter().enumerate() {
+            let key = format!("evaluation.metrics[{i}]");
+            if metrics.iter().take(i).any(|earlier| earlier == metric) {
+                return Err(self.invalid(&key, format!("expected each metric once, found {} twice", metric.name())));
+            }
+            if metric.needs_labels() && !labelled {
+                let reason =
+                    format!("{} needs labels, expected the key `evaluation.labels`, found none", metric.name());
+                return Err(self.invalid(&key, reason));
+            }
+        }
+        Ok(metrics)
+    }
+
+    fn check_inputs(&self, key: &str, inputs: &InputsPlan) -> Result<(), Error> {
+        let sources: Vec<&InputSource> = match inputs {
+            InputsPlan::Positional(sources) => sources.iter().collect(),
+            InputsPlan::Named(sources) => sources.iter().map(|(_, source)| source).collect(),
+        };
+        let nameless = matches!(inputs, InputsPlan::Named(sources) if sources.iter().any(|(name, _)| name.is_empty()));
+        if nameless {
+            return Err(self.invalid(key, "expected the name of an argument, found an empty text"));
+        }
+        if !sources.iter().any(|source| matches!(source, InputSource::Tensor(_))) {
+            let found = if sources.is_empty() { "none" } else { "constants alone" };
+            return Err(self.invalid(key, format!("expected at least one tensor, found {found}")));
+        }
+        Ok(())
+    }
+
+    fn transform(&self, key: &str, keys: TransformKeys) -> Result<Transform, Error> {
+        if let Some(scale) = keys.scale {
+            self.check_number(&format!("{key}.scale"), scale, |s| s != 0.0, "a finite number other than 0")?;
+        }
+        for (i, mean) in keys.mean.iter().flatten().enumerate() {
+            self.check_number(&format!("{key}.mean[{i}]"), *mean, |_| true, "a finite number")?;
+        }
+        for (i, std) in keys.std.iter().flatten().enumerate() {
+            self.check_number(&format!("{key}.std[{i}]"), *std, |s| s > 0.0, "a finite number above 0")?;
+        }
+        for (name, list) in [("mean", &keys.mean), ("std", &keys.std)] {
+            if list.as_ref().is_some_and(Vec::is_empty) {
+                let reason = "expected one number or one per channel, found an empty list";
+                return Err(self.invalid(&format!("{key}.{name}"), reason));
+            }
+        }
+        if let (Some(mean), Some(std)) = (&keys.mean, &keys.std) {
+            let (means, stds) = (mean.len(), std.len());
+            if means != stds && means != 1 && stds != 1 {
+                let reason = format!("expected as many numbers as `mean` has ({means}) or one, found {stds}");
+                return Err(self.invalid(&format!("{key}.std"), reason));
+            }
+        }
+        Ok(Transform {
+            resize: keys.resize.map(|pixels| pixels.0),
+            crop: keys.crop.map(|crop| crop.0.map(|pixels| pixels.0)),
+            layout: keys.layout.unwrap_or_default(),
+            scale: keys.scale,
+            mean: keys.mean,
+            std: keys.std,
+        })
+    }
+
+    /// The arithmetic is in f32, so a number counts as what it becomes there.
+    fn check_number(&self, key: &str, number: f64, fits: fn(f32) -> bool, expected: &str) -> Result<(), Error> {
+        let single = number as f32;
+        if single.is_finite() && fits(single) {
+            return Ok(());
+        }
+        Err(self.invalid(key, format!("expected {expected} in float32, found {number:?}")))
+    }
+
+    fn quantization(&self, keys: QuantizationKeys) -> Result<(WeightPlan, ActivationPlan), Error> {
+        let weights = keys.weights.unwrap_or_default();
+        let activations = keys.activations.unwrap_or_default();
+        if activations.granularity == Some(Granularity::PerChannel) {
+            let reason = "activations are quantized per tensor, expected `per_tensor`, found `per_channel`";
+            return Err(self.invalid("quantization.activations.granularity", reason));
+        }
+        let weight_plan = WeightPlan {
+            granularity: weights.granularity.unwrap_or(Granularity::PerChannel),
+            scheme: self.scheme("quantization.weights", &weights, Grid::Symmetric)?,
+            error_method: self.method("quantization.weights_error_method", keys.weights_error_method)?,
+        };
+        let activation_plan = ActivationPlan {
+            scheme: self.scheme("quantization.activations", &activations, Grid::Uniform)?,
+            error_method: self.method("quantization.activation_error_method", keys.activation_error_method)?,
+        };
+        Ok((weight_plan, activation_plan))
+    }
+
+    fn scheme(&self, key: &str, keys: &SiteKeys, default: Grid) -> Result<Scheme, Error> {
+        let bits = match keys.bits {
+            Some(bits) => bits,
+            None => Bits::try_from(8u64).map_err(|error| self.invalid(key, error.to_string()))?,
+        };
+        Ok(Scheme { bits, grid: keys.grid.unwrap_or(default) })
+    }
+
+    fn method(&self, key: &str, typed: Option<Method>) -> Result<ErrorMethod, Error> {
+        match typed {
+            Some(Method::NoClipping) => Ok(ErrorMethod::NoClipping),
+            None => {
+                let missing = Problem::DefaultNotBuilt { key: key.to_owned(), default: "MSE", instead: "NOCLIPPING" };
+                Err(self.error(key, missing))
+            }
+        }
+    }
+
+    fn output(&self, keys: OutputKeys) -> Result<OutputPlan, Error> {
+        let dir = keys.dir.unwrap_or_else(|| Path::new("runs").join(self.name));
+        let dir = self.absolute("output.dir", &dir)?;
+        let format = match keys.format {
+            None => Format::FakeQuant,
+            Some(Formats(formats)) => match formats.as_slice() {
+                [only] => *only,
+                [] => return Err(self.invalid("output.format", "expected the name of a format, found an empty list")),
+                _ => {
+                    let what = "output.format: a list of several".to_owned();
+                    return Err(self.error("output.format", Problem::NotBuilt { what }));
+                }
+            },
+        };
+        Ok(OutputPlan { dir, format })
+    }
+
+    fn existing(&self, key: &str, typed: &Path) -> Result<PathBuf, Error> {
+        let path = self.absolute(key, typed)?;
+        let shown = printable(&path.to_string_lossy());
+        match path.metadata() {
+            Ok(_) => Ok(path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(self.invalid(key, format!("expected a file that exists, found nothing at {shown}")))
+            }
+            Err(error) => Err(self.invalid(key, format!("{shown} cannot be read: {error}"))),
+        }
+    }
+
+    fn absolute(&self, key: &str, typed: &Path) -> Result<PathBuf, Error> {
+        let text = typed.to_string_lossy();
+        if text.is_empty() || text.contains('\0') {
+            let found = if text.is_empty() { "an empty text".to_owned() } else { printable(&text) };
+            return Err(self.invalid(key, format!("expected a path, found {found}")));
+        }
+        let path = normal(&self.base.join(typed));
+        if path.to_str().is_none() {
+            let shown = printable(&path.to_string_lossy());
+            return Err(self.invalid(key, format!("expected a path in UTF-8, found {shown}")));
+        }
+        Ok(path)
+    }
+}
+
+/// `path` without `.` and, where that cannot lead elsewhere, without `..`: a link may point into another folder.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir if normal.is_symlink() || normal.ends_with("..") => normal.push(".."),
+            Component::ParentDir => {
+                normal.pop();
+            }
+            other => normal.push(other),
+        }
+    }
+    normal
+}

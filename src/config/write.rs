@@ -1,0 +1,109 @@
+//! A plan as an experiment again: the same keys, absolute paths, every default written.
+
+use serde::{Serialize, Serializer};
+
+use super::error::{Error, Origin, Place, Problem};
+use super::keys::{
+    CalibrationKeys, Count, Crop, EvaluationKeys, Formats, Keys, Method, ModelKeys, OutputKeys, Pixels,
+    QuantizationKeys, SiteKeys, TransformKeys,
+};
+use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, Plan, Transform, WeightPlan};
+use crate::quantizer::Granularity;
+use crate::threshold::ErrorMethod;
+
+impl Plan {
+    /// This plan as the text of an `experiment.yaml` that resolves into an equal plan; keys stand in a fixed order.
+    ///
+    /// # Errors
+    /// A path that is not UTF-8, which no resolved plan holds.
+    pub fn to_yaml(&self) -> Result<String, Error> {
+        serde_yaml::to_string(self).map_err(|error| {
+            let place = Place::whole(Origin::File(self.output.dir.clone()));
+            place.error(Problem::Unwritable { reason: error.to_string() })
+        })
+    }
+}
+
+impl Serialize for Plan {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Keys::from(self).serialize(serializer)
+    }
+}
+
+impl From<&Plan> for Keys {
+    fn from(plan: &Plan) -> Self {
+        Self {
+            model: Some(ModelKeys { path: Some(plan.model.clone()) }),
+            calibration: Some((&plan.calibration).into()),
+            quantization: Some(QuantizationKeys {
+                weights: Some((&plan.weights).into()),
+                activations: Some((&plan.activations).into()),
+                weights_error_method: Some(plan.weights.error_method.into()),
+                activation_error_method: Some(plan.activations.error_method.into()),
+            }),
+            device: Some(plan.device),
+            output: Some(OutputKeys {
+                dir: Some(plan.output.dir.clone()),
+                format: Some(Formats(vec![plan.output.format])),
+            }),
+            evaluation: plan.evaluation.as_ref().map(Into::into),
+            seed: Some(plan.seed),
+        }
+    }
+}
+
+impl From<&DataPlan> for CalibrationKeys {
+    fn from(plan: &DataPlan) -> Self {
+        Self {
+            data: Some(plan.path.clone()),
+            inputs: Some(plan.inputs.clone()),
+            samples: plan.samples.map(Count),
+            shuffle: Some(plan.shuffle),
+            batch_size: Some(Count(plan.batch_size)),
+            transform: Some((&plan.transform).into()),
+        }
+    }
+}
+
+impl From<&EvaluationPlan> for EvaluationKeys {
+    fn from(plan: &EvaluationPlan) -> Self {
+        let CalibrationKeys { data, inputs, samples, shuffle, batch_size, transform } = (&plan.data).into();
+        let (labels, metrics) = (plan.labels.clone(), Some(plan.metrics.clone()));
+        Self { data, inputs, labels, metrics, samples, shuffle, batch_size, transform }
+    }
+}
+
+impl From<&Transform> for TransformKeys {
+    fn from(plan: &Transform) -> Self {
+        Self {
+            resize: plan.resize.map(Pixels),
+            crop: plan.crop.map(|sides| Crop(sides.map(Pixels))),
+            layout: Some(plan.layout),
+            scale: plan.scale,
+            mean: plan.mean.clone(),
+            std: plan.std.clone(),
+        }
+    }
+}
+
+impl From<&WeightPlan> for SiteKeys {
+    fn from(plan: &WeightPlan) -> Self {
+        let granularity = Some(plan.granularity);
+        Self { bits: Some(plan.scheme.bits), grid: Some(plan.scheme.grid), granularity }
+    }
+}
+
+impl From<&ActivationPlan> for SiteKeys {
+    fn from(plan: &ActivationPlan) -> Self {
+        let granularity = Some(Granularity::PerTensor);
+        Self { bits: Some(plan.scheme.bits), grid: Some(plan.scheme.grid), granularity }
+    }
+}
+
+impl From<ErrorMethod> for Method {
+    fn from(method: ErrorMethod) -> Self {
+        match method {
+            ErrorMethod::NoClipping => Self::NoClipping,
+        }
+    }
+}

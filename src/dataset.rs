@@ -1,0 +1,203 @@
+//! Calibration and evaluation data: rows of a file or folder as batches of tensors.
+//!
+//! Reads `.safetensors`, `.npz`, `.npy` and folders of images. A batch reads its own rows and nothing else, so that
+//! memory does not grow with the file. Knows nothing of models: which argument a tensor is for is a name to it.
+//!
+//! Images of a folder come out as (N, 3, H, W) whatever `layout` says: the folder stores (N, H, W, 3) by definition.
+
+mod array;
+mod dtype;
+mod error;
+mod images;
+mod labels;
+mod npy;
+mod npz;
+mod rows;
+mod safetensors;
+mod source;
+#[cfg(test)]
+mod tests;
+mod transform;
+
+use std::ops::Range;
+
+use tch::Tensor;
+
+pub use self::error::{Error, Place};
+use self::rows::Rows;
+use self::source::{Column, Source};
+use crate::config::{Constant, DataPlan, InputSource, InputsPlan};
+
+/// An open data set, checked as far as that is possible without reading its rows.
+#[derive(Debug)]
+pub struct Dataset {
+    plan: DataPlan,
+    source: Source,
+    inputs: Vec<(Option<String>, Binding)>,
+    /// Rows of the file, chosen or not.
+    total: usize,
+    rows: Rows,
+}
+
+/// Where an argument comes from.
+#[derive(Debug)]
+enum Binding {
+    Tensor(Column),
+    Const(Constant),
+}
+
+/// Some rows as the arguments of one `forward`.
+#[derive(Debug)]
+pub struct Batch {
+    /// Arguments in the order of the plan, with the model's names for them where the plan has names.
+    pub inputs: Vec<(Option<String>, Input)>,
+    /// Number of rows, the first axis of each tensor: at least 1.
+    pub rows: usize,
+    /// Position of the first of these rows among the rows of the data set.
+    pub first_row: usize,
+}
+
+/// An argument of `forward`.
+#[derive(Debug)]
+pub enum Input {
+    /// Rows of a tensor on the CPU, contiguous: float32 where the stored tensor is uint8 or floating point, else as stored
+    /// (int8, int16, int32, int64 or bool).
+    Tensor(Tensor),
+    /// The same for every batch.
+    Const(Constant),
+}
+
+impl Dataset {
+    /// Opens the data of `plan` and chooses its rows.
+    ///
+    /// # Errors
+    /// The file cannot be read or is damaged; a tensor is missing, has a type that no model takes, has no rows or another
+    /// number of rows than the rest, or does not fit the transform; `samples` is more than there are; no input is a tensor.
+    pub fn open(plan: &DataPlan) -> Result<Self, Error> {
+        let source = Source::open(&plan.path)?;
+        let bind = |name: Option<&String>, input: &InputSource| -> Result<_, Error> {
+            let binding = match input {
+                InputSource::Tensor(tensor) => Binding::Tensor(source.column(&plan.path, tensor)?),
+                InputSource::Const(constant) => Binding::Const(*constant),
+            };
+            Ok((name.cloned(), binding))
+        };
+        let inputs = match &plan.inputs {
+            InputsPlan::Positional(inputs) => inputs.iter().map(|input| bind(None, input)).collect::<Result<Vec<_>, _>>()?,
+            InputsPlan::Named(inputs) => {
+                inputs.iter().map(|(name, input)| bind(Some(name), input)).collect::<Result<Vec<_>, _>>()?
+            }
+        };
+        let total = check(plan, &inputs)?;
+        let rows = Rows::choose(total, plan.samples, plan.shuffle.then_some(plan.seed));
+        Ok(Self { plan: plan.clone(), source, inputs, total, rows })
+    }
+
+    /// Number of chosen rows: at least 1.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// All chosen rows in batches of the plan's size, the last one smaller where they do not divide.
+    #[must_use]
+    pub fn batches(&self) -> Batches<'_> {
+        Batches { dataset: self, next: 0 }
+    }
+
+    /// The first `rows` chosen rows as one batch: at least one row, at most all.
+    ///
+    /// # Errors
+    /// As those of an item of [`batches`](Self::batches).
+    pub fn first(&self, rows: usize) -> Result<Batch, Error> {
+        self.batch(0..rows.clamp(1, self.rows()))
+    }
+
+    /// Class indices of the chosen rows from the tensor `name`: int64 of shape (N) or (N, K).
+    ///
+    /// # Errors
+    /// The tensor is missing, is not of integers, has another rank, or another number of rows than the inputs.
+    pub fn labels(&self, name: &str) -> Result<Tensor, Error> {
+        let column = self.source.column(&self.plan.path, name)?;
+        if column.rows() != self.total {
+            let other = self.tensors().next().map(|column| column.place().tensor).unwrap_or_default();
+            return Err(Error::Rows { place: column.place(), expected: self.total, other, found: column.rows() });
+        }
+        column.labels(&self.rows)
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &Column> {
+        tensors(&self.inputs)
+    }
+
+    /// The rows at `positions` among the chosen ones.
+    fn batch(&self, positions: Range<usize>) -> Result<Batch, Error> {
+        let mut inputs = Vec::with_capacity(self.inputs.len());
+        for (name, binding) in &self.inputs {
+            let input = match binding {
+                Binding::Tensor(column) => {
+                    Input::Tensor(column.read(&self.rows, positions.clone(), &self.plan.transform)?)
+                }
+                Binding::Const(constant) => Input::Const(*constant),
+            };
+            inputs.push((name.clone(), input));
+        }
+        Ok(Batch { inputs, rows: positions.len(), first_row: positions.start })
+    }
+}
+
+fn tensors(inputs: &[(Option<String>, Binding)]) -> impl Iterator<Item = &Column> {
+    inputs.iter().filter_map(|(_, binding)| match binding {
+        Binding::Tensor(column) => Some(column),
+        Binding::Const(_) => None,
+    })
+}
+
+/// The number of rows that all inputs have.
+fn check(plan: &DataPlan, inputs: &[(Option<String>, Binding)]) -> Result<usize, Error> {
+    let Some(first) = tensors(inputs).next() else {
+        return Err(Error::OnlyConstants { path: plan.path.clone() });
+    };
+    for column in tensors(inputs) {
+        column.check_input(&plan.transform)?;
+        if column.rows() != first.rows() {
+            let (expected, other) = (first.rows(), first.place().tensor);
+            return Err(Error::Rows { place: column.place(), expected, other, found: column.rows() });
+        }
+    }
+    match plan.samples {
+        Some(samples) if samples.get() > first.rows() => {
+            Err(Error::TooFew { path: plan.path.clone(), samples: samples.get(), rows: first.rows() })
+        }
+        _ => Ok(first.rows()),
+    }
+}
+
+/// The batches of a data set in order; each is read when it is asked for.
+#[derive(Debug, Clone)]
+pub struct Batches<'a> {
+    dataset: &'a Dataset,
+    /// Position of the next batch's first row.
+    next: usize,
+}
+
+impl Iterator for Batches<'_> {
+    type Item = Result<Batch, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rows = self.dataset.rows();
+        if self.next >= rows {
+            return None;
+        }
+        let positions = self.next..self.next.saturating_add(self.dataset.plan.batch_size.get()).min(rows);
+        self.next = positions.end;
+        Some(self.dataset.batch(positions))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.dataset.rows().saturating_sub(self.next).div_ceil(self.dataset.plan.batch_size.get());
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for Batches<'_> {}

@@ -1,0 +1,125 @@
+//! Which rows of a data set are used, and in what order. Knows numbers only, no file.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// The chosen rows, ascending so that a file is read forwards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Rows {
+    /// The first rows; takes no memory, however many.
+    First(usize),
+    /// Rows drawn by seed.
+    Drawn(Vec<usize>),
+}
+
+impl Rows {
+    /// The first `samples` of `total` rows, or as many drawn without replacement where there is a `seed`; `samples` is
+    /// at most `total`.
+    pub(super) fn choose(total: usize, samples: Option<NonZeroUsize>, seed: Option<u64>) -> Self {
+        let samples = samples.map_or(total, NonZeroUsize::get).min(total);
+        match seed {
+            Some(seed) if samples < total => Self::Drawn(draw(total, samples, seed)),
+            _ => Self::First(samples),
+        }
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::First(count) => *count,
+            Self::Drawn(rows) => rows.len(),
+        }
+    }
+
+    /// The rows of the data set at `positions` among the chosen ones; positions beyond the last have none.
+    pub(super) fn at(&self, positions: Range<usize>) -> impl Iterator<Item = usize> {
+        positions.filter_map(|position| match self {
+            Self::First(count) => (position < *count).then_some(position),
+            Self::Drawn(rows) => rows.get(position).copied(),
+        })
+    }
+
+    /// The same rows as [`at`](Self::at), neighbours joined.
+    pub(super) fn runs(&self, positions: Range<usize>) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for row in self.at(positions) {
+            match runs.last_mut() {
+                Some(run) if run.end == row => run.end += 1,
+                _ => runs.push(row..row + 1),
+            }
+        }
+        runs
+    }
+}
+
+/// `samples` of `total` numbers, ascending, each set equally likely: algorithm S of Knuth, The Art of Computer
+/// Programming, volume 2, section 3.4.2.
+fn draw(total: usize, samples: usize, seed: u64) -> Vec<usize> {
+    let mut generator = SplitMix64(seed);
+    let mut drawn = Vec::with_capacity(samples);
+    for row in 0..total {
+        if generator.below((total - row) as u64) < (samples - drawn.len()) as u64 {
+            drawn.push(row);
+        }
+    }
+    drawn
+}
+
+/// Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014).
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// A number below `bound`, which is at least 1. The high half of a product; its bias is below `bound` / 2^64.
+    fn below(&mut self, bound: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_rows_and_all_rows() {
+        assert_eq!(Rows::choose(5, NonZeroUsize::new(3), None), Rows::First(3));
+        assert_eq!(Rows::choose(5, None, None), Rows::First(5));
+        assert_eq!(Rows::choose(5, NonZeroUsize::new(5), Some(1)), Rows::First(5));
+        assert_eq!(Rows::First(5).runs(3..9), [3..5]);
+    }
+
+    #[test]
+    fn neighbours_are_joined() {
+        assert_eq!(Rows::Drawn(vec![0, 1, 3, 7, 8, 9]).runs(1..5), [1..2, 3..4, 7..9]);
+    }
+
+    #[test]
+    fn splitmix_gives_the_published_numbers() {
+        let mut generator = SplitMix64(1_234_567);
+        assert_eq!(generator.next(), 6_457_827_717_110_365_317);
+        assert_eq!(generator.next(), 3_203_168_211_198_807_973);
+    }
+
+    #[test]
+    fn draws_are_ascending_repeatable_and_even() {
+        let mut counts = [0u32; 10];
+        for seed in 0..4000 {
+            let drawn = draw(10, 3, seed);
+            assert_eq!(drawn.len(), 3);
+            assert!(drawn.is_sorted_by(|a, b| a < b), "{drawn:?}");
+            assert_eq!(drawn, draw(10, 3, seed));
+            for row in drawn {
+                counts[row] += 1;
+            }
+        }
+        // 1200 expected each; six standard deviations of a binomial with p = 0.3 are 174.
+        assert!(counts.iter().all(|count| count.abs_diff(1200) < 174), "{counts:?}");
+    }
+}

@@ -1,0 +1,115 @@
+//! Constants of the graph as named parameters and buffers, so that `.to(device)` moves them and `state_dict()` shows them
+//! under the user's own names.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tch::Tensor;
+
+use crate::jit::{self, Clean, Constant, Listing, Parameter, ValueId};
+use crate::sites::Sites;
+
+/// All tensor constants but single integers, one parameter or buffer per tensor; weights are replaced by their quantized
+/// form.
+pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Result<Vec<Parameter>, jit::Error> {
+    let listing = model.listing();
+    let names = Names::new(listing, sites);
+    let mut quantized = BTreeMap::new();
+    for (site, tensor) in sites.weights.iter().zip(weights) {
+        site.values.iter().for_each(|&value| {
+            quantized.insert(value, tensor);
+        });
+    }
+    let mut parameters = Vec::new();
+    let mut named = BTreeMap::<(usize, &[i64]), String>::new();
+    let mut taken = BTreeSet::new();
+    for (value, constant) in constants(listing) {
+        let key = (constant.storage, constant.shape.as_slice());
+        let name = match named.get(&key) {
+            Some(name) => name.clone(),
+            None => free_name(&names.of(value, constant), &mut taken),
+        };
+        named.insert(key, name.clone());
+        let tensor = match quantized.get(&value) {
+            Some(tensor) => tensor.shallow_clone(),
+            None => model.constant(value)?,
+        };
+        let is_buffer = !quantized.contains_key(&value) && !names.is_parameter(constant);
+        parameters.push(Parameter { value, name, is_buffer, tensor });
+    }
+    Ok(parameters)
+}
+
+/// Tensor constants that have to move with the model: all but those without an axis that hold an integer.
+fn constants(listing: &Listing) -> impl Iterator<Item = (ValueId, &Constant)> {
+    let constants = listing.values.iter().enumerate().filter_map(|(id, value)| Some((id, value.constant.as_ref()?)));
+    constants.filter(|(_, constant)| {
+        let floating = matches!(constant.dtype.as_str(), "Float" | "Double" | "Half" | "BFloat16");
+        constant.is_tensor() && constant.storage != 0 && (floating || !constant.shape.is_empty())
+    })
+}
+
+/// How constants are called.
+struct Names {
+    /// Value → name by the layer that uses it.
+    by_layer: BTreeMap<ValueId, String>,
+}
+
+impl Names {
+    fn new(listing: &Listing, sites: &Sites) -> Self {
+        let mut by_layer = BTreeMap::new();
+        for layer in &sites.layers {
+            let node = &listing.nodes[layer.node];
+            for (slot, &value) in node.inputs.iter().enumerate() {
+                let is_vector =
+                    listing.values[value].constant.as_ref().is_some_and(|constant| constant.shape.len() == 1);
+                let name = if slot == 2 && is_vector { "bias".to_owned() } else { format!("constant_{slot}") };
+                by_layer.entry(value).or_insert_with(|| format!("{}.{name}", layer.name));
+            }
+        }
+        for site in &sites.weights {
+            site.values.iter().for_each(|&value| {
+                by_layer.insert(value, site.name.clone());
+            });
+        }
+        Self { by_layer }
+    }
+
+    /// Its own name if it is still the user's tensor, else one by its layer, else a number.
+    fn of(&self, value: ValueId, constant: &Constant) -> String {
+        let by_layer = || self.by_layer.get(&value).cloned();
+        constant.parameter.clone().or_else(by_layer).unwrap_or_else(|| format!("constants.c{value}"))
+    }
+
+    /// What the user's model called a parameter stays one; other constants become buffers, which training leaves alone.
+    fn is_parameter(&self, constant: &Constant) -> bool {
+        constant.parameter.is_some() && matches!(constant.dtype.as_str(), "Float" | "Double" | "Half" | "BFloat16")
+    }
+}
+
+/// A name that can be an attribute path and clashes with none before it, neither as a tensor nor as a module.
+fn free_name(wanted: &str, taken: &mut BTreeSet<String>) -> String {
+    let clean: String = wanted.chars().map(|c| if c.is_alphanumeric() || c == '.' { c } else { '_' }).collect();
+    let clashes = |name: &str| {
+        let inside = |outer: &str, inner: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
+        taken.iter().any(|other| other == name || inside(other, name) || inside(name, other))
+    };
+    let numbered = (2..).map(|number: u32| format!("{clean}_{number}"));
+    let name = std::iter::once(clean.clone()).chain(numbered).find(|name| !clashes(name)).unwrap_or(clean.clone());
+    taken.insert(name.clone());
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_neither_clash_nor_nest() {
+        let mut taken = BTreeSet::new();
+        assert_eq!(free_name("conv1.weight", &mut taken), "conv1.weight");
+        assert_eq!(free_name("conv1.weight", &mut taken), "conv1.weight_2");
+        assert_eq!(free_name("conv1", &mut taken), "conv1_2");
+        assert_eq!(free_name("conv1.weight.scale", &mut taken), "conv1.weight.scale_2");
+        assert_eq!(free_name("conv1#2.bias", &mut taken), "conv1_2.bias_2");
+    }
+}

@@ -1,0 +1,86 @@
+//! Float against quantized on the evaluation data, or on the calibration data where there is no other.
+
+use tch::Tensor;
+
+use super::{Error, Simulation};
+use crate::config::Plan;
+use crate::dataset::Dataset;
+use crate::evaluate::Evaluation;
+use crate::feed;
+use crate::jit::{Clean, NoVisit, Output};
+use crate::report;
+
+/// What the models are compared on.
+pub(super) struct Data {
+    evaluation: Option<Dataset>,
+    labels: Option<Tensor>,
+}
+
+impl Data {
+    pub(super) fn open(plan: &Plan) -> Result<Self, Error> {
+        let Some(evaluation) = &plan.evaluation else { return Ok(Self { evaluation: None, labels: None }) };
+        let data = Dataset::open(&evaluation.data)?;
+        let labels = evaluation.labels.as_deref().map(|name| data.labels(name)).transpose()?;
+        Ok(Self { evaluation: Some(data), labels })
+    }
+
+    /// The data itself; `calibration` stands in where there is no evaluation data.
+    pub(super) fn dataset<'a>(&'a self, calibration: &'a Dataset) -> &'a Dataset {
+        self.evaluation.as_ref().unwrap_or(calibration)
+    }
+
+    pub(super) fn rows(&self, calibration: &Dataset) -> usize {
+        self.dataset(calibration).rows()
+    }
+
+    pub(super) fn run(
+        &self,
+        model: &Clean,
+        simulation: &Simulation,
+        calibration: &Dataset,
+        mut advance: impl FnMut(usize),
+    ) -> Result<report::Evaluation, Error> {
+        let float = model.instrument(&[], &[])?;
+        let mut evaluation = Evaluation::default();
+        for batch in self.dataset(calibration).batches() {
+            let batch = batch?;
+            let (first, rows) = (batch.first_row, batch.rows);
+            let arguments = feed::bind(model.module(), batch)?;
+            let expected = float.run(&arguments, &mut NoVisit)?;
+            let found = simulation.run(&arguments)?;
+            let labels = self.labels.as_ref().map(|labels| rows_of(labels, first, rows)).transpose()?;
+            evaluation.add(rows, &expected, &found, labels.as_ref())?;
+            advance(rows);
+        }
+        let (float, quantized) = evaluation.finish();
+        let data = if self.evaluation.is_some() { "evaluation" } else { "calibration" };
+        Ok(report::Evaluation { data, float, quantized })
+    }
+}
+
+#[allow(clippy::cast_possible_wrap)]
+fn rows_of(labels: &Tensor, first: usize, rows: usize) -> Result<Tensor, tch::TchError> {
+    // Row counts come from files that are addressed with i64.
+    labels.f_narrow(0, first as i64, rows as i64)
+}
+
+/// max |a − b| over all tensors, infinite where their number or shapes differ; NaN equals NaN.
+pub(super) fn largest_difference(a: &Output, b: &Output) -> Result<f64, tch::TchError> {
+    let (a, b) = (a.tensors(), b.tensors());
+    if a.len() != b.len() {
+        return Ok(f64::INFINITY);
+    }
+    let mut largest = 0.0f64;
+    for ((_, a), (_, b)) in a.iter().zip(&b) {
+        if a.size() != b.size() {
+            return Ok(f64::INFINITY);
+        }
+        if a.f_allclose(b, 0.0, 0.0, true)? {
+            continue;
+        }
+        let (a, b) = (a.f_to_kind(tch::Kind::Double)?, b.f_to_kind(tch::Kind::Double)?);
+        let difference = a.f_sub(&b)?.f_abs()?.f_max()?.f_double_value(&[])?;
+        largest = largest.max(if difference.is_nan() { f64::INFINITY } else { difference });
+    }
+    Ok(largest)
+}

@@ -1,0 +1,75 @@
+//! SHA-256 of everything that goes into a run.
+
+use std::io::Read;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::Error;
+use crate::config::Plan;
+use crate::report::Hashes;
+
+pub(super) fn of_plan(plan: &Plan) -> Result<Hashes, Error> {
+    let calibration = of_path(&plan.calibration.path)?;
+    let evaluation = plan.evaluation.as_ref().map(|evaluation| &evaluation.data.path);
+    let evaluation = match evaluation {
+        Some(path) if *path == plan.calibration.path => Some(calibration.clone()),
+        Some(path) => Some(of_path(path)?),
+        None => None,
+    };
+    // Two runs that differ in nothing but their place are the same run.
+    let mut placeless = plan.clone();
+    placeless.output.dir = Path::new("/").to_owned();
+    Ok(Hashes {
+        model: of_path(&plan.model)?,
+        calibration,
+        evaluation,
+        plan: hex(&Sha256::digest(placeless.to_yaml()?.as_bytes())),
+    })
+}
+
+/// Of a file's bytes; of a folder, the names and bytes of all files in it, in sorted order.
+fn of_path(path: &Path) -> Result<String, Error> {
+    let mut hash = Sha256::new();
+    if path.is_dir() {
+        for file in files_in(path)? {
+            let name = file.strip_prefix(path).unwrap_or(&file);
+            hash.update(name.to_string_lossy().as_bytes());
+            hash.update([0]);
+            hash.update(of_path(&file)?.as_bytes());
+        }
+    } else {
+        let mut file = std::fs::File::open(path).map_err(read_error(path))?;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let count = file.read(&mut buffer).map_err(read_error(path))?;
+            if count == 0 {
+                break;
+            }
+            hash.update(&buffer[..count]);
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+fn files_in(folder: &Path) -> Result<Vec<std::path::PathBuf>, Error> {
+    let mut files = Vec::new();
+    let mut open = vec![folder.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(&folder).map_err(read_error(&folder))? {
+            let path = entry.map_err(read_error(&folder))?.path();
+            if path.is_dir() { open.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn read_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Read { path, source }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,217 @@
+//! What one run did, as plain data, and its JSON form. It computes nothing.
+
+mod measures;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::quantizer::{Bits, Grid, Granularity, QuantParams, Threshold};
+use crate::sites::LeftFloat;
+use crate::threshold::{ErrorMethod, Selection};
+
+pub use measures::{Accuracy, Comparison};
+
+/// Version of the report's form; grows when a field changes its meaning or goes.
+pub const SCHEMA: u32 = 1;
+
+/// Everything that `report.json` holds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Absolute path of the float model.
+    pub model: PathBuf,
+    /// Where it ran.
+    pub device: String,
+    /// Seed of everything that draws.
+    pub seed: u64,
+    /// SHA-256 of what went in.
+    pub hashes: Hashes,
+    /// Of tsquant and libtorch.
+    pub versions: Versions,
+    /// Seconds per stage.
+    pub timings_s: Timings,
+    /// Largest resident memory of the process; `None` where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+    /// Calibration rows.
+    pub calibration_samples: usize,
+    /// What was quantized, weights first, in graph order.
+    pub sites: Vec<SiteReport>,
+    /// What was not.
+    pub left_float: Vec<LeftFloat>,
+    /// What a reader should know.
+    pub warnings: Vec<String>,
+    /// Float against quantized.
+    pub evaluation: Evaluation,
+    /// Sizes of the model files.
+    pub files: Files,
+}
+
+/// SHA-256 in hex.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Hashes {
+    /// The model file.
+    pub model: String,
+    /// The calibration data.
+    pub calibration: String,
+    /// The evaluation data, if it is other data.
+    pub evaluation: Option<String>,
+    /// The resolved plan without `output.dir`.
+    pub plan: String,
+}
+
+/// What made the model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Versions {
+    /// This program.
+    pub tsquant: String,
+    /// The libtorch that it runs on.
+    pub torch: String,
+}
+
+/// Seconds per stage.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Timings {
+    /// Hash, load and clean the model; open the data.
+    pub load: f64,
+    /// Run the calibration data.
+    pub calibrate: f64,
+    /// Choose thresholds.
+    pub search: f64,
+    /// Write the model.
+    pub emit: f64,
+    /// Compare float and quantized.
+    pub evaluate: f64,
+    /// All of it.
+    pub total: f64,
+}
+
+/// Weight or activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// A constant.
+    Weight,
+    /// A value of the running model.
+    Activation,
+}
+
+/// One quantized site.
+#[derive(Debug, Clone, Serialize)]
+pub struct SiteReport {
+    /// Its name.
+    pub name: String,
+    /// Weight or activation.
+    pub kind: Kind,
+    /// The layer that it belongs to.
+    pub layer: String,
+    /// That layer's op.
+    pub op: String,
+    /// Width.
+    pub bits: Bits,
+    /// Where its levels lie.
+    pub grid: Grid,
+    /// One threshold, or one per output channel.
+    pub granularity: Granularity,
+    /// How thresholds were chosen.
+    pub error_method: ErrorMethod,
+    /// Its quantizers and what they cost.
+    #[serde(flatten)]
+    pub quantizers: Quantizers,
+}
+
+/// The quantizers of one site and what they cost.
+#[derive(Debug, Clone, Serialize)]
+pub struct Quantizers {
+    /// The snapped thresholds, or ranges on a uniform grid: one per channel.
+    #[serde(flatten)]
+    pub thresholds: Thresholds,
+    /// One per channel.
+    pub scale: Vec<f32>,
+    /// One per channel.
+    pub zero_point: Vec<i32>,
+    /// Mean of (x − q)²; `None` where the statistics cannot tell.
+    pub error: Option<f64>,
+    /// 10 log10(Σ x² / Σ (x − q)²); `None` where it is infinite or unknown.
+    pub sqnr_db: Option<f64>,
+    /// Share of clipped values, from 0 to 1; `None` where the statistics cannot tell.
+    pub clipped_share: Option<f64>,
+    /// Oddities of the data.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// Thresholds of one site.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thresholds {
+    /// Of a symmetric or power-of-two grid.
+    Threshold(Vec<f64>),
+    /// [lo, hi] of a uniform grid.
+    Range(Vec<[f64; 2]>),
+}
+
+impl From<&[Threshold]> for Thresholds {
+    fn from(thresholds: &[Threshold]) -> Self {
+        let ranges: Vec<_> = thresholds
+            .iter()
+            .filter_map(|threshold| match threshold {
+                Threshold::Uniform(range) => Some([range.lo, range.hi]),
+                _ => None,
+            })
+            .collect();
+        if !ranges.is_empty() {
+            return Self::Range(ranges);
+        }
+        let single = thresholds.iter().filter_map(|threshold| match threshold {
+            Threshold::Signed(t) | Threshold::Unsigned(t) => Some(*t),
+            Threshold::Uniform(_) => None,
+        });
+        Self::Threshold(single.collect())
+    }
+}
+
+impl From<&Selection> for Quantizers {
+    fn from(selection: &Selection) -> Self {
+        Self {
+            thresholds: selection.thresholds.as_slice().into(),
+            scale: selection.params.iter().map(QuantParams::scale).collect(),
+            zero_point: selection.params.iter().map(QuantParams::zero_point).collect(),
+            error: selection.error,
+            sqnr_db: selection.sqnr_db.filter(|sqnr| sqnr.is_finite()),
+            clipped_share: selection.clipped_share,
+            notes: selection.notes.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+/// Float against quantized.
+#[derive(Debug, Clone, Serialize)]
+pub struct Evaluation {
+    /// What was compared on: `evaluation` or, where none was given, `calibration`.
+    pub data: &'static str,
+    /// The float model's own measures.
+    pub float: Accuracy,
+    /// The quantized model's.
+    pub quantized: Comparison,
+}
+
+/// Sizes of the model files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Files {
+    /// The model that came in.
+    pub float_bytes: u64,
+    /// The model that went out.
+    pub quantized_bytes: u64,
+}
+
+impl Report {
+    /// `report.json`, indented.
+    ///
+    /// # Errors
+    /// Where serialization fails.
+    pub fn to_json(&self) -> Result<String, serde_json::Error> {
+        Ok(serde_json::to_string_pretty(self)? + "\n")
+    }
+}

@@ -1,0 +1,34 @@
+//! Measures of a quantized model, as plain numbers.
+
+use serde::Serialize;
+
+/// Measures of one model against labels.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Accuracy {
+    /// Share of rows whose arg-max is an accepted class, from 0 to 1; `None` without labels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1: Option<f64>,
+    /// Share of rows with an accepted class among the five largest outputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top5: Option<f64>,
+}
+
+/// Measures of a quantized model against labels and against the float model.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Comparison {
+    /// Against labels.
+    #[serde(flatten)]
+    pub accuracy: Accuracy,
+    /// Share of rows whose arg-max over the last axis of the first output is the float model's, from 0 to 1.
+    pub agreement: f64,
+    /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` for equal outputs, whose ratio is infinite.
+    pub sqnr_db: Option<f64>,
+    /// Cosine similarity of all outputs, from −1 to 1.
+    pub cosine: f64,
+    /// Largest absolute difference of an output.
+    pub max_abs_diff: f64,
+    /// Output values of either model that are NaN or infinite; they count in no measure.
+    pub not_finite: u64,
+    /// Rows compared.
+    pub rows: u64,
+}

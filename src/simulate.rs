@@ -1,0 +1,37 @@
+//! Simulated quantization of tensors: the arithmetic of [`quantizer`](crate::quantizer) written as tensor ops, for any
+//! device. It decides nothing.
+
+use tch::Tensor;
+
+use crate::jit::{BoxError, Visit};
+use crate::quantizer::QuantParams;
+
+/// The quantized image of a float32 tensor, bit for bit that of [`QuantParams::fake_quantize`] and of libtorch's
+/// `fake_quantize_per_tensor_affine`, which takes about 20 times as long on a CPU.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn fake_quantize(tensor: &Tensor, params: &QuantParams) -> Result<Tensor, tch::TchError> {
+    let scale = f64::from(params.scale());
+    // Rounded to f32 before it multiplies, as the kernel does.
+    let inverse = f64::from(1.0f32 / params.scale());
+    let zero_point = f64::from(params.zero_point());
+    let (min, max) = (f64::from(params.quant_min()), f64::from(params.quant_max()));
+    // Adding a zero point of 0 still matters: it makes −0.0 positive, as the kernel does.
+    let image = tensor.f_mul_scalar(inverse)?.f_round_()?.f_add_scalar_(zero_point)?.f_clamp_(min, max)?;
+    let mut image = if params.zero_point() == 0 { image } else { image.shallow_clone().f_sub_scalar_(zero_point)? };
+    image.f_mul_scalar_(scale)
+}
+
+/// Replaces each tapped value by its quantized image; tap i has the quantizer `params[i]`.
+pub struct Simulate<'a> {
+    /// One quantizer per tap.
+    pub params: &'a [QuantParams],
+}
+
+impl Visit for Simulate<'_> {
+    fn substitute(&mut self, tap: usize, value: &Tensor) -> Result<Tensor, BoxError> {
+        let params = self.params.get(tap).ok_or_else(|| format!("tap {tap} has no quantizer"))?;
+        Ok(fake_quantize(value, params)?)
+    }
+}

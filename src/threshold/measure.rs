@@ -1,0 +1,116 @@
+//! What a quantizer does to given values: squared error, signal, clipped values. It refuses to know how the quantizer
+//! was chosen.
+
+use crate::quantizer::{QuantParams, Range};
+
+/// Values quantized at a time, so that their images stay in the first cache.
+const BLOCK: usize = 1024;
+
+/// Independent sums, so that they become vector instructions; part of the result, as `f64` sums depend on the order.
+const LANES: usize = 8;
+
+/// Sums over the values of one or more channels.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Measured {
+    squared_error: f64,
+    signal: f64,
+    clipped: u64,
+    count: u64,
+}
+
+impl Measured {
+    pub(super) fn of(values: &[f32], params: &QuantParams) -> Self {
+        let unclipped = params.unclipped();
+        let mut images = [0.0; BLOCK];
+        let mut total = Self::default();
+        for block in values.chunks(BLOCK) {
+            params.fake_quantize_slice(block, &mut images);
+            let (groups, rest) = block.as_chunks();
+            total.merge(&sums(groups, images.as_chunks().0, unclipped));
+            // Zero and its image, which is zero, add nothing.
+            let (mut last, mut last_images) = ([0.0; LANES], [0.0; LANES]);
+            last[..rest.len()].copy_from_slice(rest);
+            params.fake_quantize_slice(rest, &mut last_images);
+            total.merge(&sums(&[last], &[last_images], unclipped));
+        }
+        total.count = values.len() as u64;
+        total
+    }
+
+    pub(super) fn merge(&mut self, other: &Self) {
+        self.squared_error += other.squared_error;
+        self.signal += other.signal;
+        self.clipped += other.clipped;
+        self.count += other.count;
+    }
+
+    /// Mean of (x − q)²; 0 of nothing.
+    pub(super) fn mean_squared_error(&self) -> f64 {
+        self.squared_error / self.count.max(1) as f64
+    }
+
+    /// 10 log10(Σ x² / Σ (x − q)²) in dB; infinite without an error.
+    pub(super) fn sqnr_db(&self) -> f64 {
+        if self.squared_error == 0.0 {
+            return f64::INFINITY;
+        }
+        10.0 * (self.signal / self.squared_error).log10()
+    }
+
+    /// Share of the values that are clipped, from 0 to 1; 0 of nothing.
+    pub(super) fn clipped_share(&self) -> f64 {
+        self.clipped as f64 / self.count.max(1) as f64
+    }
+}
+
+/// The sums of whole groups, without their count. Not inlined: within a larger function the lanes fall apart.
+#[inline(never)]
+fn sums(values: &[[f32; LANES]], images: &[[f32; LANES]], unclipped: Range) -> Measured {
+    let (mut error, mut signal, mut clipped) = ([0.0; LANES], [0.0; LANES], [0u64; LANES]);
+    for (values, images) in values.iter().zip(images) {
+        for lane in 0..LANES {
+            let (x, image) = (f64::from(values[lane]), f64::from(images[lane]));
+            error[lane] += (x - image) * (x - image);
+            signal[lane] += x * x;
+            clipped[lane] += u64::from(x < unclipped.lo) + u64::from(x > unclipped.hi);
+        }
+    }
+    Measured { squared_error: error.iter().sum(), signal: signal.iter().sum(), clipped: clipped.iter().sum(), count: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantizer::Levels;
+
+    fn unit_quantizer() -> QuantParams {
+        QuantParams::new(1.0, 0, Levels { quant_min: -2, quant_max: 1 }).unwrap()
+    }
+
+    #[test]
+    fn sums_by_hand() {
+        let measured = Measured::of(&[-2.0, -0.25, 1.25, 1.5, 3.0, -2.75, 0.0, 0.0], &unit_quantizer());
+        let squared_error = 0.0625 + 0.0625 + 0.25 + 4.0 + 0.5625;
+        assert_eq!(measured.mean_squared_error(), squared_error / 8.0);
+        assert_eq!(measured.clipped_share(), 2.0 / 8.0);
+        let signal = 4.0 + 0.0625 + 1.5625 + 2.25 + 9.0 + 7.5625;
+        assert_eq!(measured.sqnr_db(), 10.0 * f64::log10(signal / squared_error));
+    }
+
+    #[test]
+    fn blocks_and_rest_are_all_counted() {
+        for length in [1, LANES + 1, BLOCK - 1, BLOCK, 2 * BLOCK + LANES + 3] {
+            let measured = Measured::of(&vec![1.25; length], &unit_quantizer());
+            assert_eq!(measured.mean_squared_error(), 0.0625, "{length} values");
+            let clipped = Measured::of(&vec![7.0; length], &unit_quantizer());
+            assert_eq!(clipped.clipped_share(), 1.0, "{length} values");
+        }
+    }
+
+    #[test]
+    fn without_error_or_values() {
+        assert_eq!(Measured::of(&[1.0, 0.0], &unit_quantizer()).sqnr_db(), f64::INFINITY);
+        let nothing = Measured::of(&[], &unit_quantizer());
+        assert_eq!((nothing.mean_squared_error(), nothing.clipped_share()), (0.0, 0.0));
+    }
+}

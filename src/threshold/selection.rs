@@ -1,0 +1,111 @@
+//! What a search hands on. Plain data, without a site's name.
+
+use std::fmt;
+
+use crate::quantizer::{QuantParams, Threshold};
+use crate::statistics::Observed;
+
+/// Channels that a note lists by index; more are counted only.
+const LISTED_CHANNELS: usize = 8;
+
+/// The quantizers of one site and what they cost.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selection {
+    /// One quantizer per channel; one for an activation or a tensor with one threshold.
+    pub params: Vec<QuantParams>,
+    /// The snapped threshold of each of `params`.
+    pub thresholds: Vec<Threshold>,
+    /// Mean of (x − q)² over all values; `None` where the statistics cannot tell.
+    pub error: Option<f64>,
+    /// 10 log10(Σ x² / Σ (x − q)²) in dB, infinite without an error; `None` where the statistics cannot tell.
+    pub sqnr_db: Option<f64>,
+    /// Share of clipped values, from 0 to 1; `None` where the statistics cannot tell.
+    pub clipped_share: Option<f64>,
+    /// What a reader of the report should know.
+    pub notes: Vec<Note>,
+}
+
+/// A property of the data that makes its quantizer unusual; one line each as text.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Note {
+    /// All values are zero or denormal.
+    AllZero,
+    /// Two or more values, all equal to this one.
+    Constant(f32),
+    /// Some channels of a weight tensor hold only zeros and denormals.
+    ZeroChannels {
+        /// Their indices, ascending.
+        channels: Vec<usize>,
+        /// Number of channels in all.
+        count: usize,
+    },
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AllZero => write!(f, "all values are zero: scale 1, zero point 0"),
+            Self::Constant(value) => write!(f, "all values are {value}"),
+            Self::ZeroChannels { channels, count } => {
+                let listed: Vec<_> = channels.iter().take(LISTED_CHANNELS).map(ToString::to_string).collect();
+                let more = if channels.len() > LISTED_CHANNELS { ", …" } else { "" };
+                let (zero, listed) = (channels.len(), listed.join(", "));
+                write!(f, "{zero} of {count} channels are all zero ({listed}{more}): scale 1, zero point 0")
+            }
+        }
+    }
+}
+
+/// The notes on a tensor whose channels have these extremes.
+pub(super) fn notes(channels: &[Observed]) -> Vec<Note> {
+    let zero: Vec<usize> = (0..channels.len()).filter(|&index| channels[index].is_all_zero()).collect();
+    if zero.len() == channels.len() {
+        return vec![Note::AllZero];
+    }
+    let mut notes = Vec::new();
+    if !zero.is_empty() {
+        notes.push(Note::ZeroChannels { channels: zero, count: channels.len() });
+    }
+    let value = channels[0].min();
+    let values: u64 = channels.iter().map(Observed::count).sum();
+    if values > 1 && channels.iter().all(|channel| channel.min() == value && channel.max() == value) {
+        notes.push(Note::Constant(value));
+    }
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::statistics::MinMax;
+
+    fn lines(channels: &[&[f32]]) -> Vec<String> {
+        let observed = |values: &&[f32]| {
+            let mut min_max = MinMax::new();
+            min_max.observe(values);
+            min_max.observed().unwrap().unwrap()
+        };
+        let observed: Vec<Observed> = channels.iter().map(observed).collect();
+        notes(&observed).iter().map(Note::to_string).collect()
+    }
+
+    #[test]
+    fn one_line_for_each_oddity() {
+        assert_eq!(lines(&[&[0.0, 1e-40], &[-0.0]]), ["all values are zero: scale 1, zero point 0"]);
+        assert_eq!(lines(&[&[0.25, 0.25]]), ["all values are 0.25"]);
+        assert_eq!(lines(&[&[0.25], &[0.25]]), ["all values are 0.25"]);
+        let some_zero = "2 of 3 channels are all zero (0, 2): scale 1, zero point 0";
+        assert_eq!(lines(&[&[0.0], &[1.0, 2.0], &[0.0]]), [some_zero]);
+        let mut many: Vec<&[f32]> = vec![&[0.0]; 20];
+        many[0] = &[1.0];
+        let line = "19 of 20 channels are all zero (1, 2, 3, 4, 5, 6, 7, 8, …): scale 1, zero point 0";
+        assert_eq!(lines(&many), [line]);
+    }
+
+    #[test]
+    fn nothing_to_say_about_ordinary_data() {
+        assert!(lines(&[&[1.0, 2.0], &[3.0, 3.0]]).is_empty());
+        assert!(lines(&[&[5.0]]).is_empty());
+        assert!(lines(&[&[5.0], &[6.0]]).is_empty());
+    }
+}
