@@ -7,8 +7,7 @@ const TORCH_VERSION: &str = "2.11.0";
 
 fn main() {
     let library_dir = PathBuf::from(
-        std::env::var("DEP_TCH_LIBTORCH_LIB")
-            .expect("torch-sys reports its library folder to dependent build scripts"),
+        std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys reports its library folder to dependent build scripts"),
     );
     let torch = library_dir.parent().expect("libtorch's lib folder has a parent").to_path_buf();
     check_version(&torch);
@@ -21,6 +20,11 @@ fn main() {
     for include in ["include", "include/torch/csrc/api/include"] {
         // System headers: libtorch's own warnings are not ours to mend.
         build.flag("-isystem").flag(torch.join(include).to_str().expect("the path of libtorch is UTF-8"));
+    }
+    // Warnings of GCC's optimizer: inlined code of libtorch sets them off, in some versions and optimization levels.
+    for flow in ["array-bounds", "dangling-pointer", "free-nonheap-object", "maybe-uninitialized", "stringop-overflow"]
+    {
+        build.flag_if_supported(format!("-Wno-{flow}"));
     }
     build
         .std("c++17")

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::config;
+use crate::{config, jit};
 
 /// The run failed.
 const EXIT_FAILED: u8 = 1;
@@ -18,7 +18,12 @@ const EXIT_USAGE: u8 = 2;
 
 /// Post-training quantization of TorchScript models.
 #[derive(Debug, Parser)]
-#[command(version, about, arg_required_else_help = true, after_help = "Exit codes: 0 done, 1 the run failed, 2 the command line or the YAML is wrong.")]
+#[command(
+    version,
+    about,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 the run failed, 2 the command line or the YAML is wrong."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,6 +41,7 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    jit::keep_freed_memory();
     let result = match cli.command {
         Command::Quantize(command) => command.run(),
         Command::Inspect(command) => command.run(),

@@ -83,7 +83,9 @@ impl Dataset {
             Ok((name.cloned(), binding))
         };
         let inputs = match &plan.inputs {
-            InputsPlan::Positional(inputs) => inputs.iter().map(|input| bind(None, input)).collect::<Result<Vec<_>, _>>()?,
+            InputsPlan::Positional(inputs) => {
+                inputs.iter().map(|input| bind(None, input)).collect::<Result<Vec<_>, _>>()?
+            }
             InputsPlan::Named(inputs) => {
                 inputs.iter().map(|(name, input)| bind(Some(name), input)).collect::<Result<Vec<_>, _>>()?
             }

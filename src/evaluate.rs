@@ -73,7 +73,13 @@ impl Evaluation {
     ///
     /// # Errors
     /// Where the outputs or labels do not fit each other.
-    pub fn add(&mut self, rows: usize, float: &Output, quantized: &Output, labels: Option<&Tensor>) -> Result<(), Error> {
+    pub fn add(
+        &mut self,
+        rows: usize,
+        float: &Output,
+        quantized: &Output,
+        labels: Option<&Tensor>,
+    ) -> Result<(), Error> {
         let pairs = pair_outputs(float, quantized)?;
         for (expected, found) in &pairs {
             self.add_differences(expected, found)?;

@@ -26,3 +26,9 @@ pub use visit::{BoxError, NoVisit, Visit};
 pub fn torch_version() -> String {
     ffi::bridge::torch_version()
 }
+
+/// Lets the C library keep freed memory for the next batch. By default glibc gives every large tensor back to the system
+/// and faults it in again, page by page: half of the time of a MobileNetV2 at 224x224.
+pub fn keep_freed_memory() {
+    ffi::bridge::keep_freed_memory();
+}

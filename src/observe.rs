@@ -56,9 +56,8 @@ pub fn observe(
 /// Observing taps at every value of every site.
 fn taps(sites: &[ActivationSite]) -> Vec<Tap> {
     let numbered = sites.iter().enumerate();
-    let taps = numbered.flat_map(|(number, site)| {
-        site.values.iter().map(move |&value| Tap { value, number, substitutes: false })
-    });
+    let taps = numbered
+        .flat_map(|(number, site)| site.values.iter().map(move |&value| Tap { value, number, substitutes: false }));
     taps.collect()
 }
 

@@ -14,6 +14,7 @@ use tch::Tensor;
 use crate::config::{DevicePlan, Plan};
 use crate::dataset::{self, Dataset};
 use crate::emit::{self, Emission};
+use crate::evaluate;
 use crate::feed;
 use crate::jit::{self, Arguments, Clean, Instrumented, Module};
 use crate::observe::{self, observe};
@@ -21,7 +22,6 @@ use crate::quantizer::QuantParams;
 use crate::report::{self, Report, SiteReport, Timings};
 use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
-use crate::evaluate;
 
 pub use run_dir::RunDirError;
 
@@ -167,12 +167,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         sites: &selections.reports,
         left_float: &sites.left_float,
     })?;
-    let emission = Emission {
-        sites: &sites,
-        activations: &selections.activations,
-        weights: &selections.weights,
-        description,
-    };
+    let emission =
+        Emission { sites: &sites, activations: &selections.activations, weights: &selections.weights, description };
     let file = run_dir.path().join(MODEL_FILE);
     emit::fake_quant(&model, &emission, &file)?;
     timings.emit = lap(&mut clock);
@@ -269,18 +265,14 @@ impl Simulation {
     }
 }
 
-fn warnings(
-    model: &Clean,
-    sites: &Sites,
-    reports: &[SiteReport],
-    evaluation: &report::Evaluation,
-) -> Vec<String> {
+fn warnings(model: &Clean, sites: &Sites, reports: &[SiteReport], evaluation: &report::Evaluation) -> Vec<String> {
     let mut warnings = model.notes().to_vec();
     let never_ran = sites.left_float.iter().filter(|left| left.reason == select::NEVER_RAN);
     warnings.extend(never_ran.map(|left| format!("{}: {}", left.name, left.reason)));
     let unknown = sites.unknown_ops.iter();
     warnings.extend(unknown.map(|(op, count)| format!("{op} ({count} nodes) is not in the op table and stays float")));
-    let notes = reports.iter().flat_map(|site| site.quantizers.notes.iter().map(move |note| format!("{}: {note}", site.name)));
+    let notes =
+        reports.iter().flat_map(|site| site.quantizers.notes.iter().map(move |note| format!("{}: {note}", site.name)));
     warnings.extend(notes);
     if evaluation.quantized.not_finite > 0 {
         let count = evaluation.quantized.not_finite;

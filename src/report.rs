@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::quantizer::{Bits, Grid, Granularity, QuantParams, Threshold};
+use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Selection};
 

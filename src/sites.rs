@@ -99,4 +99,3 @@ pub fn arguments_of_unknown_dtype(listing: &Listing) -> Vec<String> {
     let unknown = arguments.filter(|&(id, value)| value.is_tensor && classes.dtype(id) == classes::Dtype::Unknown);
     unknown.map(|(_, value)| value.name.clone()).collect()
 }
-

@@ -164,8 +164,7 @@ fn inputs(names: &[String]) -> Result<InputsPlan, UsageError> {
 
 fn inspect(module: &Module, clean: &Result<Clean, String>) -> anyhow::Result<Inspection> {
     let tensors = module.tensors()?;
-    let unknown =
-        clean.as_ref().map(|clean| sites::arguments_of_unknown_dtype(clean.listing())).unwrap_or_default();
+    let unknown = clean.as_ref().map(|clean| sites::arguments_of_unknown_dtype(clean.listing())).unwrap_or_default();
     let mut notes = module.notes().to_vec();
     if let Ok(clean) = clean {
         notes = clean.notes().to_vec();

@@ -81,7 +81,8 @@ fn result_table(plan: &Plan, report: &Report) -> comfy_table::Table {
     let title = format!("{} rows of {} data", evaluation.quantized.rows, evaluation.data);
     let mut table = table::table(&[&title, "float", "quantized"], true);
     let metrics = plan.evaluation.as_ref().map(|evaluation| evaluation.metrics.clone());
-    for metric in metrics.filter(|metrics| !metrics.is_empty()).unwrap_or_else(|| vec![Metric::Agreement, Metric::Sqnr]) {
+    for metric in metrics.filter(|metrics| !metrics.is_empty()).unwrap_or_else(|| vec![Metric::Agreement, Metric::Sqnr])
+    {
         let (name, float, quantized) = row(metric, report);
         table.add_row([name, float.as_str(), quantized.as_str()]);
     }

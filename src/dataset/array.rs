@@ -92,7 +92,8 @@ impl Array {
         }
         let float = stored.f_to_kind(Kind::Float).map_err(Error::libtorch(&self.place))?;
         // A finite sum has finite terms only, so that the slow search is for errors (and sums beyond float32) alone.
-        let sum = float.f_sum(Kind::Float).and_then(|sum| sum.f_double_value(&[])).map_err(Error::libtorch(&self.place))?;
+        let sum =
+            float.f_sum(Kind::Float).and_then(|sum| sum.f_double_value(&[])).map_err(Error::libtorch(&self.place))?;
         if !sum.is_finite()
             && let Some((index, value)) = self.dtype.first_not_finite(&bytes)
         {

@@ -2,13 +2,13 @@
 //! by batch. The tensor `images` is uint8 of shape (N, H, W, 3) in the order red, green, blue: grey images are repeated,
 //! alpha is dropped, and an EXIF orientation is applied. Hidden files and folders are left out.
 
-use std::fs::{self, File};
-use std::io::BufReader;
+use std::fs;
+use std::io::Cursor;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
@@ -112,7 +112,8 @@ impl Walk {
         for (name, path) in entries(folder)? {
             let below_root = below_root.join(&name);
             let metadata = fs::metadata(&path).map_err(Error::io(&path))?;
-            let extension = path.extension().map(|text| text.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+            let extension =
+                path.extension().map(|text| text.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
             if metadata.is_dir() {
                 self.visit(&path, &below_root)?;
             } else if READABLE.contains(&extension.as_str()) {
@@ -144,9 +145,15 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
 }
 
 fn decode(path: &Path) -> Result<RgbImage, Error> {
-    let file = File::open(path).map_err(Error::io(path))?;
+    let bytes = fs::read(path).map_err(Error::io(path))?;
     // By content: a jpeg that is called .png is common, and no reason to stop.
-    let reader = ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(Error::io(path))?;
+    let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format().map_err(Error::io(path))?;
+    if reader.format() == Some(ImageFormat::Jpeg) && !is_whole_jpeg(&bytes) {
+        return Err(Error::damaged(
+            path,
+            "expected a whole jpeg image, found one that is truncated: it has no end marker",
+        ));
+    }
     let failed = |error: image::ImageError| {
         Error::damaged(path, format_args!("expected a png, jpeg or webp image, found one that cannot be read: {error}"))
     };
@@ -155,6 +162,24 @@ fn decode(path: &Path) -> Result<RgbImage, Error> {
     let mut image = DynamicImage::from_decoder(decoder).map_err(failed)?;
     image.apply_orientation(orientation);
     Ok(image.into_rgb8())
+}
+
+/// Whether a jpeg ends as the standard (ITU-T T.81, annex B) says. The decoder fills what is missing with grey.
+fn is_whole_jpeg(bytes: &[u8]) -> bool {
+    const START_BYTES: usize = 2;
+    const END: u8 = 0xd9;
+    let mut at = START_BYTES;
+    while let Some(rest) = bytes.get(at..) {
+        // In the coded data 0xff is followed by 0 or a restart marker; two bytes of 0xff are padding.
+        let is_marker = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0x00 | 0x01 | 0xd0..=0xd7 | 0xff);
+        let Some(marker) = rest.windows(2).position(is_marker) else { return false };
+        match rest.get(marker + 1..) {
+            Some([END, ..]) => return true,
+            Some([_, high, low, ..]) => at += marker + 2 + usize::from(u16::from_be_bytes([*high, *low])),
+            _ => return false,
+        }
+    }
+    false
 }
 
 /// One decoded image as uint8 (1, 3, H, W), resized and cropped, with its size then.
@@ -169,6 +194,7 @@ fn tensor(path: &Path, image: &RgbImage, transform: &Transform) -> Result<(Tenso
         return Err(Error::damaged(path, "expected an image of at least one pixel, found none"));
     }
     let stored = Tensor::f_from_data_size(bytes, &shape, Kind::Uint8).map_err(Error::libtorch(&place))?;
-    let images = transform::resample(transform::to_nchw(&place, &stored)?, &geometry).map_err(Error::libtorch(&place))?;
+    let images =
+        transform::resample(transform::to_nchw(&place, &stored)?, &geometry).map_err(Error::libtorch(&place))?;
     Ok((images, geometry.output(size)))
 }

@@ -27,7 +27,8 @@ pub(super) fn read(folder: &Folder) -> Result<Vec<i64>, Error> {
 fn from_csv(folder: &Folder, csv: &Path) -> Result<Vec<i64>, Error> {
     let labels = parse(csv)?;
     let label = |file: &PathBuf| {
-        let missing = || Error::damaged(csv, format_args!("expected a line for each image, found none for {}", file.display()));
+        let missing =
+            || Error::damaged(csv, format_args!("expected a line for each image, found none for {}", file.display()));
         labels.get(file).copied().ok_or_else(missing)
     };
     folder.files().iter().map(label).collect()
@@ -76,7 +77,12 @@ fn from_sub_folders(folder: &Folder) -> Result<Vec<i64>, Error> {
         let first = file.components().next().and_then(|component| component.as_os_str().to_str());
         first.and_then(|name| by_name.get(name).copied()).ok_or_else(|| {
             let path = folder.root().join(file);
-            Error::damaged(&path, format_args!("expected each image in the sub-folder of its class, or {CSV}; found this one beside them"))
+            Error::damaged(
+                &path,
+                format_args!(
+                    "expected each image in the sub-folder of its class, or {CSV}; found this one beside them"
+                ),
+            )
         })
     };
     folder.files().iter().map(label).collect()

@@ -36,10 +36,10 @@ pub(super) fn array(place: Place, bytes: Extent) -> Result<Array, Error> {
 /// The header's dictionary and the offset of the data that follows it, which is at most the extent's length.
 fn header_text(place: &Place, bytes: &Extent) -> Result<(String, u64), Error> {
     let mut head = [0u8; 12];
-    // Ten bytes suffice for version 1; an array of one byte is longer than twelve in any version.
-    let Some(room) = bytes.length.checked_sub(head.len() as u64) else {
+    // Ten bytes suffice for version 1; the shortest dictionary is longer than two.
+    if bytes.length < head.len() as u64 {
         return Err(Error::tensor(place, "a .npy array", format!("{} bytes", bytes.length)));
-    };
+    }
     bytes.file.read_exact_at(&mut head, bytes.start).map_err(Error::io(&place.path))?;
     if !head.starts_with(MAGIC) {
         return Err(Error::tensor(place, "a .npy array", "bytes that do not begin like one"));
@@ -50,8 +50,9 @@ fn header_text(place: &Place, bytes: &Extent) -> Result<(String, u64), Error> {
         2 | 3 => (12, u64::from(u32::from_le_bytes([a, b, c, d]))),
         _ => return Err(Error::tensor(place, "a .npy array of version 1, 2 or 3", format!("version {major}"))),
     };
-    if length > room.min(MAX_HEADER_BYTES) {
-        let expected = format!("a .npy header of at most {} bytes", room.min(MAX_HEADER_BYTES));
+    let room = bytes.length.saturating_sub(text_start).min(MAX_HEADER_BYTES);
+    if length > room {
+        let expected = format!("a .npy header of at most {room} bytes");
         return Err(Error::tensor(place, expected, format!("{length}: it is damaged or truncated")));
     }
     let mut text = vec![0; length as usize];

@@ -52,7 +52,9 @@ impl Npz {
         let file = File::open(&self.path).map_err(Error::io(&self.path))?;
         let extent = {
             let mut archive = archive(&self.path, &file)?;
-            let entry = archive.by_index(index).map_err(|error| Error::tensor(&place, "a readable entry", error.to_string()))?;
+            let entry = archive
+                .by_index(index)
+                .map_err(|error| Error::tensor(&place, "a readable entry", error.to_string()))?;
             match entry.compression() {
                 CompressionMethod::Stored => stored(&place, &entry)?,
                 _ => return npy::array(place.clone(), unpack(&place, entry)?).map(Some),

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use safetensors::Dtype as StoredDtype;
@@ -20,7 +20,6 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// An open `.safetensors` file.
 #[derive(Debug)]
 pub(super) struct Safetensors {
-    path: PathBuf,
     file: Arc<File>,
     metadata: Metadata,
     data_start: u64,
@@ -47,7 +46,7 @@ impl Safetensors {
         if expected != found {
             return Err(Error::damaged(path, format_args!("expected {expected} bytes of tensors, found {found}")));
         }
-        Ok(Self { path: path.to_owned(), file: Arc::new(file), metadata, data_start })
+        Ok(Self { file: Arc::new(file), metadata, data_start })
     }
 
     /// Names in the order of the data.

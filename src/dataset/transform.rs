@@ -77,7 +77,8 @@ pub(super) fn check_channels(place: &Place, channels: usize, transform: &Transfo
             && values.len() != 1
             && values.len() != channels
         {
-            let expected = if channels == 1 { "1 value".to_owned() } else { format!("1 or {channels} values, one per channel") };
+            let expected =
+                if channels == 1 { "1 value".to_owned() } else { format!("1 or {channels} values, one per channel") };
             let found = values.len().to_string();
             return Err(Error::Transform { place: place.clone(), option, expected, found });
         }
@@ -208,4 +209,34 @@ fn per_channel(values: &[f64], rank: usize) -> Result<Tensor, tch::TchError> {
     let mut shape = vec![values.len() as i64];
     shape.extend(std::iter::repeat_n(1, trailing));
     Tensor::f_from_slice(&values)?.f_view(shape.as_slice())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(height: usize, width: usize) -> Size {
+        Size { height, width }
+    }
+
+    #[test]
+    fn the_long_side_is_rounded_down() {
+        assert_eq!(resized(size(3, 7), 5), size(5, 11));
+        assert_eq!(resized(size(7, 3), 5), size(11, 5));
+        assert_eq!(resized(size(480, 640), 256), size(256, 341));
+    }
+
+    #[test]
+    fn halves_of_the_margin_go_to_even_numbers() {
+        let starts = [5, 6, 7, 8, 9].map(|side| centre(size(side, 4), size(4, 4)).map(|crop| (crop.top, crop.left)));
+        assert_eq!(starts, [(0, 0), (1, 0), (2, 0), (2, 0), (2, 0)].map(Some));
+        assert_eq!(centre(size(3, 4), size(4, 4)), None);
+    }
+
+    #[test]
+    fn an_image_like_a_thread_is_not_enlarged_without_bound() {
+        let place = Place { path: "a.png".into(), tensor: "images".to_owned() };
+        let transform = Transform { resize: Some(u32::MAX), ..Transform::default() };
+        assert!(geometry(&place, size(1, 65_535), &transform).is_err());
+    }
 }

@@ -125,8 +125,8 @@ impl Clean {
     }
 
     fn freeze(module: &Module) -> Result<Self, Error> {
-        let frozen = bridge::freeze(module.as_bridge()?)
-            .map_err(|error| Error::Freeze { message: one_line(error.what()) })?;
+        let frozen =
+            bridge::freeze(module.as_bridge()?).map_err(|error| Error::Freeze { message: one_line(error.what()) })?;
         let notes = module.notes().to_vec();
         Ok(Self { frozen, module: module.share()?, listing: Listing::default(), notes, checked: false })
     }
@@ -279,10 +279,8 @@ impl Instrumented {
         if let Some(error) = visitor.into_error() {
             return Err(Error::Visit(error));
         }
-        let output = result.map_err(|error| Error::Run {
-            inputs: arguments.describe().to_owned(),
-            message: one_line(error.what()),
-        })?;
+        let output = result
+            .map_err(|error| Error::Run { inputs: arguments.describe().to_owned(), message: one_line(error.what()) })?;
         Output::from_bridge(output.as_ref().ok_or_else(|| Error::output("an empty handle"))?)
     }
 }
@@ -323,8 +321,7 @@ fn compare(step: &'static str, reference: &Output, output: &Output) -> Result<()
     let (reference, output) = (reference.tensors(), output.tensors());
     for ((path, expected), (_, found)) in reference.iter().zip(&output) {
         let difference = relative_difference(expected, found)?;
-        // Not `>`: a NaN is a difference too.
-        if !(difference <= LIMIT) {
+        if difference.is_nan() || difference > LIMIT {
             let output = if path.is_empty() { String::new() } else { format!(" {path}") };
             return Err(Error::Drift { step, output, difference, limit: LIMIT });
         }

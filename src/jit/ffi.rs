@@ -161,6 +161,7 @@ pub(super) mod bridge {
         fn share_module(m: &Module) -> UniquePtr<Module>;
         fn is_dense(t: &Tensor) -> bool;
         fn torch_version() -> String;
+        fn keep_freed_memory();
         fn module_paths(m: &Module) -> Result<Vec<String>>;
         fn has_method(m: &Module, name: &str) -> Result<bool>;
         fn method_names(m: &Module) -> Result<Vec<String>>;

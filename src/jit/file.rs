@@ -5,14 +5,14 @@ use std::path::Path;
 
 use super::Error;
 
-const SAVE_TORCHSCRIPT: &str = "save the model with torch.jit.trace(model, example).save(path) or torch.jit.script(model).save(path)";
+const SAVE_TORCHSCRIPT: &str =
+    "save the model with torch.jit.trace(model, example).save(path) or torch.jit.script(model).save(path)";
 const SAVE_AGAIN: &str = "the file is damaged or only part of it was copied: save or copy it again";
 
 /// Succeeds if the file looks like a TorchScript archive.
 pub(super) fn check(path: &Path) -> Result<(), Error> {
-    let refuse = |found: &str, advice| {
-        Err(Error::NotTorchScript { path: path.to_owned(), found: found.to_owned(), advice })
-    };
+    let refuse =
+        |found: &str, advice| Err(Error::NotTorchScript { path: path.to_owned(), found: found.to_owned(), advice });
     if std::fs::metadata(path).map_err(Error::io(path))?.is_dir() {
         return refuse("a folder", SAVE_TORCHSCRIPT);
     }

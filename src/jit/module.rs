@@ -199,10 +199,8 @@ impl Module {
     /// # Errors
     /// Where the model fails.
     pub fn forward(&self, arguments: &Arguments) -> Result<Output, Error> {
-        let output = bridge::call_forward(self.as_bridge()?, arguments.as_bridge()?).map_err(|error| Error::Run {
-            inputs: arguments.describe().to_owned(),
-            message: one_line(error.what()),
-        })?;
+        let output = bridge::call_forward(self.as_bridge()?, arguments.as_bridge()?)
+            .map_err(|error| Error::Run { inputs: arguments.describe().to_owned(), message: one_line(error.what()) })?;
         Output::from_bridge(output.as_ref().ok_or_else(|| Error::output("an empty handle"))?)
     }
 

@@ -26,9 +26,7 @@ impl Argument {
     /// In the words of an error message.
     pub(super) fn describe(&self) -> String {
         match self {
-            Self::Tensor(tensor) => {
-                format!("a {:?} tensor of shape {:?}", tensor.kind(), tensor.size()).to_lowercase()
-            }
+            Self::Tensor(tensor) => format!("a {:?} tensor of shape {:?}", tensor.kind(), tensor.size()).to_lowercase(),
             Self::Bool(value) => format!("{value} (bool)"),
             Self::Int(value) => format!("{value} (int)"),
             Self::Float(value) => format!("{value} (float)"),

@@ -135,7 +135,8 @@ fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
 /// True for a directory with a report of ours, or an empty one.
 fn is_ours(target: &Path) -> bool {
     let has_report = std::fs::read(target.join(MARK)).is_ok_and(|bytes| {
-        serde_json::from_slice::<serde_json::Value>(&bytes).is_ok_and(|report| report["versions"]["tsquant"].is_string())
+        serde_json::from_slice::<serde_json::Value>(&bytes)
+            .is_ok_and(|report| report["versions"]["tsquant"].is_string())
     });
     has_report || std::fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none())
 }

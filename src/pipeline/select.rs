@@ -44,9 +44,8 @@ pub(super) fn select(
             selections.activations.push(None);
             continue;
         }
-        let selection =
-            threshold::select_activation(observed, plan.activations.scheme, plan.activations.error_method)
-                .map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
+        let selection = threshold::select_activation(observed, plan.activations.scheme, plan.activations.error_method)
+            .map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
         selections.activations.push(selection.params.first().copied());
         selections.reports.push(activation_report(plan, site, &selection));
     }

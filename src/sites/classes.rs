@@ -127,9 +127,8 @@ impl<'a> Classes<'a> {
     }
 
     fn join(&mut self, a: ValueId, b: ValueId) {
-        let joinable = |value: ValueId| {
-            self.listing.values[value].constant.is_none() && holds_tensors(self.listing, value)
-        };
+        let joinable =
+            |value: ValueId| self.listing.values[value].constant.is_none() && holds_tensors(self.listing, value);
         if !joinable(a) || !joinable(b) {
             return;
         }
@@ -201,10 +200,9 @@ impl<'a> Classes<'a> {
                     dtypes.entry(self.of(output)).or_insert(Dtype::Other);
                 });
             }
-            if matches!(ops::role(&node.op), Some(Role::Weighted(_))) && index_slot(&node.op).is_none() {
-                if let Some(&data) = node.inputs.first() {
-                    dtypes.entry(self.of(data)).or_insert(Dtype::Float);
-                }
+            let takes_floats = matches!(ops::role(&node.op), Some(Role::Weighted(_))) && index_slot(&node.op).is_none();
+            if let (true, Some(&data)) = (takes_floats, node.inputs.first()) {
+                dtypes.entry(self.of(data)).or_insert(Dtype::Float);
             }
         }
         dtypes
@@ -225,7 +223,8 @@ pub(super) fn effective_role(listing: &Listing, node: &Node) -> Option<Role> {
 
 /// True for ops that pass numbers on: moves, branches and loops.
 pub(super) fn moves(node: &Node) -> bool {
-    matches!(node.op.as_str(), "prim::If" | "prim::Loop") || matches!(ops::role(&node.op), Some(Role::Move(_) | Role::Pad(_)))
+    matches!(node.op.as_str(), "prim::If" | "prim::Loop")
+        || matches!(ops::role(&node.op), Some(Role::Move(_) | Role::Pad(_)))
 }
 
 /// The values whose numbers a moving node passes on; none for other nodes.

@@ -67,7 +67,10 @@ impl Finder<'_> {
             Some(Role::Attention) => {
                 self.demand_inputs(id, &[0, 1, 2]);
                 self.demand_output(id);
-                self.leave_op_float(id, "scores and softmax inside are computed in float; query, key and value are sites");
+                self.leave_op_float(
+                    id,
+                    "scores and softmax inside are computed in float; query, key and value are sites",
+                );
             }
             Some(Role::Float) => self.leave_op_float(id, "computed in float"),
             Some(Role::Softmax) => self.leave_op_float(id, "computed in float, like the scores before it"),
@@ -91,12 +94,15 @@ impl Finder<'_> {
                 for &slot in slots {
                     let Some(&value) = node.inputs.get(slot) else { continue };
                     let fallback = if slots.len() == 1 { "weight".to_owned() } else { format!("weight_{slot}") };
-                    self.add_weight(id, Candidate { value, axis: row.axis, fallback });
+                    self.add_weight(id, &Candidate { value, axis: row.axis, fallback });
                 }
             }
             Weights::List(slot) => {
                 self.add_recurrent_weights(id, slot, row.axis);
-                self.leave_op_float(id, "the cell's arithmetic is computed in float; its weights and its input are sites");
+                self.leave_op_float(
+                    id,
+                    "the cell's arithmetic is computed in float; its weights and its input are sites",
+                );
             }
         }
         self.add_layer(id);
@@ -116,7 +122,7 @@ impl Finder<'_> {
         let bidirectional = flag(7).is_some_and(|constant| constant.text == "True");
         for (index, value) in matrices.into_iter().enumerate() {
             let fallback = names::recurrent_matrix(index, bidirectional);
-            self.add_weight(id, Candidate { value, axis, fallback });
+            self.add_weight(id, &Candidate { value, axis, fallback });
         }
     }
 
@@ -131,7 +137,7 @@ impl Finder<'_> {
             };
             // Output channels are the columns of a right factor and the rows of a left one.
             let axis = if is_right || rank == 1 { rank - 1 } else { rank - 2 };
-            has_weight |= self.add_weight(id, Candidate { value, axis, fallback: "weight".to_owned() });
+            has_weight |= self.add_weight(id, &Candidate { value, axis, fallback: "weight".to_owned() });
         }
         if has_weight {
             self.add_layer(id);
@@ -266,7 +272,7 @@ impl Finder<'_> {
     }
 
     /// Adds a weight site for a constant; a tensor that is computed is an activation like any other.
-    fn add_weight(&mut self, id: NodeId, candidate: Candidate) -> bool {
+    fn add_weight(&mut self, id: NodeId, candidate: &Candidate) -> bool {
         let value = &self.listing.values[candidate.value];
         let node = &self.listing.nodes[id];
         let Some(constant) = value.constant.as_ref() else {
@@ -363,7 +369,11 @@ impl Finder<'_> {
 
 /// Rank of a constant tensor.
 fn rank(listing: &Listing, value: ValueId) -> Option<usize> {
-    listing.values[value].constant.as_ref().filter(|constant| constant.is_tensor()).map(|constant: &Constant| constant.shape.len())
+    listing.values[value]
+        .constant
+        .as_ref()
+        .filter(|constant| constant.is_tensor())
+        .map(|constant: &Constant| constant.shape.len())
 }
 
 /// An argument's name without the `.1` that the graph adds to keep names apart.
@@ -373,4 +383,3 @@ fn trim_suffix(name: &str) -> &str {
         _ => name,
     }
 }
-

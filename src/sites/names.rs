@@ -69,7 +69,7 @@ fn reads_constant_matrix(listing: &Listing, node: &Node) -> bool {
 
 /// Names of a recurrent layer's matrices by their position, as PyTorch gives them.
 pub(super) fn recurrent_matrix(index: usize, bidirectional: bool) -> String {
-    let kind = if index % 2 == 0 { "ih" } else { "hh" };
+    let kind = if index.is_multiple_of(2) { "ih" } else { "hh" };
     let pass = index / 2;
     let (layer, reverse) = if bidirectional { (pass / 2, pass % 2 == 1) } else { (pass, false) };
     format!("weight_{kind}_l{layer}{}", if reverse { "_reverse" } else { "" })

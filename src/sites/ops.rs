@@ -52,8 +52,7 @@ pub(super) struct Product {
     pub(super) right: usize,
 }
 
-const CONV: Role =
-    Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 0, output: true });
+const CONV: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 0, output: true });
 const CONV_TRANSPOSE: Role =
     Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 1, output: true });
 const EMBEDDING: Role = Role::Weighted(&Weighted { data: &[], weights: Weights::Slots(&[0]), axis: 0, output: false });
@@ -171,9 +170,23 @@ pub(super) fn role(op: &str) -> Option<Role> {
 /// Arithmetic that scores and masks go through on their way into a softmax.
 pub(super) fn is_mask_arithmetic(op: &str) -> bool {
     const OPS: &[&str] = &[
-        "aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::rsub", "aten::mul", "aten::mul_", "aten::div",
-        "aten::div_", "aten::where", "aten::masked_fill", "aten::masked_fill_", "aten::clamp", "aten::neg",
-        "aten::maximum", "aten::minimum", "aten::nan_to_num",
+        "aten::add",
+        "aten::add_",
+        "aten::sub",
+        "aten::sub_",
+        "aten::rsub",
+        "aten::mul",
+        "aten::mul_",
+        "aten::div",
+        "aten::div_",
+        "aten::where",
+        "aten::masked_fill",
+        "aten::masked_fill_",
+        "aten::clamp",
+        "aten::neg",
+        "aten::maximum",
+        "aten::minimum",
+        "aten::nan_to_num",
     ];
     OPS.contains(&op)
 }

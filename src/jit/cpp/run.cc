@@ -1,6 +1,9 @@
 // Instrumented copies of a graph: two operators that call into Rust while the model runs.
 #include "shim.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <mutex>
 
 #include <torch/csrc/jit/ir/constants.h>
@@ -119,6 +122,13 @@ std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow
   executable->stateful = uses_self(graph);
   executable->state = f.module;
   return executable;
+}
+
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
 }
 
 std::unique_ptr<Executable> executable_of(const Module &m) {

@@ -66,6 +66,7 @@ rust::String value_key(const Value &v, std::size_t index);
 // True if the tensor's values fill its memory without gaps, in whatever order.
 bool is_dense(const at::Tensor &t);
 rust::String torch_version();
+void keep_freed_memory();
 
 // A module as loaded.
 struct Module {
