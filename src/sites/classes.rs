@@ -17,6 +17,7 @@ pub(super) enum Dtype {
 pub(super) struct Classes<'a> {
     listing: &'a Listing,
     parent: Vec<ValueId>,
+    members: BTreeMap<ValueId, Vec<ValueId>>,
     users: Vec<Vec<NodeId>>,
     makers: Vec<Option<NodeId>>,
     returned: Vec<bool>,
@@ -29,6 +30,7 @@ impl<'a> Classes<'a> {
         let mut classes = Self {
             listing,
             parent: (0..count).collect(),
+            members: BTreeMap::new(),
             users: vec![Vec::new(); count],
             makers: vec![None; count],
             returned: vec![false; count],
@@ -44,6 +46,9 @@ impl<'a> Classes<'a> {
         for node in &listing.nodes {
             classes.join_node(node);
         }
+        for value in 0..count {
+            classes.members.entry(classes.of(value)).or_default().push(value);
+        }
         classes.dtypes = classes.find_dtypes();
         classes
     }
@@ -57,7 +62,7 @@ impl<'a> Classes<'a> {
     }
 
     pub(super) fn members(&self, class: ValueId) -> impl Iterator<Item = ValueId> + '_ {
-        (0..self.parent.len()).filter(move |&value| self.of(value) == class)
+        self.members.get(&class).into_iter().flatten().copied()
     }
 
     pub(super) fn users(&self, value: ValueId) -> &[NodeId] {

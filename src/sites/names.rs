@@ -40,7 +40,8 @@ pub(super) fn last_part(name: &str) -> &str {
 
 fn base_name(listing: &Listing, node: &Node) -> Option<String> {
     let has_weights = matches!(ops::role(&node.op), Some(Role::Weighted(_) | Role::Product(_)));
-    let owner = owning_parameter(listing, node).and_then(|name| Some(name.rsplit_once('.')?.0.to_owned()));
+    let parameter = if has_weights { owning_parameter(listing, node) } else { None };
+    let owner = parameter.and_then(|name| Some(name.rsplit_once('.')?.0.to_owned()));
     match (has_weights, owner) {
         (true, Some(owner)) => Some(owner),
         (true, None) if !node.path.is_empty() && reads_constant_matrix(listing, node) => Some(node.path.clone()),
