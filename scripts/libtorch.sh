@@ -51,7 +51,8 @@ python3 -m pip --version >/dev/null 2>&1 || fail "python3 has no pip; it is need
 partial="$root/.libtorch.partial"
 rm -rf "$partial"
 say "fetching the CPU libraries of torch $wanted with pip (544 MB to download, about 550 MB kept in .libtorch/)"
-python3 -m pip install --quiet --disable-pip-version-check --no-warn-script-location --root-user-action=ignore \
+# (older pips know this setting by its variable only)
+PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-warn-script-location \
     --require-hashes --no-deps --python-version 3.12 --only-binary=:all: --no-compile \
     --target "$partial/all" --requirement "$root/scripts/libtorch-requirements.txt" ||
     fail "pip could not fetch torch $wanted (see above); nothing was kept"

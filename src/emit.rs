@@ -36,7 +36,7 @@ pub fn fake_quant(model: &Clean, emission: &Emission, path: &Path) -> Result<(),
     let sites = emission.sites.activations.iter().zip(emission.activations);
     let quantizers: Vec<_> = sites
         .filter_map(|(site, params)| Some((site, (*params)?)))
-        .flat_map(|(site, params)| site.values.iter().map(move |&value| quantizer(value, &params)))
+        .flat_map(|(site, params)| site.anchors.iter().map(move |anchor| quantizer(anchor.value, &params)))
         .collect();
     let parameters = parameters::collect(model, emission.sites, emission.weights)?;
     let file = ExtraFile { name: EXTRA_FILE.to_owned(), text: emission.description.clone() };

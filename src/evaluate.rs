@@ -34,6 +34,12 @@ pub enum Error {
         /// Shape of the first output.
         output: Vec<i64>,
     },
+    /// A row without a label.
+    #[error("evaluation: expected at least one label from 0 on for each row, found a row with none but {found}")]
+    NoClass {
+        /// The largest label of that row.
+        found: i64,
+    },
     /// Labels beyond the classes.
     #[error("evaluation: expected labels below {classes}, the number of classes, found {found}")]
     LabelRange {
@@ -85,8 +91,9 @@ impl Evaluation {
             self.add_differences(expected, found)?;
         }
         let (expected, found) = &pairs[0];
-        if let [.., classes] = expected.size()[..]
-            && classes > 0
+        // An arg-max needs an axis of classes with a choice.
+        if let [_, .., classes] = expected.size()[..]
+            && classes > 1
         {
             let same = expected.f_argmax(-1, false)?.f_eq_tensor(&found.f_argmax(-1, false)?)?;
             self.agreeing += same.f_sum(Kind::Double)?.f_double_value(&[])?;
@@ -125,7 +132,7 @@ impl Evaluation {
     pub fn finish(&self) -> (Accuracy, Comparison) {
         let comparison = Comparison {
             accuracy: self.quantized.accuracy(),
-            agreement: ratio(self.agreeing, self.positions),
+            agreement: (self.positions > 0.0).then(|| self.agreeing / self.positions),
             sqnr_db: (self.noise > 0.0).then(|| 10.0 * (self.signal / self.noise).log10()),
             cosine: if self.signal == self.quantized_power && self.noise == 0.0 {
                 1.0
@@ -149,6 +156,10 @@ impl Hits {
             [n, _] if n == rows => labels.shallow_clone(),
             _ => return Err(misfit()),
         };
+        let fewest = accepted.f_amax(1, false)?.f_min()?.f_int64_value(&[])?;
+        if fewest < 0 {
+            return Err(Error::NoClass { found: fewest });
+        }
         let largest = accepted.f_max()?.f_int64_value(&[])?;
         if largest >= classes {
             return Err(Error::LabelRange { classes, found: largest });
@@ -211,7 +222,7 @@ mod tests {
         let (accuracy, comparison) = evaluation.finish();
         assert_eq!(accuracy, Accuracy { top1: Some(0.5), top5: Some(1.0) });
         // The quantized first row is a tie between classes 1 and 2; libtorch's arg-max takes the first.
-        assert_eq!(comparison.agreement, 0.5);
+        assert_eq!(comparison.agreement, Some(0.5));
         assert!((comparison.sqnr_db.unwrap() - 10.0 * (30.0f64 / 2.0).log10()).abs() < 1e-12);
         assert!((comparison.cosine - 27.0 / (30.0f64 * 26.0).sqrt()).abs() < 1e-12);
         assert_eq!(comparison.max_abs_diff, 1.0);
@@ -225,7 +236,7 @@ mod tests {
         evaluation.add(2, &output, &output, Some(&labels)).unwrap();
         let (accuracy, comparison) = evaluation.finish();
         assert_eq!(accuracy.top1, Some(0.5));
-        assert_eq!((comparison.sqnr_db, comparison.cosine, comparison.agreement), (None, 1.0, 1.0));
+        assert_eq!((comparison.sqnr_db, comparison.cosine, comparison.agreement), (None, 1.0, Some(1.0)));
     }
 
     #[test]

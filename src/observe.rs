@@ -31,8 +31,8 @@ enum SiteError {
     Tensor { site: String, message: String },
 }
 
-/// Runs all batches and returns the statistics of each site, in the order of `sites`; a site that never ran has a count of
-/// 0. `advance` is called with the rows of each finished batch.
+/// Runs all batches and returns the statistics of each site's values, in the order of `sites` and of their anchors; a value
+/// that never was there has a count of 0. `advance` is called with the rows of each finished batch.
 ///
 /// # Errors
 /// Where the data cannot be read, the model fails, or NaN or infinity turns up at a site.
@@ -41,39 +41,40 @@ pub fn observe(
     sites: &[ActivationSite],
     data: &Dataset,
     mut advance: impl FnMut(usize),
-) -> Result<Vec<MinMax>, Error> {
-    let instrumented = model.instrument(&taps(sites), &[])?;
-    let mut observer = Observer { sites, statistics: vec![MinMax::new(); sites.len()] };
+) -> Result<Vec<Vec<MinMax>>, Error> {
+    let places: Vec<_> = sites.iter().flat_map(|site| site.anchors.iter().map(move |anchor| (site, anchor))).collect();
+    let numbered = places.iter().enumerate();
+    let taps: Vec<_> =
+        numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, substitutes: false }).collect();
+    let instrumented = model.instrument(&taps, &[])?;
+    let mut observer = Observer {
+        names: places.iter().map(|(site, _)| site.name.as_str()).collect(),
+        statistics: vec![MinMax::new(); places.len()],
+    };
     for batch in data.batches() {
         let batch = batch?;
         let rows = batch.rows;
         instrumented.run(&feed::bind(model.module(), batch)?, &mut observer)?;
         advance(rows);
     }
-    Ok(observer.statistics)
-}
-
-/// Observing taps at every value of every site.
-fn taps(sites: &[ActivationSite]) -> Vec<Tap> {
-    let numbered = sites.iter().enumerate();
-    let taps = numbered
-        .flat_map(|(number, site)| site.values.iter().map(move |&value| Tap { value, number, substitutes: false }));
-    taps.collect()
+    let mut statistics = observer.statistics.into_iter();
+    Ok(sites.iter().map(|site| statistics.by_ref().take(site.anchors.len()).collect()).collect())
 }
 
 struct Observer<'a> {
-    sites: &'a [ActivationSite],
+    /// The site of each tap.
+    names: Vec<&'a str>,
     statistics: Vec<MinMax>,
 }
 
 impl Visit for Observer<'_> {
     fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
-        let (Some(site), Some(min_max)) = (self.sites.get(tap), self.statistics.get_mut(tap)) else {
+        let (Some(&site), Some(min_max)) = (self.names.get(tap), self.statistics.get_mut(tap)) else {
             return Err(format!("tap {tap} belongs to no site").into());
         };
         jit::with_values(value, |values| min_max.observe(values))
-            .map_err(|error| SiteError::Tensor { site: site.name.clone(), message: error.to_string() })?;
-        min_max.observed().map_err(|found| SiteError::NotFinite { site: site.name.clone(), found })?;
+            .map_err(|error| SiteError::Tensor { site: site.to_owned(), message: error.to_string() })?;
+        min_max.observed().map_err(|found| SiteError::NotFinite { site: site.to_owned(), found })?;
         Ok(())
     }
 }

@@ -190,7 +190,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         timings_s: timings,
         peak_memory_bytes: peak_memory_bytes(),
         calibration_samples: calibration.rows(),
-        warnings: warnings(&model, &sites, &selections.reports, &evaluation),
+        warnings: warnings(&model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation),
         sites: selections.reports,
         left_float: sites.left_float,
         evaluation,
@@ -239,7 +239,7 @@ impl Simulation {
             let Some(quantizer) = quantizer else { continue };
             let number = params.len();
             params.push(*quantizer);
-            taps.extend(site.values.iter().map(|&value| jit::Tap { value, number, substitutes: true }));
+            taps.extend(site.anchors.iter().map(|anchor| jit::Tap { value: anchor.value, number, substitutes: true }));
         }
         let weights = sites.weights.iter().zip(&selections.weights);
         let constants: Vec<(jit::ValueId, Tensor)> = weights
@@ -265,8 +265,18 @@ impl Simulation {
     }
 }
 
-fn warnings(model: &Clean, sites: &Sites, reports: &[SiteReport], evaluation: &report::Evaluation) -> Vec<String> {
+fn warnings(
+    model: &Clean,
+    other_methods: &[String],
+    sites: &Sites,
+    reports: &[SiteReport],
+    evaluation: &report::Evaluation,
+) -> Vec<String> {
     let mut warnings = model.notes().to_vec();
+    let methods = other_methods.iter();
+    warnings.extend(
+        methods.map(|name| format!("method `{name}` is not part of the emitted model, which has forward alone")),
+    );
     let never_ran = sites.left_float.iter().filter(|left| left.reason == select::NEVER_RAN);
     warnings.extend(never_ran.map(|left| format!("{}: {}", left.name, left.reason)));
     let unknown = sites.unknown_ops.iter();

@@ -67,11 +67,20 @@ pub struct ActivationSite {
     pub name: String,
     /// What makes the value; `input` for an argument of the model.
     pub layer: String,
-    /// Its op; empty for an argument of the model.
+    /// Its op; `argument` for an argument of the model.
     pub op: String,
     /// Where the quantizer goes: the values that are made, not moved. More than one where branches or loops meet.
     #[serde(skip)]
-    pub values: Vec<ValueId>,
+    pub anchors: Vec<Anchor>,
+}
+
+/// One value of an activation site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Anchor {
+    /// The value.
+    pub value: ValueId,
+    /// What the site would be called if this were its only value.
+    pub name: String,
 }
 
 /// Something that computes with float tensors and is not quantized.
@@ -97,5 +106,8 @@ pub fn arguments_of_unknown_dtype(listing: &Listing) -> Vec<String> {
     let classes = classes::Classes::new(listing);
     let arguments = listing.arguments().iter().map(|&id| (id, &listing.values[id]));
     let unknown = arguments.filter(|&(id, value)| value.is_tensor && classes.dtype(id) == classes::Dtype::Unknown);
-    unknown.map(|(_, value)| value.name.clone()).collect()
+    unknown.map(|(_, value)| find::trim_suffix(&value.name).to_owned()).collect()
 }
+
+#[cfg(test)]
+mod tests;

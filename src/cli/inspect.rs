@@ -124,7 +124,10 @@ impl Inspect {
         let sample = match plan {
             Some(plan) => {
                 let data = Dataset::open(plan)?;
-                Some(pipeline::check_sample(module, &data, plan.batch_size.get())?)
+                let sample = pipeline::check_sample(module, &data, plan.batch_size.get())?;
+                // Data that the model does not run on is an error of the command, not a fault of the model.
+                module.forward(&sample)?;
+                Some(sample)
             }
             None => None,
         };
@@ -247,10 +250,11 @@ fn print_head(out: &mut impl Write, inspection: &Inspection) -> std::io::Result<
         writeln!(out, "other methods: {}", inspection.other_methods.join(", "))?;
     }
     let totals = |kind: &str, totals: &Totals| {
-        format!("{} {kind} ({} values, {})", totals.tensors, totals.values, table::bytes(totals.bytes))
+        let tensors = table::count(totals.tensors, kind);
+        format!("{tensors} ({} values, {})", totals.values, table::bytes(totals.bytes))
     };
     let (parameters, buffers) = (&inspection.parameters, &inspection.buffers);
-    writeln!(out, "{}, {}", totals("parameters", parameters), totals("buffers", buffers))
+    writeln!(out, "{}, {}", totals("parameter", parameters), totals("buffer", buffers))
 }
 
 fn print_sites(out: &mut impl Write, sites: &SitesReport) -> std::io::Result<()> {
@@ -259,25 +263,25 @@ fn print_sites(out: &mut impl Write, sites: &SitesReport) -> std::io::Result<()>
         let shapes: Vec<_> = layer.constants.iter().map(|shape| table::shape(shape)).collect();
         layers.add_row([&layer.name, &layer.op, &shapes.join(" ")]);
     }
-    writeln!(out, "\n{} layers with weights\n{layers}", sites.layers.len())?;
+    writeln!(out, "\n{} with weights\n{layers}", table::count(sites.layers.len(), "layer"))?;
 
     let mut quantized = table::table(&["site", "op", "shape", "channel axis"], false);
     for site in &sites.weights {
         quantized.add_row([&site.name, &site.op, &table::shape(&site.shape), &site.channel_axis.to_string()]);
     }
-    writeln!(out, "\n{} weight sites\n{quantized}", sites.weights.len())?;
+    writeln!(out, "\n{}\n{quantized}", table::count(sites.weights.len(), "weight site"))?;
 
     let mut activations = table::table(&["site", "op"], false);
     for site in &sites.activations {
-        activations.add_row([site.name.as_str(), if site.op.is_empty() { "argument" } else { &site.op }]);
+        activations.add_row([&site.name, &site.op]);
     }
-    writeln!(out, "\n{} activation sites\n{activations}", sites.activations.len())?;
+    writeln!(out, "\n{}\n{activations}", table::count(sites.activations.len(), "activation site"))?;
 
     let mut left = table::table(&["left float", "op", "reason"], false);
     for item in &sites.left_float {
         left.add_row([&item.name, &item.op, &item.reason]);
     }
-    writeln!(out, "\n{} ops and values stay float\n{left}", sites.left_float.len())?;
+    writeln!(out, "\nleft float: {}\n{left}", table::count(sites.left_float.len(), "op or value"))?;
     if sites.unknown_ops.is_empty() {
         return Ok(());
     }

@@ -105,7 +105,7 @@ fn row(metric: Metric, report: &Report) -> (&'static str, String, String) {
             let (float, quantized) = both(|accuracy| accuracy.top5);
             ("top-5 accuracy", float, quantized)
         }
-        Metric::Agreement => ("agreement with float", nothing(), percent(Some(quantized.agreement))),
+        Metric::Agreement => ("agreement with float", nothing(), percent(quantized.agreement)),
         Metric::Sqnr => {
             let sqnr = quantized.sqnr_db.map_or_else(|| "equal outputs".to_owned(), |db| format!("{db:.2} dB"));
             ("output SQNR", nothing(), sqnr)

@@ -31,3 +31,12 @@ pub(super) fn bytes(count: u64) -> String {
 pub(super) fn shape(shape: &[i64]) -> String {
     format!("{shape:?}")
 }
+
+/// `1 layer`, `3 layers`.
+pub(super) fn count(number: usize, thing: &str) -> String {
+    match (number, thing) {
+        (1, _) => format!("1 {thing}"),
+        (_, "op or value") => format!("{number} ops and values"),
+        _ => format!("{number} {thing}s"),
+    }
+}

@@ -8,11 +8,11 @@ use tch::Tensor;
 use crate::jit::{self, Clean, Constant, Listing, Parameter, ValueId};
 use crate::sites::Sites;
 
-/// All tensor constants but single integers, one parameter or buffer per tensor; weights are replaced by their quantized
+/// All tensor constants but single integers and doubles, one parameter or buffer per tensor; weights are replaced by their quantized
 /// form.
 pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Result<Vec<Parameter>, jit::Error> {
     let listing = model.listing();
-    let names = Names::new(listing, sites);
+    let names = Names::new(model, sites)?;
     let mut quantized = BTreeMap::new();
     for (site, tensor) in sites.weights.iter().zip(weights) {
         site.values.iter().for_each(|&value| {
@@ -20,10 +20,10 @@ pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Resul
         });
     }
     let mut parameters = Vec::new();
-    let mut named = BTreeMap::<(usize, &[i64]), String>::new();
-    let mut taken = BTreeSet::new();
+    let mut named = BTreeMap::<_, String>::new();
+    let mut taken: BTreeSet<String> = model.attributes()?.into_iter().collect();
     for (value, constant) in constants(listing) {
-        let key = (constant.storage, constant.shape.as_slice());
+        let key = constant.identity();
         let name = match named.get(&key) {
             Some(name) => name.clone(),
             None => free_name(&names.of(value, constant), &mut taken),
@@ -39,12 +39,12 @@ pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Resul
     Ok(parameters)
 }
 
-/// Tensor constants that have to move with the model: all but those without an axis that hold an integer.
+/// Tensor constants that have to move with the model: all but those without an axis that hold an integer or a double,
+/// which are numbers to libtorch wherever they live.
 fn constants(listing: &Listing) -> impl Iterator<Item = (ValueId, &Constant)> {
     let constants = listing.values.iter().enumerate().filter_map(|(id, value)| Some((id, value.constant.as_ref()?)));
     constants.filter(|(_, constant)| {
-        let floating = matches!(constant.dtype.as_str(), "Float" | "Double" | "Half" | "BFloat16");
-        constant.is_tensor() && constant.storage != 0 && (floating || !constant.shape.is_empty())
+        constant.is_tensor() && constant.storage != 0 && (constant.dtype == "Float" || !constant.shape.is_empty())
     })
 }
 
@@ -52,10 +52,15 @@ fn constants(listing: &Listing) -> impl Iterator<Item = (ValueId, &Constant)> {
 struct Names {
     /// Value → name by the layer that uses it.
     by_layer: BTreeMap<ValueId, String>,
+    /// Parameters of the user's model.
+    parameters: BTreeSet<String>,
 }
 
 impl Names {
-    fn new(listing: &Listing, sites: &Sites) -> Self {
+    fn new(model: &Clean, sites: &Sites) -> Result<Self, jit::Error> {
+        let listing = model.listing();
+        let tensors = model.module().tensors()?.into_iter();
+        let parameters = tensors.filter(|tensor| !tensor.is_buffer).map(|tensor| tensor.name).collect();
         let mut by_layer = BTreeMap::new();
         for layer in &sites.layers {
             let node = &listing.nodes[layer.node];
@@ -71,7 +76,7 @@ impl Names {
                 by_layer.insert(value, site.name.clone());
             });
         }
-        Self { by_layer }
+        Ok(Self { by_layer, parameters })
     }
 
     /// Its own name if it is still the user's tensor, else one by its layer, else a number.
@@ -82,19 +87,25 @@ impl Names {
 
     /// What the user's model called a parameter stays one; other constants become buffers, which training leaves alone.
     fn is_parameter(&self, constant: &Constant) -> bool {
-        constant.parameter.is_some() && matches!(constant.dtype.as_str(), "Float" | "Double" | "Half" | "BFloat16")
+        let named = constant.parameter.as_ref().is_some_and(|name| self.parameters.contains(name));
+        named && constant.dtype == "Float"
     }
 }
 
 /// A name that can be an attribute path and clashes with none before it, neither as a tensor nor as a module.
 fn free_name(wanted: &str, taken: &mut BTreeSet<String>) -> String {
     let clean: String = wanted.chars().map(|c| if c.is_alphanumeric() || c == '.' { c } else { '_' }).collect();
-    let clashes = |name: &str| {
-        let inside = |outer: &str, inner: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
-        taken.iter().any(|other| other == name || inside(other, name) || inside(name, other))
-    };
-    let numbered = (2..).map(|number: u32| format!("{clean}_{number}"));
-    let name = std::iter::once(clean.clone()).chain(numbered).find(|name| !clashes(name)).unwrap_or(clean.clone());
+    let inside = |outer: &str, inner: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
+    // A tensor cannot hold another: give up the path where one of its modules is a tensor's name.
+    let base = if taken.iter().any(|other| inside(other, &clean)) { clean.replace('.', "_") } else { clean };
+    let clashes = |name: &str| taken.iter().any(|other| other == name || inside(name, other));
+    let mut name = base.clone();
+    for number in 2u32.. {
+        if !clashes(&name) {
+            break;
+        }
+        name = format!("{base}_{number}");
+    }
     taken.insert(name.clone());
     name
 }
@@ -109,7 +120,7 @@ mod tests {
         assert_eq!(free_name("conv1.weight", &mut taken), "conv1.weight");
         assert_eq!(free_name("conv1.weight", &mut taken), "conv1.weight_2");
         assert_eq!(free_name("conv1", &mut taken), "conv1_2");
-        assert_eq!(free_name("conv1.weight.scale", &mut taken), "conv1.weight.scale_2");
-        assert_eq!(free_name("conv1#2.bias", &mut taken), "conv1_2.bias_2");
+        assert_eq!(free_name("conv1.weight.scale", &mut taken), "conv1_weight_scale");
+        assert_eq!(free_name("conv1#2.bias", &mut taken), "conv1_2_bias");
     }
 }

@@ -109,7 +109,7 @@ impl Clean {
     pub(super) fn new(module: &Module, sample: Option<&Arguments>) -> Result<Self, Error> {
         let mut clean = Self::freeze(module)?;
         let reference = sample.map(|sample| module.forward(sample)).transpose()?;
-        for step in steps(module) {
+        for &step in STEPS {
             clean.apply(step)?;
         }
         clean.listing = Listing::from_rows(bridge::list_graph(clean.frozen()?)?);
@@ -132,22 +132,27 @@ impl Clean {
     }
 
     fn apply(&mut self, (name, pass): Step) -> Result<(), Error> {
-        let raising_before = if pass == bridge::Pass::DropThrowing { self.raising()? } else { 0 };
-        bridge::run_pass(self.frozen.pin_mut(), pass)
+        let changes = bridge::run_pass(self.frozen.pin_mut(), pass)
             .map_err(|error| Error::Step { step: name, message: one_line(error.what()) })?;
-        if raising_before > 0 {
-            let checks = if raising_before == 1 { "one check".to_owned() } else { format!("{raising_before} checks") };
-            self.notes.push(format!("{checks} of its input that the model makes itself (raise) were taken as passed"));
+        match changes {
+            0 => {}
+            1 => self
+                .notes
+                .push("a check of its input that the model makes itself (raise) was taken as passed".to_owned()),
+            count => {
+                self.notes.push(format!(
+                    "{count} checks of its input that the model makes itself (raise) were taken as passed"
+                ));
+            }
         }
         Ok(())
     }
 
-    fn raising(&self) -> Result<usize, Error> {
-        Ok(bridge::graph_text(self.frozen()?)?.matches("prim::RaiseException(").count())
-    }
-
     fn check(&self, step: &'static str, sample: &Arguments, reference: &Output) -> Result<(), Error> {
-        let output = self.instrument(&[], &[])?.run(sample, &mut NoVisit)?;
+        let output = self.instrument(&[], &[])?.run(sample, &mut NoVisit).map_err(|error| match error {
+            Error::Run { message, .. } => Error::Step { step, message },
+            other => other,
+        })?;
         compare(step, reference, &output)
     }
 
@@ -186,6 +191,14 @@ impl Clean {
     #[must_use]
     pub fn is_checked(&self) -> bool {
         self.checked
+    }
+
+    /// Attributes that the frozen module still has, dotted: state, and what freezing leaves.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn attributes(&self) -> Result<Vec<String>, Error> {
+        Ok(bridge::attribute_names(self.frozen()?)?)
     }
 
     /// The graph in TorchScript's own notation.
@@ -298,19 +311,12 @@ impl Visit for Sight {
     }
 }
 
-/// The steps for this module: constants are cast only where its tensors were.
-fn steps(module: &Module) -> impl Iterator<Item = Step> {
-    let cast = module.was_cast().then_some(("cast constants to float32", bridge::Pass::CastConstants));
-    let (first, rest) = STEPS.split_at(1);
-    first.iter().copied().chain(cast).chain(rest.iter().copied())
-}
-
 /// Runs the steps again, with a check after each, to name the one that changes the result. Only a failed check of the
 /// whole pays for this.
 fn blame(module: &Module, sample: &Arguments, reference: &Output) -> Result<(), Error> {
     let mut clean = Clean::freeze(module)?;
     clean.check("freeze", sample, reference)?;
-    for step in steps(module) {
+    for &step in STEPS {
         clean.apply(step)?;
         clean.check(step.0, sample, reference)?;
     }

@@ -37,6 +37,7 @@ pub(super) mod bridge {
         text: String,
         dtype: String,
         shape: Vec<i64>,
+        strides: Vec<i64>,
         pointer: usize,
         storage_bytes: u64,
         parameter: String,
@@ -105,7 +106,6 @@ pub(super) mod bridge {
         Inline,
         InlineForkWait,
         AttachNames,
-        CastConstants,
         FoldAttributes,
         DropThrowing,
         ConstantPropagation,
@@ -179,7 +179,8 @@ pub(super) mod bridge {
         fn call_forward(m: &Module, a: &Arguments) -> Result<UniquePtr<Value>>;
 
         fn freeze(m: &Module) -> Result<UniquePtr<Frozen>>;
-        fn run_pass(f: Pin<&mut Frozen>, pass: Pass) -> Result<()>;
+        fn run_pass(f: Pin<&mut Frozen>, pass: Pass) -> Result<usize>;
+        fn attribute_names(f: &Frozen) -> Result<Vec<String>>;
         fn graph_text(f: &Frozen) -> Result<String>;
         fn list_graph(f: &Frozen) -> Result<ListingRows>;
         fn constant_tensor(f: &Frozen, value: usize) -> Result<UniquePtr<Tensor>>;

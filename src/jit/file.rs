@@ -24,16 +24,26 @@ pub(super) fn check(path: &Path) -> Result<(), Error> {
         return refuse(found, advice);
     }
     file.rewind().map_err(Error::io(path))?;
-    let Ok(archive) = zip::ZipArchive::new(std::io::BufReader::new(file)) else {
+    // The archive starts with the file; a zip inside it must not be taken for it.
+    let config = zip::read::Config { archive_offset: zip::read::ArchiveOffset::Known(0), ..Default::default() };
+    let Ok(mut archive) = zip::ZipArchive::with_config(config, std::io::BufReader::new(file)) else {
         return refuse("a damaged or truncated zip archive", SAVE_AGAIN);
     };
     let Ok(entries) = archive.file_names().map(|name| name.map(String::from)).collect::<Result<Vec<_>, _>>() else {
         return refuse("a damaged zip archive", SAVE_AGAIN);
     };
     match name_archive(&entries) {
-        None => Ok(()),
+        None if has_intact_entries(&mut archive) => Ok(()),
+        None => refuse("a damaged TorchScript archive: what it holds does not fit its checksums", SAVE_AGAIN),
         Some((found, advice)) => refuse(found, advice),
     }
+}
+
+/// Reads everything once: libtorch itself does not look at the checksums.
+fn has_intact_entries<R: Read + Seek>(archive: &mut zip::ZipArchive<R>) -> bool {
+    (0..archive.len()).all(|index| {
+        archive.by_index(index).is_ok_and(|mut entry| std::io::copy(&mut entry, &mut std::io::sink()).is_ok())
+    })
 }
 
 /// `None` for TorchScript, else what the archive is.

@@ -55,7 +55,9 @@ pub struct Constant {
     pub dtype: String,
     /// Shape of a tensor.
     pub shape: Vec<i64>,
-    /// Equal for constants that share their storage, 0 where there is none.
+    /// Steps between the elements of a tensor along its axes.
+    pub strides: Vec<i64>,
+    /// Equal for tensors that begin at the same memory, 0 where there is none.
     pub storage: usize,
     /// Bytes of a tensor.
     pub bytes: u64,
@@ -64,6 +66,12 @@ pub struct Constant {
 }
 
 impl Constant {
+    /// Equal for tensors that are the same numbers in the same memory, read in the same order.
+    #[must_use]
+    pub fn identity(&self) -> (usize, &[i64], &[i64]) {
+        (self.storage, &self.shape, &self.strides)
+    }
+
     /// True for a tensor.
     #[must_use]
     pub fn is_tensor(&self) -> bool {
@@ -155,6 +163,7 @@ fn value(row: bridge::ValueRow) -> Value {
         text: row.text,
         dtype: row.dtype,
         shape: row.shape,
+        strides: row.strides,
         storage: row.pointer,
         bytes: row.storage_bytes,
         parameter: some(row.parameter),

@@ -70,7 +70,6 @@ pub struct Module {
     path: PathBuf,
     signature: Signature,
     notes: Vec<String>,
-    was_cast: bool,
 }
 
 impl Module {
@@ -99,9 +98,9 @@ impl Module {
             bridge::set_eval(module)?;
             notes.push("the model was saved in training mode; it was set to evaluation mode".to_owned());
         }
-        let cast = cast_to_float(module, &mut notes)?;
+        cast_to_float(module, &mut notes)?;
         let signature = signature(module)?;
-        Ok(Self { inner, path: path.to_owned(), signature, notes, was_cast: cast })
+        Ok(Self { inner, path: path.to_owned(), signature, notes })
     }
 
     /// The file.
@@ -120,12 +119,6 @@ impl Module {
     #[must_use]
     pub fn notes(&self) -> &[String] {
         &self.notes
-    }
-
-    /// True if tensors were cast to float32.
-    #[must_use]
-    pub fn was_cast(&self) -> bool {
-        self.was_cast
     }
 
     /// Exported methods beside `forward`.
@@ -219,7 +212,6 @@ impl Module {
             path: self.path.clone(),
             signature: self.signature.clone(),
             notes: self.notes.clone(),
-            was_cast: self.was_cast,
         })
     }
 
@@ -297,17 +289,17 @@ fn named_tensors(module: &bridge::Module) -> Result<Vec<NamedTensor>, Error> {
     Ok(tensors.collect())
 }
 
-fn cast_to_float(module: &bridge::Module, notes: &mut Vec<String>) -> Result<bool, Error> {
+fn cast_to_float(module: &bridge::Module, notes: &mut Vec<String>) -> Result<(), Error> {
     let tensors = named_tensors(module)?;
     let found: BTreeSet<_> =
         tensors.iter().map(|tensor| tensor.dtype.as_str()).filter(|&t| is_other_float(t)).collect();
     if found.is_empty() {
-        return Ok(false);
+        return Ok(());
     }
     bridge::cast_to_float(module)?;
     let names = found.into_iter().collect::<Vec<_>>().join(" and ");
     notes.push(format!("the model holds {names} tensors; they were cast to float32"));
-    Ok(true)
+    Ok(())
 }
 
 fn is_other_float(dtype: &str) -> bool {

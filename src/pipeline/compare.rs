@@ -79,7 +79,9 @@ pub(super) fn largest_difference(a: &Output, b: &Output) -> Result<f64, tch::Tch
             continue;
         }
         let (a, b) = (a.f_to_kind(tch::Kind::Double)?, b.f_to_kind(tch::Kind::Double)?);
-        let difference = a.f_sub(&b)?.f_abs()?.f_max()?.f_double_value(&[])?;
+        let zero = Tensor::from(0.0f64);
+        let same = a.f_eq_tensor(&b)?;
+        let difference = zero.f_where_self(&same, &a.f_sub(&b)?)?.f_abs()?.f_max()?.f_double_value(&[])?;
         largest = largest.max(if difference.is_nan() { f64::INFINITY } else { difference });
     }
     Ok(largest)

@@ -57,8 +57,15 @@ fn files_in(folder: &Path) -> Result<Vec<std::path::PathBuf>, Error> {
     let mut open = vec![folder.to_owned()];
     while let Some(folder) = open.pop() {
         for entry in std::fs::read_dir(&folder).map_err(read_error(&folder))? {
-            let path = entry.map_err(read_error(&folder))?.path();
-            if path.is_dir() { open.push(path) } else { files.push(path) }
+            let entry = entry.map_err(read_error(&folder))?;
+            let path = entry.path();
+            // Linked folders are not followed: they may lead in circles.
+            let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+            match (path.is_dir(), is_link) {
+                (true, false) => open.push(path),
+                (true, true) => {}
+                (false, _) => files.push(path),
+            }
         }
     }
     files.sort();

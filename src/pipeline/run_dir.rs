@@ -76,7 +76,9 @@ impl RunDir {
         refuse_occupied(&self.target)?;
         let (target, filled) = (self.target.clone(), self.filling.path().to_owned());
         open_to_readers(&filled).map_err(RunDirError::io(&filled))?;
-        let earlier = filled.with_extension("earlier");
+        let mut earlier = filled.clone().into_os_string();
+        earlier.push(".earlier");
+        let earlier = PathBuf::from(earlier);
         let replaces = target.exists();
         if replaces {
             std::fs::rename(&target, &earlier).map_err(RunDirError::io(&target))?;
@@ -90,7 +92,8 @@ impl RunDir {
         }
         self.kept = true;
         if replaces {
-            std::fs::remove_dir_all(&earlier).map_err(RunDirError::io(&earlier))?;
+            // The run is in its place; that an old one cannot be deleted does not undo it.
+            let _ = std::fs::remove_dir_all(&earlier);
         }
         Ok(target)
     }

@@ -29,7 +29,7 @@ pub(super) fn select(
     plan: &Plan,
     model: &Clean,
     sites: &mut Sites,
-    statistics: &[MinMax],
+    statistics: &[Vec<MinMax>],
 ) -> Result<Selections, Error> {
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
     for site in &sites.weights {
@@ -37,19 +37,34 @@ pub(super) fn select(
         selections.weights.push(tensor);
         selections.reports.push(weight_report(plan, site, &selection));
     }
-    for (site, observed) in sites.activations.iter().zip(statistics) {
-        if observed.count() == 0 {
-            let (name, op) = (site.name.clone(), site.op.clone());
-            sites.left_float.push(LeftFloat { name, op, reason: NEVER_RAN.to_owned() });
+    for (site, observed) in sites.activations.iter_mut().zip(statistics) {
+        let observed = drop_unseen(site, observed, &mut sites.left_float);
+        if site.anchors.is_empty() {
             selections.activations.push(None);
             continue;
         }
-        let selection = threshold::select_activation(observed, plan.activations.scheme, plan.activations.error_method)
+        let selection = threshold::select_activation(&observed, plan.activations.scheme, plan.activations.error_method)
             .map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
         selections.activations.push(selection.params.first().copied());
         selections.reports.push(activation_report(plan, site, &selection));
     }
     Ok(selections)
+}
+
+/// Takes the values that never were there out of a site, and merges the statistics of the others.
+fn drop_unseen(site: &mut ActivationSite, observed: &[MinMax], left_float: &mut Vec<LeftFloat>) -> MinMax {
+    let mut merged = MinMax::new();
+    let mut anchors = Vec::new();
+    for (anchor, observed) in std::mem::take(&mut site.anchors).into_iter().zip(observed) {
+        if observed.count() > 0 {
+            merged.merge(observed);
+            anchors.push(anchor);
+        } else {
+            left_float.push(LeftFloat { name: anchor.name, op: site.op.clone(), reason: NEVER_RAN.to_owned() });
+        }
+    }
+    site.anchors = anchors;
+    merged
 }
 
 fn weight(plan: &Plan, model: &Clean, site: &WeightSite) -> Result<(Tensor, Selection), Error> {

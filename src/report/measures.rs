@@ -19,8 +19,9 @@ pub struct Comparison {
     /// Against labels.
     #[serde(flatten)]
     pub accuracy: Accuracy,
-    /// Share of rows whose arg-max over the last axis of the first output is the float model's, from 0 to 1.
-    pub agreement: f64,
+    /// Share of rows whose arg-max over the last axis of the first output is the float model's, from 0 to 1;
+    /// `None` where that axis has no choice.
+    pub agreement: Option<f64>,
     /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` for equal outputs, whose ratio is infinite.
     pub sqnr_db: Option<f64>,
     /// Cosine similarity of all outputs, from −1 to 1.

@@ -36,13 +36,35 @@ fn walk_back(listing: &Listing, classes: &Classes, from: ValueId, scores: &mut S
         let Some(id) = classes.maker(value) else { continue };
         let node = &listing.nodes[id];
         if ops::is_mask_arithmetic(&node.op) {
+            // The sum of two layers' results is a sum like any other, though a softmax follows.
+            let is_sum = matches!(node.op.as_str(), "aten::add" | "aten::add_" | "aten::sub" | "aten::sub_");
+            if is_sum && !node.inputs.iter().take(2).any(|&operand| is_mask(listing, classes, operand)) {
+                continue;
+            }
             if scores.arithmetic.insert(id) {
                 open.extend(node.inputs.iter().copied().filter(|&input| classes.may_be_float(input)));
             }
-        } else if moves(node) {
+        } else if moves(listing, node) {
             open.extend(moved(listing, id));
         } else if matches!(ops::role(&node.op), Some(Role::Product(_) | Role::Weighted(_))) {
             scores.products.insert(id);
         }
     }
+}
+
+/// True for an operand that is made of the model's arguments and of constants alone, as masks and positional biases are.
+fn is_mask(listing: &Listing, classes: &Classes, operand: ValueId) -> bool {
+    let mut open = vec![operand];
+    let mut seen = NodeSet::new();
+    while let Some(value) = open.pop() {
+        let Some(id) = classes.maker(value).filter(|&id| seen.insert(id)) else { continue };
+        let node = &listing.nodes[id];
+        match effective_role(listing, node) {
+            Some(Role::Weighted(_) | Role::Product(_) | Role::Attention | Role::Softmax | Role::Activation) => {
+                return false;
+            }
+            _ => open.extend(node.inputs.iter().copied()),
+        }
+    }
+    true
 }

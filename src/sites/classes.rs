@@ -115,8 +115,21 @@ impl<'a> Classes<'a> {
         self.members(class).flat_map(|value| self.users(value)).any(|&id| {
             let node = &self.listing.nodes[id];
             let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output));
-            !moves(node) && !is_container(node) && output_floats || self.is_read_by_list_user(node)
+            !moves(self.listing, node) && !is_container(node) && output_floats || self.is_read_by_list_user(node)
         })
+    }
+
+    /// True if the model returns a value of this class, by itself or in a tuple, list or dict.
+    pub(super) fn is_model_output(&self, class: ValueId) -> bool {
+        self.members(class).any(|value| self.reaches_return(value))
+    }
+
+    fn reaches_return(&self, value: ValueId) -> bool {
+        self.listing.blocks.first().is_some_and(|forward| forward.returns.contains(&value))
+            || self.users(value).iter().any(|&id| {
+                let node = &self.listing.nodes[id];
+                is_container(node) && node.outputs.iter().any(|&output| self.reaches_return(output))
+            })
     }
 
     fn is_read_by_list_user(&self, node: &Node) -> bool {
@@ -132,8 +145,11 @@ impl<'a> Classes<'a> {
     }
 
     fn join(&mut self, a: ValueId, b: ValueId) {
-        let joinable =
-            |value: ValueId| self.listing.values[value].constant.is_none() && holds_tensors(self.listing, value);
+        let joinable = |value: ValueId| {
+            let known = &self.listing.values[value];
+            // What is written in place is no longer the numbers that it was made of.
+            known.constant.is_none() && !known.has_writers && holds_tensors(self.listing, value)
+        };
         if !joinable(a) || !joinable(b) {
             return;
         }
@@ -181,9 +197,9 @@ impl<'a> Classes<'a> {
             let carried = node.inputs.iter().skip(2);
             let bodies = block.parameters.iter().skip(1).zip(block.returns.iter().skip(1));
             for ((&input, (&parameter, &returned)), &output) in carried.zip(bodies).zip(&node.outputs) {
-                self.join(input, parameter);
-                self.join(input, returned);
-                self.join(input, output);
+                self.join(parameter, input);
+                self.join(parameter, returned);
+                self.join(parameter, output);
             }
         }
     }
@@ -227,9 +243,9 @@ pub(super) fn effective_role(listing: &Listing, node: &Node) -> Option<Role> {
 }
 
 /// True for ops that pass numbers on: moves, branches and loops.
-pub(super) fn moves(node: &Node) -> bool {
+pub(super) fn moves(listing: &Listing, node: &Node) -> bool {
     matches!(node.op.as_str(), "prim::If" | "prim::Loop")
-        || matches!(ops::role(&node.op), Some(Role::Move(_) | Role::Pad(_)))
+        || matches!(effective_role(listing, node), Some(Role::Move(_)))
 }
 
 /// The values whose numbers a moving node passes on; none for other nodes.
@@ -249,7 +265,7 @@ pub(super) fn moved(listing: &Listing, id: NodeId) -> Vec<ValueId> {
 /// True for a tensor or a list of tensors.
 pub(super) fn holds_tensors(listing: &Listing, value: ValueId) -> bool {
     let value = &listing.values[value];
-    value.is_tensor || matches!(value.type_name.as_str(), "Tensor[]" | "List[Tensor]" | "Optional[Tensor]" | "Tensor?")
+    value.is_tensor || matches!(value.type_name.as_str(), "Tensor[]" | "List[Tensor]")
 }
 
 fn is_container(node: &Node) -> bool {

@@ -6,7 +6,7 @@ use super::attention::{self, Scores};
 use super::classes::{Classes, effective_role, moves};
 use super::names;
 use super::ops::{Role, Weighted, Weights};
-use super::{ActivationSite, Layer, LeftFloat, Sites, WeightSite};
+use super::{ActivationSite, Anchor, Layer, LeftFloat, Sites, WeightSite};
 use crate::jit::{Constant, Listing, Node, NodeId, ValueId};
 
 pub(super) fn find(listing: &Listing) -> Sites {
@@ -40,10 +40,27 @@ struct Finder<'a> {
     /// Activation function → the op that it joins.
     fused_from: BTreeMap<NodeId, NodeId>,
     demanded: BTreeSet<ValueId>,
-    /// Storage and shape of a weight → its index among the sites.
-    weights: BTreeMap<(usize, Vec<i64>), usize>,
+    /// Identity of a weight → its index among the sites.
+    weights: BTreeMap<(usize, Vec<i64>, Vec<i64>), usize>,
     sites: Sites,
 }
+
+/// Reason of an op without a row.
+const UNKNOWN: &str = "not in the op table";
+
+/// Ops of TorchScript itself that put values together, take them apart or say where to go on.
+const PLUMBING: &[&str] = &[
+    "prim::If",
+    "prim::Loop",
+    "prim::ListConstruct",
+    "prim::TupleConstruct",
+    "prim::TupleUnpack",
+    "prim::TupleIndex",
+    "prim::DictConstruct",
+    "prim::GetAttr",
+    "prim::SetAttr",
+    "prim::Uninitialized",
+];
 
 /// A constant operand on its way to become a weight site.
 struct Candidate {
@@ -73,16 +90,19 @@ impl Finder<'_> {
                 );
             }
             Some(Role::Float) => self.leave_op_float(id, "computed in float"),
-            Some(Role::Softmax) => self.leave_op_float(id, "computed in float, like the scores before it"),
+            Some(Role::Softmax) => self.leave_op_float(id, "computed in float; where its result is used, it is a site"),
             Some(Role::Activation) if !self.fused_from.contains_key(&id) => {
                 self.leave_op_float(id, "computed in float: it follows no layer that it could join");
             }
             Some(Role::Activation | Role::Move(_) | Role::Pad(_) | Role::Other) => {}
-            None if node.op.starts_with("prim::") || node.op.starts_with("tsquant::") => {}
+            None if PLUMBING.contains(&node.op.as_str()) => {}
+            None if !node.op.starts_with("aten::") && !node.op.starts_with("prim::") => {
+                self.leave_float(self.names[id].clone(), &node.op, UNKNOWN.to_owned());
+            }
             None if node.op == "aten::fake_quantize_per_tensor_affine" => {
                 self.leave_op_float(id, "a fake-quantize node of the model's own");
             }
-            None => self.leave_op_float(id, "not in the op table"),
+            None => self.leave_op_float(id, UNKNOWN),
         }
     }
 
@@ -97,29 +117,33 @@ impl Finder<'_> {
                     self.add_weight(id, &Candidate { value, axis: row.axis, fallback });
                 }
             }
-            Weights::List(slot) => {
-                self.add_recurrent_weights(id, slot, row.axis);
-                self.leave_op_float(
-                    id,
-                    "the cell's arithmetic is computed in float; its weights and its input are sites",
-                );
-            }
+            Weights::List => self.add_recurrent_weights(id, row.axis),
+        }
+        if !row.output && !row.data.is_empty() {
+            self.leave_op_float(id, "the cell's arithmetic is computed in float; its weights and its input are sites");
         }
         self.add_layer(id);
         if row.output && !self.scores.products.contains(&id) {
             self.demand_output(id);
         } else if row.output {
-            self.leave_result_float(id, "scores on their way into a softmax");
+            self.leave_result_float(id, "goes into a softmax, which wants it in float");
         }
     }
 
-    fn add_recurrent_weights(&mut self, id: NodeId, slot: usize, axis: usize) {
+    fn add_recurrent_weights(&mut self, id: NodeId, axis: usize) {
         let node = &self.listing.nodes[id];
-        let Some(&list) = node.inputs.get(slot) else { return };
+        // The list comes third, or fourth where the data are packed sequences with sizes of their own.
+        let is_list =
+            |&value: &ValueId| matches!(self.listing.values[value].type_name.as_str(), "Tensor[]" | "List[Tensor]");
+        let Some(slot) = node.inputs.iter().rposition(is_list) else { return };
+        let list = node.inputs[slot];
         let elements = self.classes.elements(list);
         let matrices: Vec<_> = elements.into_iter().filter(|&value| rank(self.listing, value) == Some(2)).collect();
         let flag = |slot: usize| node.inputs.get(slot).and_then(|&value| self.listing.values[value].constant.as_ref());
-        let bidirectional = flag(7).is_some_and(|constant| constant.text == "True");
+        let bidirectional = flag(slot + 5).is_some_and(|constant| constant.text == "True");
+        if matrices.is_empty() {
+            self.leave_float(self.names[id].clone(), &node.op, "its weights are no constants".to_owned());
+        }
         for (index, value) in matrices.into_iter().enumerate() {
             let fallback = names::recurrent_matrix(index, bidirectional);
             self.add_weight(id, &Candidate { value, axis, fallback });
@@ -131,19 +155,26 @@ impl Finder<'_> {
         let mut has_weight = false;
         for (slot, is_right) in [(left, false), (right, true)] {
             let Some(&value) = node.inputs.get(slot) else { continue };
-            let Some(rank) = rank(self.listing, value).filter(|&rank| rank > 0) else {
-                self.demand(value);
-                continue;
+            let rank = match rank(self.listing, value) {
+                None => {
+                    self.demand(value);
+                    continue;
+                }
+                Some(rank @ 2..) => rank,
+                Some(_) => {
+                    self.leave_constant_float(id, value);
+                    continue;
+                }
             };
             // Output channels are the columns of a right factor and the rows of a left one.
-            let axis = if is_right || rank == 1 { rank - 1 } else { rank - 2 };
+            let axis = if is_right { rank - 1 } else { rank - 2 };
             has_weight |= self.add_weight(id, &Candidate { value, axis, fallback: "weight".to_owned() });
         }
         if has_weight {
             self.add_layer(id);
         }
         if self.scores.products.contains(&id) {
-            self.leave_result_float(id, "scores on their way into a softmax");
+            self.leave_result_float(id, "goes into a softmax, which wants it in float");
         } else {
             self.demand_output(id);
         }
@@ -159,12 +190,17 @@ impl Finder<'_> {
         for &slot in slots {
             let operands = node.inputs.get(slot).map(|&value| self.classes.elements(value)).unwrap_or_default();
             for value in operands {
-                let constant = self.listing.values[value].constant.as_ref();
-                if let Some(shape) = constant.filter(|c| c.dtype == "Float" && !c.shape.is_empty()).map(|c| &c.shape) {
-                    let reason = format!("its constant operand of shape {shape:?} stays float");
-                    self.leave_float(self.names[id].clone(), &node.op, reason);
-                }
+                self.leave_constant_float(id, value);
             }
+        }
+    }
+
+    /// Lists a constant tensor that takes part in a quantized op without being a weight.
+    fn leave_constant_float(&mut self, id: NodeId, value: ValueId) {
+        let constant = self.listing.values[value].constant.as_ref();
+        if let Some(shape) = constant.filter(|c| c.dtype == "Float" && !c.shape.is_empty()).map(|c| &c.shape) {
+            let reason = format!("its constant operand of shape {shape:?} stays float");
+            self.leave_float(self.names[id].clone(), &self.listing.nodes[id].op, reason);
         }
     }
 
@@ -204,7 +240,9 @@ impl Finder<'_> {
     }
 
     fn demand(&mut self, value: ValueId) {
-        if self.listing.values[value].constant.is_none() && self.classes.may_be_float(value) {
+        // A single number is no tensor worth a quantizer.
+        let is_number = self.listing.values[value].seen.as_ref().is_some_and(|seen| seen.shape.is_empty());
+        if self.listing.values[value].constant.is_none() && self.classes.may_be_float(value) && !is_number {
             self.demanded.insert(self.classes.of(value));
         }
     }
@@ -228,7 +266,7 @@ impl Finder<'_> {
             let node = &self.listing.nodes[*id];
             let only_as_mask = matches!(effective_role(self.listing, node), Some(Role::Attention))
                 && !node.inputs.iter().take(3).any(|&input| input == value);
-            !moves(node) && !only_as_mask
+            !moves(self.listing, node) && !only_as_mask
         };
         self.classes.users(value).iter().copied().filter(reads).collect()
     }
@@ -236,30 +274,44 @@ impl Finder<'_> {
     fn collect_activations(&mut self) {
         for class in std::mem::take(&mut self.demanded) {
             let anchors = self.classes.anchors(class);
-            let Some(&first) = anchors.first() else { continue };
+            let first = anchors.first().copied().unwrap_or(class);
             let (name, layer, op) = self.name_value(first);
-            if !self.classes.is_computed_with(class) {
-                if !self.listing.arguments().contains(&first) {
-                    self.leave_float(name, &op, "an output of the model".to_owned());
-                }
+            if anchors.is_empty() {
+                self.leave_float(name, &op, "made of constants alone".to_owned());
+            } else if !self.classes.is_computed_with(class) {
+                let is_output = self.classes.is_model_output(class);
+                let reason =
+                    if is_output { "an output of the model" } else { "nothing computes float numbers from it" };
+                self.leave_float(name, &op, reason.to_owned());
             } else if anchors.iter().any(|&value| self.listing.values[value].has_writers) {
-                self.leave_float(name, &op, "written in place: replacing it would change the model".to_owned());
+                self.leave_float(
+                    name,
+                    &op,
+                    "it, or what it may share memory with, is written in place: replacing it could change the model"
+                        .to_owned(),
+                );
             } else if anchors.iter().any(|&value| !self.listing.values[value].is_tensor) {
                 self.leave_float(name, &op, "a list of tensors".to_owned());
             } else {
-                self.sites.activations.push(ActivationSite { name, layer, op, values: anchors });
+                let anchors =
+                    anchors.into_iter().map(|value| Anchor { value, name: self.name_value(value).0 }).collect();
+                self.sites.activations.push(ActivationSite { name, layer, op, anchors });
             }
         }
-        self.sites.activations.sort_by_key(|site| site.values.first().copied());
+        self.sites.activations.sort_by_key(|site| site.anchors.first().map(|anchor| anchor.value));
     }
 
     /// Site name, layer and op of a value.
     fn name_value(&self, value: ValueId) -> (String, String, String) {
         let Some(maker) = self.classes.maker(value) else {
             let name = trim_suffix(&self.listing.values[value].name);
-            return (format!("input.{name}"), "input".to_owned(), String::new());
+            return (format!("input.{name}"), "input".to_owned(), "argument".to_owned());
         };
         let node = &self.listing.nodes[maker];
+        if let ("prim::unchecked_cast", &[optional]) = (node.op.as_str(), node.inputs.as_slice()) {
+            // An optional argument where it is known to be there.
+            return self.name_value(optional);
+        }
         let first = self.fused_from.get(&maker).copied().unwrap_or(maker);
         let layer = self.names[first].clone();
         let outputs = node.outputs.iter().filter(|&&output| self.listing.values[output].is_tensor).count();
@@ -294,7 +346,7 @@ impl Finder<'_> {
             self.leave_float(name, &node.op, "it is empty".to_owned());
             return false;
         }
-        let key = (constant.storage, constant.shape.clone());
+        let key = (constant.storage, constant.shape.clone(), constant.strides.clone());
         if let Some(&index) = self.weights.get(&key) {
             let site = &mut self.sites.weights[index];
             if !site.values.contains(&candidate.value) {
@@ -360,7 +412,7 @@ impl Finder<'_> {
 
     fn collect_unknown_ops(&mut self) {
         let mut counts = BTreeMap::<&str, usize>::new();
-        for left in self.sites.left_float.iter().filter(|left| left.reason == "not in the op table") {
+        for left in self.sites.left_float.iter().filter(|left| left.reason == UNKNOWN) {
             *counts.entry(&left.op).or_default() += 1;
         }
         self.sites.unknown_ops = counts.into_iter().map(|(op, count)| (op.to_owned(), count)).collect();
@@ -377,7 +429,7 @@ fn rank(listing: &Listing, value: ValueId) -> Option<usize> {
 }
 
 /// An argument's name without the `.1` that the graph adds to keep names apart.
-fn trim_suffix(name: &str) -> &str {
+pub(super) fn trim_suffix(name: &str) -> &str {
     match name.rsplit_once('.') {
         Some((stem, number)) if number.bytes().all(|byte| byte.is_ascii_digit()) => stem,
         _ => name,

@@ -41,8 +41,8 @@ pub(super) struct Weighted {
 pub(super) enum Weights {
     /// In these slots.
     Slots(&'static [usize]),
-    /// The matrices of the tensor list in this slot, as recurrent layers take them.
-    List(usize),
+    /// The matrices of the last tensor list among the inputs, as recurrent layers take them.
+    List,
 }
 
 /// Slots of a product.
@@ -56,7 +56,7 @@ const CONV: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::Slot
 const CONV_TRANSPOSE: Role =
     Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 1, output: true });
 const EMBEDDING: Role = Role::Weighted(&Weighted { data: &[], weights: Weights::Slots(&[0]), axis: 0, output: false });
-const RECURRENT: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::List(2), axis: 0, output: false });
+const RECURRENT: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::List, axis: 0, output: false });
 const CELL: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[2, 3]), axis: 0, output: false });
 const BILINEAR: Role =
     Role::Weighted(&Weighted { data: &[0, 1], weights: Weights::Slots(&[2]), axis: 0, output: true });
@@ -113,7 +113,8 @@ const TABLE: &[(&str, Role)] = &[
     ("aten::movedim", MOVE), ("aten::swapaxes", MOVE), ("aten::swapdims", MOVE),
     ("aten::slice", MOVE), ("aten::select", MOVE), ("aten::narrow", MOVE), ("aten::index", MOVE),
     ("aten::index_select", MOVE), ("aten::gather", MOVE), ("aten::take_along_dim", MOVE),
-    ("aten::chunk", MOVE), ("aten::split", MOVE), ("aten::split_with_sizes", MOVE), ("aten::tensor_split", MOVE),
+    ("aten::chunk", MOVE), ("aten::unsafe_chunk", MOVE), ("aten::unsafe_split", MOVE),
+    ("aten::_pack_padded_sequence", MOVE), ("aten::_pad_packed_sequence", MOVE), ("aten::split", MOVE), ("aten::split_with_sizes", MOVE), ("aten::tensor_split", MOVE),
     ("aten::unbind", MOVE), ("aten::squeeze", MOVE), ("aten::unsqueeze", MOVE), ("aten::expand", MOVE),
     ("aten::expand_as", MOVE), ("aten::broadcast_to", MOVE), ("aten::repeat", MOVE),
     ("aten::repeat_interleave", MOVE), ("aten::tile", MOVE), ("aten::flip", MOVE), ("aten::roll", MOVE),

@@ -54,30 +54,29 @@ Names names_of_tensors(const torch::jit::Module &module) {
   // Parameters first: a buffer that shares a parameter's storage is called like the parameter.
   for (const auto &entry : module.named_parameters())
     if (has_tensor_data(entry.value))
-      names.emplace(entry.value.data_ptr(), entry.name);
+      names.emplace(entry.value.data_ptr(), Named{entry.name, entry.value.numel()});
   for (const auto &entry : module.named_buffers())
     if (has_tensor_data(entry.value))
-      names.emplace(entry.value.data_ptr(), entry.name);
+      names.emplace(entry.value.data_ptr(), Named{entry.name, entry.value.numel()});
   return names;
 }
 
 // Marks each node that reads a named tensor with that tensor's name, before folding replaces the tensor.
 void attach_names(const Frozen &f) {
-  const auto name_of = [&f](const torch::jit::Value *value) -> std::string {
+  const auto constant_name = [&f](const torch::jit::Value *value) -> std::string {
     if (value->node()->kind() != prim::Constant)
       return "";
     const auto constant = torch::jit::toIValue(value);
     if (!constant || !constant->isTensor() || !has_tensor_data(constant->toTensor()))
       return "";
-    const auto found = f.names.find(constant->toTensor().data_ptr());
-    return found == f.names.end() ? "" : found->second;
+    return name_of(f.names, constant->toTensor());
   };
   for_each_node(f.graph->block(), [&](Node *node) {
     const auto scope = node->scope();
     if (scope && !scope->isBlank() && std::string(scope->name().toUnqualString()).rfind(kLayerScope, 0) == 0)
       return;
     for (const auto *input : node->inputs()) {
-      const auto name = name_of(input);
+      const auto name = constant_name(input);
       if (name.empty())
         continue;
       const auto root = c10::make_intrusive<torch::jit::Scope>();
@@ -122,6 +121,11 @@ void fold_attributes(const Frozen &f) {
   }
 }
 
+void fix_condition(Graph &graph, Node *conditional, bool condition) {
+  torch::jit::WithInsertPoint before(conditional);
+  conditional->replaceInput(0, graph.insertConstant(condition));
+}
+
 bool surely_raises(Block *block) {
   for (auto *node : block->nodes())
     if (node->kind() == prim::RaiseException)
@@ -131,7 +135,8 @@ bool surely_raises(Block *block) {
 
 // A model's own checks of its input are taken as passed: the condition of an If with one raising block is made constant.
 // (libtorch's EliminateExceptions never ends where two such Ifs share a condition.)
-void drop_throwing(const Frozen &f) {
+std::size_t drop_throwing(const Frozen &f) {
+  std::size_t dropped = 0;
   std::vector<Node *> conditionals;
   for_each_node(f.graph->block(), [&](Node *node) {
     if (node->kind() == prim::If)
@@ -141,9 +146,13 @@ void drop_throwing(const Frozen &f) {
     auto *condition = node->input();
     const bool then_raises = surely_raises(node->blocks().at(0));
     const bool else_raises = surely_raises(node->blocks().at(1));
-    if (condition->node()->kind() != prim::Constant && then_raises != else_raises)
-      replace_by_constant(*f.graph, condition, else_raises);
+    if (condition->node()->kind() == prim::Constant || then_raises == else_raises)
+      continue;
+    // This If alone: another reader of the condition may run where this one does not.
+    fix_condition(*f.graph, node, else_raises);
+    ++dropped;
   }
+  return dropped;
 }
 
 const char *const kFusedOps[] = {"aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"};
@@ -155,10 +164,14 @@ bool is_fused(const Node *node) {
   return false;
 }
 
-bool contains_fused(Block *block) {
-  bool found = false;
-  for_each_node(block, [&](Node *node) { found = found || is_fused(node); });
-  return found;
+bool holds_fused(Block *block) {
+  return std::any_of(block->nodes().begin(), block->nodes().end(), [](const Node *node) { return is_fused(node); });
+}
+
+// True for an If in the source of PyTorch's own layers, whose branches are a fast and a slow way to the same result.
+bool is_of_torch(const Node *node) {
+  const auto place = node->sourceRange().file_line_col();
+  return place && std::get<0>(*place).find("torch/nn/modules/") != std::string::npos;
 }
 
 // What the fused evaluation paths of nn.TransformerEncoderLayer and nn.MultiheadAttention compute, op by op.
@@ -210,7 +223,8 @@ bool is_none(const torch::jit::Value *value) {
 
 // Puts the inlined body of `function` of kExpansions in place of the node's first output.
 void expand(Graph &graph, Node *node, const char *function, at::ArrayRef<torch::jit::Value *> arguments) {
-  const auto unit = torch::jit::compile(kExpansions);
+  // Kept for good: the call stacks of inlined nodes point into it.
+  static const auto unit = torch::jit::compile(kExpansions);
   auto body = torch::jit::toGraphFunction(unit->get_function(c10::QualifiedName(function))).graph()->copy();
   torch::jit::Inline(*body);
   torch::jit::WithInsertPoint before(node);
@@ -237,20 +251,22 @@ void expand_multi_head(Graph &graph, Node *node) {
 }
 
 // Fused evaluation paths have no inside to quantize and no derivative: scripted models hold the slow path beside it,
-// traced ones are expanded.
-void force_slow(const Frozen &f) {
-  std::vector<Node *> conditionals;
-  for_each_node(f.graph->block(), [&](Node *node) {
-    if (node->kind() == prim::If && node->input()->node()->kind() != prim::Constant)
-      conditionals.push_back(node);
-  });
-  for (auto *node : conditionals) {
-    const bool then_fused = contains_fused(node->blocks().at(0));
-    const bool else_fused = contains_fused(node->blocks().at(1));
-    if (then_fused != else_fused)
-      replace_by_constant(*f.graph, node->input(), else_fused);
+// traced ones are expanded. So is one in a branch of the model's own, whose other branch computes something else.
+void force_slow(Frozen &f) {
+  auto &graph = f.graph;
+  // One at a time, innermost first: a slow way may hold a fast way of its own.
+  for (;;) {
+    Node *choice = nullptr;
+    for_each_node(f.graph->block(), [&](Node *node) {
+      if (!choice && node->kind() == prim::If && node->input()->node()->kind() != prim::Constant && is_of_torch(node) &&
+          holds_fused(node->blocks().at(0)) != holds_fused(node->blocks().at(1)))
+        choice = node;
+    });
+    if (!choice)
+      break;
+    fix_condition(*f.graph, choice, holds_fused(choice->blocks().at(1)));
+    torch::jit::ConstantPropagation(graph);
   }
-  torch::jit::ConstantPropagation(const_cast<Frozen &>(f).graph);
   for_each_node(f.graph->block(), [&](Node *node) {
     if (node->kind() == c10::Symbol::fromQualString(kFusedOps[0]))
       expand_encoder_layer(*f.graph, node);
@@ -329,21 +345,24 @@ void unpack_constants(const Frozen &f) {
   });
 }
 
-// Tensor constants and dtype arguments of a model that was stored in half precision.
-void cast_constants(const Frozen &f) {
-  for_each_node(f.graph->block(), [&](Node *node) {
+bool is_other_float(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble;
+}
+
+// Tensor constants and dtype arguments of a model that was not stored in float32.
+void cast_constants(Graph &graph) {
+  for_each_node(graph.block(), [&](Node *node) {
     if (node->kind() != prim::Constant || node->outputs().size() != 1)
       return;
     const auto constant = torch::jit::toIValue(node->output());
     if (!constant || !constant->isTensor() || !constant->toTensor().defined())
       return;
-    const auto dtype = constant->toTensor().scalar_type();
-    if (dtype != at::kHalf && dtype != at::kBFloat16)
+    if (!is_other_float(constant->toTensor().scalar_type()))
       return;
-    replace_by_constant(*f.graph, node->output(), constant->toTensor().detach().to(at::kFloat));
+    replace_by_constant(graph, node->output(), constant->toTensor().detach().to(at::kFloat));
     node->destroy();
   });
-  for_each_node(f.graph->block(), [&](Node *node) {
+  for_each_node(graph.block(), [&](Node *node) {
     const auto *schema = node->maybeSchema();
     if (!schema)
       return;
@@ -351,11 +370,10 @@ void cast_constants(const Frozen &f) {
       const auto constant = torch::jit::toIValue(node->input(i));
       if (schema->arguments()[i].name() != "dtype" || !constant || !constant->isInt())
         continue;
-      const auto dtype = static_cast<at::ScalarType>(constant->toInt());
-      if (dtype != at::kHalf && dtype != at::kBFloat16)
+      if (!is_other_float(static_cast<at::ScalarType>(constant->toInt())))
         continue;
       torch::jit::WithInsertPoint before(node);
-      node->replaceInput(i, f.graph->insertConstant(static_cast<std::int64_t>(at::kFloat)));
+      node->replaceInput(i, graph.insertConstant(static_cast<std::int64_t>(at::kFloat)));
     }
   });
 }
@@ -364,15 +382,19 @@ void cast_constants(const Frozen &f) {
 
 std::unique_ptr<Frozen> freeze(const Module &m) {
   auto frozen = std::make_unique<Frozen>();
-  frozen->original = m.inner;
-  frozen->names = names_of_tensors(m.inner);
-  frozen->module = torch::jit::freeze_module(m.inner);
+  // Inlined nodes point to the functions that they come from, and freezing deletes those of the module that it works on:
+  // so inline in a copy first, which shares the tensors and is kept.
+  frozen->original = m.inner.clone(/*inplace=*/true);
+  torch::jit::Inline(*frozen->original.get_method("forward").graph());
+  frozen->names = names_of_tensors(frozen->original);
+  frozen->module = torch::jit::freeze_module(frozen->original);
   frozen->graph = frozen->module.get_method("forward").graph();
   return frozen;
 }
 
-void run_pass(Frozen &f, Pass pass) {
+std::size_t run_pass(Frozen &f, Pass pass) {
   at::NoGradGuard no_grad;
+  std::size_t changes = 0;
   auto &graph = f.graph;
   switch (pass) {
   case Pass::Inline:
@@ -384,14 +406,11 @@ void run_pass(Frozen &f, Pass pass) {
   case Pass::AttachNames:
     attach_names(f);
     break;
-  case Pass::CastConstants:
-    cast_constants(f);
-    break;
   case Pass::FoldAttributes:
     fold_attributes(f);
     break;
   case Pass::DropThrowing:
-    drop_throwing(f);
+    changes = drop_throwing(f);
     break;
   case Pass::ConstantPropagation:
     torch::jit::ConstantPropagation(graph);
@@ -448,6 +467,24 @@ void run_pass(Frozen &f, Pass pass) {
     TORCH_CHECK(false, "unknown pass");
   }
   graph->lint();
+  return changes;
+}
+
+void cast_to_float(const Module &m) {
+  at::NoGradGuard no_grad;
+  const auto cast = [](const at::Tensor &t) {
+    if (is_other_float(t.scalar_type())) {
+      auto writable = t;
+      writable.set_data(t.to(at::kFloat));
+    }
+  };
+  for (const auto &t : m.inner.parameters())
+    cast(t);
+  for (const auto &t : m.inner.buffers())
+    cast(t);
+  for (const auto &module : m.inner.modules())
+    for (const auto &method : module.get_methods())
+      cast_constants(*method.graph());
 }
 
 } // namespace tsquant

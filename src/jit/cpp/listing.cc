@@ -93,11 +93,11 @@ private:
       row.shape.push_back(size);
     if (!has_tensor_data(tensor))
       return;
+    for (auto stride : tensor.strides())
+      row.strides.push_back(stride);
     row.pointer = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
     row.storage_bytes = tensor.numel() * tensor.element_size();
-    const auto found = frozen_.names.find(tensor.data_ptr());
-    if (found != frozen_.names.end())
-      row.parameter = found->second;
+    row.parameter = name_of(frozen_.names, tensor);
   }
 
   std::size_t add_block(Block *block, std::int64_t owner) {
@@ -143,7 +143,12 @@ private:
 } // namespace
 
 bool has_tensor_data(const at::Tensor &t) {
-  return t.defined() && t.layout() == at::kStrided && !t.is_quantized() && t.has_storage();
+  return t.defined() && t.layout() == at::kStrided && !t.is_quantized() && t.has_storage() && t.numel() > 0;
+}
+
+std::string name_of(const Names &names, const at::Tensor &constant) {
+  const auto found = names.find(constant.data_ptr());
+  return found != names.end() && found->second.numel == constant.numel() ? found->second.name : "";
 }
 
 std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph) {
@@ -153,6 +158,13 @@ std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph) {
 }
 
 ListingRows list_graph(const Frozen &f) { return Lister(f).list(); }
+
+rust::Vec<rust::String> attribute_names(const Frozen &f) {
+  rust::Vec<rust::String> names;
+  for (const auto &attribute : f.module.named_attributes())
+    names.push_back(attribute.name);
+  return names;
+}
 
 rust::String graph_text(const Frozen &f) { return f.graph->toString(false); }
 

@@ -4,6 +4,7 @@
 #include <map>
 #include <utility>
 
+#include <ATen/ATen.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/version.h>
@@ -18,10 +19,6 @@ std::string owned(rust::Str s) { return std::string(s.data(), s.size()); }
 
 const c10::FunctionSchema &forward_schema(const Module &m) {
   return m.inner.get_method("forward").function().getSchema();
-}
-
-bool is_low_precision(const at::Tensor &t) {
-  return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kDouble;
 }
 
 TensorRow describe(const std::string &name, const at::Tensor &t, bool is_buffer) {
@@ -193,22 +190,15 @@ void set_eval(const Module &m) {
   module.eval();
 }
 
-void cast_to_float(const Module &m) {
-  at::NoGradGuard no_grad;
-  const auto cast = [](const at::Tensor &t) {
-    if (is_low_precision(t)) {
-      auto writable = t;
-      writable.set_data(t.to(at::kFloat));
-    }
-  };
-  for (const auto &t : m.inner.parameters())
-    cast(t);
-  for (const auto &t : m.inner.buffers())
-    cast(t);
-}
-
 std::unique_ptr<Tensors> new_tensors() { return std::make_unique<Tensors>(); }
 void push_tensor(Tensors &list, const at::Tensor &tensor) { list.inner.push_back(tensor); }
+
+std::vector<c10::IValue> fresh(const std::vector<c10::IValue> &arguments) {
+  std::vector<c10::IValue> copies;
+  for (const auto &argument : arguments)
+    copies.push_back(argument.isTensor() ? c10::IValue(argument.toTensor().clone()) : argument);
+  return copies;
+}
 
 std::unique_ptr<Arguments> new_arguments() { return std::make_unique<Arguments>(); }
 void push_named(Arguments &a, rust::Str name, const Value &v) { a.named.insert_or_assign(owned(name), v.inner); }
@@ -226,7 +216,8 @@ std::unique_ptr<Value> call_forward(const Module &m, const Arguments &a) {
   at::NoGradGuard no_grad;
   // A copy, so that a model with state starts each call from the state in its file.
   auto module = m.inner.deepcopy();
-  return wrap(module.forward(a.positional));
+  at::manual_seed(0);
+  return wrap(module.forward(fresh(a.positional)));
 }
 
 } // namespace tsquant

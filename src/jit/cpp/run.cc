@@ -4,8 +4,11 @@
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#include <algorithm>
 #include <mutex>
 
+#include <ATen/ATen.h>
+#include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/custom_operator.h>
@@ -67,6 +70,20 @@ void register_operators() {
 // True if running the graph needs its module: something beside the constants folded into it.
 bool uses_self(const torch::jit::Graph &graph) { return !graph.inputs().at(0)->uses().empty(); }
 
+bool writes_arguments(const std::shared_ptr<torch::jit::Graph> &graph) {
+  const torch::jit::AliasDb aliases(graph);
+  const auto &inputs = graph->inputs();
+  return std::any_of(inputs.begin() + 1, inputs.end(), [&](auto *input) { return aliases.hasWriters(input); });
+}
+
+// Makes an executable ready to run, once its graph is as it should be.
+void prepare(Executable &executable, const torch::jit::Module &state) {
+  executable.code = torch::jit::Code(executable.graph, "forward");
+  executable.stateful = uses_self(*executable.graph);
+  executable.writes_arguments = writes_arguments(executable.graph);
+  executable.state = state;
+}
+
 } // namespace
 
 bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use) {
@@ -118,15 +135,15 @@ std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow
     node->output()->setType(value->type());
     replace_inner_uses(graph, value, node);
   }
-  executable->code = torch::jit::Code(executable->graph, "forward");
-  executable->stateful = uses_self(graph);
-  executable->state = f.module;
+  prepare(*executable, f.module);
   return executable;
 }
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  // Older versions take 32 MB at most.
+  if (mallopt(M_MMAP_THRESHOLD, 1 << 30) == 0)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
 }
@@ -135,9 +152,7 @@ std::unique_ptr<Executable> executable_of(const Module &m) {
   auto executable = std::make_unique<Executable>();
   executable->graph = m.inner.get_method("forward").graph()->copy();
   torch::jit::Inline(*executable->graph);
-  executable->code = torch::jit::Code(executable->graph, "forward");
-  executable->stateful = uses_self(*executable->graph);
-  executable->state = m.inner;
+  prepare(*executable, m.inner);
   return executable;
 }
 
@@ -147,7 +162,10 @@ std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &vis
   torch::jit::Stack stack;
   stack.reserve(a.positional.size() + 1);
   stack.emplace_back(e.stateful ? e.state.deepcopy()._ivalue() : e.state._ivalue());
-  stack.insert(stack.end(), a.positional.begin(), a.positional.end());
+  const auto arguments = e.writes_arguments ? fresh(a.positional) : a.positional;
+  stack.insert(stack.end(), arguments.begin(), arguments.end());
+  // A model that draws random numbers draws the same ones in every run, so that runs can be compared.
+  at::manual_seed(0);
   torch::jit::InterpreterState(e.code).run(stack);
   return std::make_unique<Value>(Value{torch::jit::pop(stack)});
 }

@@ -44,7 +44,14 @@ struct ExtraFile;
 enum class Pass : std::uint8_t;
 enum class ValueKind : std::uint8_t;
 
-using Names = std::unordered_map<const void *, std::string>;
+// A named tensor; a constant is that tensor if it begins at the same memory and has as many values.
+struct Named {
+  std::string name;
+  std::int64_t numel;
+};
+using Names = std::unordered_map<const void *, Named>;
+// The name of a constant; empty where it has none.
+std::string name_of(const Names &names, const at::Tensor &constant);
 
 // An IValue: an argument or an output of a model.
 struct Value {
@@ -105,7 +112,8 @@ struct Frozen {
 };
 
 std::unique_ptr<Frozen> freeze(const Module &m);
-void run_pass(Frozen &f, Pass pass);
+std::size_t run_pass(Frozen &f, Pass pass);
+rust::Vec<rust::String> attribute_names(const Frozen &f);
 rust::String graph_text(const Frozen &f);
 ListingRows list_graph(const Frozen &f);
 std::unique_ptr<at::Tensor> constant_tensor(const Frozen &f, std::size_t value);
@@ -123,6 +131,7 @@ struct Executable {
   torch::jit::Code code;
   torch::jit::Module state; // run from a copy of it where the graph still has state
   bool stateful = false;
+  bool writes_arguments = false;
 };
 
 std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
@@ -142,6 +151,8 @@ std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph);
 // A pass of our own marks a node with the module that owns its weight, as a scope of this name.
 extern const char *const kLayerScope;
 bool has_tensor_data(const at::Tensor &t);
+// Copies of the tensors, for a graph that writes to its arguments.
+std::vector<c10::IValue> fresh(const std::vector<c10::IValue> &arguments);
 // The node to insert in front of so that the new node comes right behind the value.
 torch::jit::Node *node_after(torch::jit::Value *value);
 // Lets all users of a value read the substitute's output instead, except the substitute itself and the model's own
