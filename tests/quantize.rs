@@ -398,11 +398,11 @@ fn what_only_a_comparison_reads_is_called_no_output_of_the_model() {
 
 #[test]
 fn the_reasons_of_a_stateful_model_are_true() {
-    // forward returns neither of its state updates, and does not write to its argument.
+    // forward returns neither of its state updates. It does not write to its argument, but libtorch cannot tell an
+    // argument from what the model keeps.
     let report = report_of("stateful", "[x]");
-    for (name, wrong) in [("add_0.output", "an output of the model"), ("input.x", "written in place")] {
-        assert!(!reason(&report, name).is_some_and(|reason| reason.contains(wrong)), "{name}: {wrong}");
-    }
+    assert_ne!(reason(&report, "add_0.output"), Some("an output of the model"));
+    assert!(reason(&report, "input.x").is_some_and(|reason| reason.contains("what it may share memory with")));
 }
 
 #[test]

@@ -193,7 +193,7 @@ impl Clean {
         self.checked
     }
 
-    /// Attributes that the frozen module still has, dotted: state, and what freezing leaves.
+    /// Attributes that the emitted module keeps, dotted: those of a model with state; none of other models.
     ///
     /// # Errors
     /// Where libtorch fails.

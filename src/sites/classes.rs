@@ -168,6 +168,11 @@ impl<'a> Classes<'a> {
         match (node.op.as_str(), effective_role(self.listing, node)) {
             ("prim::If", _) => self.join_if(node),
             ("prim::Loop", _) => self.join_loop(node),
+            ("prim::ListConstruct", _) if self.is_taken_apart(node) => {
+                for &output in &node.outputs {
+                    node.inputs.iter().for_each(|&input| self.join(output, input));
+                }
+            }
             (op, Some(Role::Move(slots))) => {
                 let outputs = if op == "prim::ListUnpack" { node.outputs.len() } else { 1 };
                 for &slot in slots {
@@ -179,6 +184,18 @@ impl<'a> Classes<'a> {
             }
             _ => {}
         }
+    }
+
+    /// True for a list that does not go into an op as it is: it leaves a branch or loop, or is unpacked again. Its tensors
+    /// cannot be told apart behind that, so that they share a quantizer.
+    fn is_taken_apart(&self, node: &Node) -> bool {
+        let unpacks =
+            |&id: &NodeId| matches!(self.listing.nodes[id].op.as_str(), "prim::ListUnpack" | "aten::__getitem__");
+        let forward = self.listing.blocks.first();
+        node.outputs.iter().any(|&list| {
+            let leaves_block = self.returned[list] && !forward.is_some_and(|block| block.returns.contains(&list));
+            leaves_block || self.users(list).iter().any(unpacks)
+        })
     }
 
     fn join_if(&mut self, node: &Node) {
@@ -254,6 +271,7 @@ pub(super) fn moved(listing: &Listing, id: NodeId) -> Vec<ValueId> {
     let returns = || node.blocks.iter().flat_map(|&block| listing.blocks[block].returns.iter().copied());
     match node.op.as_str() {
         "prim::If" => returns().collect(),
+        "prim::ListConstruct" => node.inputs.clone(),
         "prim::Loop" => node.inputs.iter().skip(2).copied().chain(returns()).collect(),
         _ => match effective_role(listing, node) {
             Some(Role::Move(slots)) => slots.iter().filter_map(|&slot| node.inputs.get(slot).copied()).collect(),

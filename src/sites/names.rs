@@ -50,11 +50,13 @@ fn base_name(listing: &Listing, node: &Node) -> Option<String> {
     }
 }
 
-/// The parameter that a node reads, directly or in a list of tensors.
+/// The parameter that a node reads, directly or in a list of tensors: the one that was attached, else a matrix. Vectors do
+/// not tell: equal ones, such as biases of zeros, have become one constant.
 fn owning_parameter<'a>(listing: &'a Listing, node: &'a Node) -> Option<&'a str> {
     let own = |node: &'a Node| {
         let constants = node.inputs.iter().filter_map(|&input| listing.values[input].constant.as_ref());
-        node.parameter.as_deref().or_else(|| constants.filter_map(|constant| constant.parameter.as_deref()).next())
+        let mut matrices = constants.filter(|constant| constant.shape.len() >= 2);
+        node.parameter.as_deref().or_else(|| matrices.find_map(|constant| constant.parameter.as_deref()))
     };
     own(node).or_else(|| {
         let lists = listing.nodes.iter().filter(|maker| maker.op == "prim::ListConstruct");

@@ -264,7 +264,8 @@ void force_slow(Frozen &f) {
     });
     if (!choice)
       break;
-    fix_condition(*f.graph, choice, holds_fused(choice->blocks().at(1)));
+    // All uses of the condition: it also is, elsewhere in the layer, whether the fast way has returned.
+    replace_by_constant(*graph, choice->input(), holds_fused(choice->blocks().at(1)));
     torch::jit::ConstantPropagation(graph);
   }
   for_each_node(f.graph->block(), [&](Node *node) {

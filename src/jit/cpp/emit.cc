@@ -72,6 +72,15 @@ void follow_device(torch::jit::Graph &graph, const std::vector<torch::jit::Value
   }
 }
 
+// What freezing left in a module whose graph no longer reads it.
+void drop_attributes(torch::jit::Module &module) {
+  const auto type = module.type();
+  while (type->numAttributes() > 0) {
+    type->unsafeRemoveAttribute(type->getAttributeName(0));
+    module._ivalue()->unsafeRemoveSlot(0);
+  }
+}
+
 } // namespace
 
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
@@ -80,6 +89,8 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
   auto module = f.module.clone();
   auto graph = module.get_method("forward").graph();
   const auto values = enumerate_values(*graph);
+  if (!uses_self(*graph))
+    drop_attributes(module);
   {
     torch::jit::WithInsertPoint at_start(*graph->block()->nodes().begin());
     follow_device(*graph, values);

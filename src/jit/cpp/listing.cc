@@ -146,6 +146,8 @@ bool has_tensor_data(const at::Tensor &t) {
   return t.defined() && t.layout() == at::kStrided && !t.is_quantized() && t.has_storage() && t.numel() > 0;
 }
 
+bool uses_self(const torch::jit::Graph &graph) { return !graph.inputs().at(0)->uses().empty(); }
+
 std::string name_of(const Names &names, const at::Tensor &constant) {
   const auto found = names.find(constant.data_ptr());
   return found != names.end() && found->second.numel == constant.numel() ? found->second.name : "";
@@ -161,6 +163,8 @@ ListingRows list_graph(const Frozen &f) { return Lister(f).list(); }
 
 rust::Vec<rust::String> attribute_names(const Frozen &f) {
   rust::Vec<rust::String> names;
+  if (!uses_self(*f.graph))
+    return names;
   for (const auto &attribute : f.module.named_attributes())
     names.push_back(attribute.name);
   return names;

@@ -67,9 +67,6 @@ void register_operators() {
   });
 }
 
-// True if running the graph needs its module: something beside the constants folded into it.
-bool uses_self(const torch::jit::Graph &graph) { return !graph.inputs().at(0)->uses().empty(); }
-
 bool writes_arguments(const std::shared_ptr<torch::jit::Graph> &graph) {
   const torch::jit::AliasDb aliases(graph);
   const auto &inputs = graph->inputs();

@@ -150,6 +150,8 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
 std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph);
 // A pass of our own marks a node with the module that owns its weight, as a scope of this name.
 extern const char *const kLayerScope;
+// True if running the graph needs its module: something beside the constants folded into it.
+bool uses_self(const torch::jit::Graph &graph);
 bool has_tensor_data(const at::Tensor &t);
 // Copies of the tensors, for a graph that writes to its arguments.
 std::vector<c10::IValue> fresh(const std::vector<c10::IValue> &arguments);
