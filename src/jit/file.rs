@@ -25,7 +25,7 @@ pub(super) fn check(path: &Path) -> Result<(), Error> {
     }
     file.rewind().map_err(Error::io(path))?;
     // The archive starts with the file; a zip inside it must not be taken for it.
-    let config = zip::read::Config { archive_offset: zip::read::ArchiveOffset::Known(0), ..Default::default() };
+    let config = zip::read::Config { archive_offset: zip::read::ArchiveOffset::Known(0) };
     let Ok(mut archive) = zip::ZipArchive::with_config(config, std::io::BufReader::new(file)) else {
         return refuse("a damaged or truncated zip archive", SAVE_AGAIN);
     };
