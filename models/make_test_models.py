@@ -324,6 +324,47 @@ class InPlace(nn.Module):
         return self.fc(z.mean([2, 3]))
 
 
+class Traps(nn.Module):
+    """What a careless clean-up gets wrong: a square weight used as it is and transposed, an argument that is written in
+    place, and a flag that guards a check of the input and, elsewhere, a computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8) * 0.3)
+        self.register_buffer("offset", torch.randn(8) * 0.1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, strict: bool = False) -> Tensor:
+        x -= 0.5
+        if x.size(1) == 3:
+            if strict:
+                raise ValueError("three columns")
+        y = torch.relu(x @ self.weight) @ self.weight.t() + self.offset
+        if strict:
+            y = y * 0.5
+        return self.fc(y)
+
+
+class Packed(nn.Module):
+    """An LSTM on packed sequences, as padded batches are fed to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, batch_first=True)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed, _ = self.lstm(packed)
+        x, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=10)
+        return self.fc(x.mean(1))
+
+
+def packed_inputs() -> dict[str, Tensor]:
+    """`x` (16, 10, 6) and int64 `lengths` (16)."""
+    return {"x": torch.randn(ROWS, 10, 6), "lengths": torch.randint(4, 11, (ROWS,))}
+
+
 def images(channels: int, size: int, offset: float = 0.0) -> Callable[[], dict[str, Tensor]]:
     """One argument `x`, normal images (16, channels, size, size) around `offset`."""
     return lambda: {"x": torch.randn(ROWS, channels, size, size) + offset}
@@ -373,6 +414,8 @@ CASES = [
     Case("half_precision", SmallCnn, images(3, 8), trace, dtype=torch.float16),
     Case("bfloat16", SmallCnn, images(3, 8), trace, dtype=torch.bfloat16),
     Case("in_place", InPlace, images(3, 8), script),
+    Case("traps", Traps, lambda: {"x": torch.randn(ROWS, 8)}, script),
+    Case("packed", Packed, packed_inputs, script),
 ]
 
 
@@ -405,7 +448,7 @@ def answer(case: Case, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str
     outputs: dict[str, Tensor] = {}
     for name, arguments in calls.items():
         fresh = copy.deepcopy(module).float().eval()
-        outputs.update(flatten(name, fresh(**{argument: inputs[argument] for argument in arguments})))
+        outputs.update(flatten(name, fresh(**{argument: inputs[argument].clone() for argument in arguments})))
     return outputs
 
 

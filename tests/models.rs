@@ -30,7 +30,7 @@ macro_rules! for_each_model {
     ($($check:ident)*) => {
         $(for_each_model!(@ $check
             bfloat16 control_flow conv_dimensions conv_zoo frozen_cnn fused_encoder half_precision in_place multi_io
-            recurrent scripted_encoder sdpa stateful tiny_encoder training_mode mnist_resnet);)*
+            packed recurrent scripted_encoder sdpa stateful tiny_encoder training_mode traps mnist_resnet);)*
     };
     (@ $check:ident $($name:ident)*) => {
         mod $check {
@@ -144,6 +144,8 @@ fn notes_tell_what_changed(model: Model) {
         "bfloat16" => &["the model holds BFloat16 tensors; they were cast to float32"],
         "recurrent" => &["9 checks of its input that the model makes itself (raise) were taken as passed"],
         "scripted_encoder" => &["7 checks of its input that the model makes itself (raise) were taken as passed"],
+        "packed" => &["2 checks of its input that the model makes itself (raise) were taken as passed"],
+        "traps" => &["a check of its input that the model makes itself (raise) was taken as passed"],
         _ => &[],
     };
     let clean = model.clean();
@@ -206,6 +208,20 @@ fn sites_inside_branches_and_loops() {
     assert_eq!(passed_on.anchors.len(), 4, "bright, dark, relu(mix), y + refine");
     assert_eq!(activation_names(&sites), ["input.x", "stem.output", "bright.output", "refine.output", "mean_1.output"]);
     assert_left_float(&sites, "head.output");
+}
+
+#[test]
+fn a_square_weight_and_its_transpose_are_two_sites() {
+    let sites = sites_of("traps");
+    let matrices: Vec<_> = sites.weights.iter().filter(|site| site.shape == [8, 8]).collect();
+    assert_eq!(matrices.len(), 2, "{:?}", weight_names(&sites));
+    assert_ne!(matrices[0].values, matrices[1].values);
+}
+
+#[test]
+fn weights_of_a_layer_on_packed_sequences_are_sites() {
+    let sites = sites_of("packed");
+    assert_eq!(weight_names(&sites), ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "fc.weight"]);
 }
 
 #[test]

@@ -304,12 +304,14 @@ const MODELS: &[(&str, &[&str])] = &[
         "multi_io",
         &["[x]", "[x, y]", "{x: x, scale: {const: 2.0}, shift: {const: -1}}", "[x, {const: null}, {const: 0.5}]"],
     ),
+    ("packed", &["[x, lengths]"]),
     ("recurrent", &["[x]"]),
     ("scripted_encoder", &["[x]"]),
     ("sdpa", &["[x, mask]"]),
     ("stateful", &["[x]"]),
     ("tiny_encoder", &["[ids, mask]", "{mask: mask, ids: ids}"]),
     ("training_mode", &["[x]"]),
+    ("traps", &["[x]"]),
 ];
 
 /// Output SQNR in dB that eight bits leave of every test model. Measured: 25.8 (tiny_encoder) and from 33 to 52.

@@ -34,12 +34,14 @@ pub(crate) const TEST_MODELS: &[Model] = &[
     takes_x("half_precision"),
     takes_x("in_place"),
     Model { name: "multi_io", inputs: &["x", "y"] },
+    Model { name: "packed", inputs: &["x", "lengths"] },
     takes_x("recurrent"),
     takes_x("scripted_encoder"),
     Model { name: "sdpa", inputs: &["x", "mask"] },
     takes_x("stateful"),
     Model { name: "tiny_encoder", inputs: &["ids", "mask"] },
     takes_x("training_mode"),
+    takes_x("traps"),
 ];
 
 /// The trained network.
