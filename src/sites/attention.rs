@@ -63,7 +63,8 @@ fn is_mask(listing: &Listing, classes: &Classes, operand: ValueId) -> bool {
             Some(Role::Weighted(_) | Role::Product(_) | Role::Attention | Role::Softmax | Role::Activation) => {
                 return false;
             }
-            _ => open.extend(node.inputs.iter().copied()),
+            // Masks take sizes from all over the model; only tensors carry numbers on.
+            _ => open.extend(node.inputs.iter().copied().filter(|&input| listing.values[input].is_tensor)),
         }
     }
     true
