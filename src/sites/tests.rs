@@ -264,6 +264,35 @@ fn scores_and_masks_before_a_softmax_are_no_sites() {
 }
 
 #[test]
+fn a_mask_of_a_layers_size_is_still_a_mask() {
+    let mut graph = Graph::new();
+    let (x, value) = (graph.argument("x"), graph.argument("value"));
+    let query = graph.conv("query", x);
+    let size = graph.node("aten::size", &[query], &["int"]);
+    let size = graph.listing.nodes[size].outputs[0];
+    let scores = graph.op("aten::matmul", &[query, query]);
+    let mask = graph.op("aten::full", &[size]);
+    let masked = graph.op("aten::add", &[scores, mask]);
+    let softmax = graph.op("aten::softmax", &[masked]);
+    let context = graph.op("aten::matmul", &[softmax, value]);
+    let head = graph.conv("head", context);
+    let sites = graph.returning(&[head]);
+    assert!(!names(&sites).contains(&"add_0.output"), "{:?}", names(&sites));
+    assert_eq!(reason(&sites, "add_0"), "arithmetic of scores and masks before a softmax");
+}
+
+#[test]
+fn a_residual_sum_before_a_softmax_is_a_sum_like_any_other() {
+    let mut graph = Graph::new();
+    let x = graph.argument("x");
+    let (left, right) = (graph.conv("left", x), graph.conv("right", x));
+    let sum = graph.op("aten::add", &[left, right]);
+    let softmax = graph.op("aten::softmax", &[sum]);
+    let sites = graph.returning(&[softmax]);
+    assert_eq!(names(&sites), ["input.x", "left.output", "right.output", "add_0.output"]);
+}
+
+#[test]
 fn an_attention_has_sites_at_query_key_and_value_but_not_at_its_mask() {
     let mut graph = Graph::new();
     let (query, key, value) = (graph.argument("query"), graph.argument("key"), graph.argument("value"));
