@@ -129,13 +129,13 @@ fn end_of(text: &str) -> Spot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::threshold::{ErrorMethod, Exponent};
 
     const SHIPPED: &str = include_str!("../configs/mnist_resnet.yaml");
 
     const SHORTEST: &str = "\
 model: {path: m.pt}
 calibration: {data: c.npz, inputs: [x]}
-quantization: {weights_error_method: NOCLIPPING, activation_error_method: NOCLIPPING}
 ";
 
     /// A folder with the files that the experiments here name.
@@ -181,6 +181,8 @@ quantization: {weights_error_method: NOCLIPPING, activation_error_method: NOCLIP
         assert_eq!(evaluation.labels.as_deref(), Some("labels"));
         assert_eq!(evaluation.metrics, [Metric::Top1, Metric::Agreement, Metric::Sqnr]);
         assert_eq!(evaluation.data.transform, plan.calibration.transform);
+        let methods = [plan.weights.error_method, plan.activations.error_method];
+        assert_eq!((methods, plan.activations.z_threshold), ([ErrorMethod::Mse; 2], None));
     }
 
     #[test]
@@ -214,8 +216,8 @@ quantization:
     bits: 8
     grid: uniform
     granularity: per_tensor
-  weights_error_method: NOCLIPPING
-  activation_error_method: NOCLIPPING
+  weights_error_method: MSE
+  activation_error_method: MSE
 device: auto
 output:
   dir: /dir/runs/e
@@ -236,6 +238,10 @@ evaluation.samples=7
 evaluation.metrics=[max_abs_diff, cosine, top5]
 quantization.weights={bits: 2, grid: power_of_two, granularity: per_tensor}
 quantization.activations={bits: 16, grid: symmetric}
+quantization.weights_error_method=LP
+quantization.activation_error_method=LP
+quantization.l_p_value=3
+quantization.z_threshold=7
 device=cpu
 seed=18446744073709551615
 output.dir='a "b": #c'"#;
@@ -254,6 +260,62 @@ output.dir='a "b": #c'"#;
             let again = run_in(&folder.path().join("models"), &written, &[]).unwrap();
             assert_eq!(again, plan, "{written}");
             assert_eq!(again.to_yaml().unwrap(), written);
+        }
+    }
+
+    #[test]
+    fn every_error_method_goes_to_either_side() {
+        let p = Exponent::try_from(5).unwrap();
+        let methods =
+            [ErrorMethod::NoClipping, ErrorMethod::Mse, ErrorMethod::Mae, ErrorMethod::Lp { p }, ErrorMethod::Kl];
+        assert_eq!(methods.map(ErrorMethod::name), ErrorMethod::NAMES);
+        let folder = folder();
+        for (weights, activations) in methods.iter().flat_map(|w| methods.iter().map(move |a| (*w, *a))) {
+            let methods =
+                format!("quantization={{weights_error_method: {weights}, activation_error_method: {activations}}}");
+            let plan = run_in(folder.path(), SHORTEST, &[&methods, "quantization.l_p_value=5"]).unwrap();
+            assert_eq!((plan.weights.error_method, plan.activations.error_method), (weights, activations));
+            let written = plan.to_yaml().unwrap();
+            let either = weights.exponent().or(activations.exponent());
+            assert_eq!(written.contains("\n  l_p_value: 5\n"), either.is_some(), "{written}");
+            assert_eq!(run_in(folder.path(), &written, &[]).unwrap(), plan, "{written}");
+        }
+    }
+
+    #[test]
+    fn kl_chooses_for_as_many_bits_as_it_can() {
+        let kl = "quantization={weights_error_method: KL, activation_error_method: KL}";
+        for bits in 2..=16 {
+            for sites in ["weights", "activations"] {
+                let plan = run(SHORTEST, &[kl, &format!("quantization.{sites}.bits={bits}")]);
+                assert_eq!(plan.is_ok(), bits <= ErrorMethod::KL_MAX_BITS, "{bits} bits of {sites}: {plan:?}");
+            }
+        }
+        // Each side has bits of its own.
+        let plan = run(SHORTEST, &["quantization={weights: {bits: 16}, activation_error_method: KL}"]).unwrap();
+        assert_eq!((plan.weights.scheme.bits.get(), plan.activations.scheme.bits.get()), (16, 8));
+    }
+
+    #[test]
+    fn exponents_and_deviations_have_defaults() {
+        let lp = "quantization.weights_error_method=LP";
+        let exponent = |set: &[&str]| run(SHORTEST, set).unwrap().weights.error_method.exponent().map(Exponent::get);
+        assert_eq!([exponent(&[]), exponent(&[lp])], [None, Some(2)]);
+        assert_eq!(exponent(&[lp, "quantization.l_p_value=64", "quantization.l_p_value="]), Some(2));
+        assert_eq!(["1", "64"].map(|p| exponent(&[lp, &format!("quantization.l_p_value={p}")])), [Some(1), Some(64)]);
+        let z_threshold = |typed: &str| {
+            let folder = folder();
+            let set = format!("quantization.z_threshold={typed}");
+            let plan = run_in(folder.path(), SHORTEST, &[&set]).unwrap();
+            let written = plan.to_yaml().unwrap();
+            assert_eq!(run_in(folder.path(), &written, &[]).unwrap(), plan, "{written}");
+            assert_eq!(written.contains("\n  z_threshold: "), plan.activations.z_threshold.is_some(), "{written}");
+            plan.activations.z_threshold
+        };
+        assert_eq!(["", "null"].map(z_threshold), [None, None]);
+        assert_eq!(["7", "7.0", "7e0"].map(z_threshold), [Some(7.0); 3]);
+        for z in [0.1, 1.0 / 3.0, 3.5, 1e6, 1e16, 123_456_789_012_345_680.0, 1e300, f64::MAX, 1e-7, f64::from_bits(1)] {
+            assert_eq!(z_threshold(&format!("{z:?}")), Some(z));
         }
     }
 
@@ -313,7 +375,7 @@ output.dir='a "b": #c'"#;
             ("- 1".to_owned(), ":1:1: expected an experiment as a map of keys, found a list"),
             ("a: 1\n---\nb: 2".to_owned(), ":3:1: not valid YAML: expected one document, found several"),
             ("a: \"x\ny".to_owned(), ":1:4: not valid YAML: unclosed quote"),
-            (format!("{SHORTEST}model: {{}}"), ":4:1: `model` is given twice"),
+            (format!("{SHORTEST}model: {{}}"), ":3:1: `model` is given twice"),
             (with("{path: m.pt}", "m.pt"), ":1:8: `model` must be a map of keys, found the text `m.pt`"),
             (with("model: {path: m.pt}", ""), ":2:1: `model.path` is missing, expected the path of a TorchScript file"),
             (
@@ -341,11 +403,22 @@ output.dir='a "b": #c'"#;
                  {const: VALUE}, found the number 1",
             ),
             (
-                with("weights_error_method: NOCLIPPING, ", ""),
-                ":3:15: `quantization.weights_error_method` is missing and its default, MSE, is not built yet: write \
-                 `quantization.weights_error_method: NOCLIPPING`",
+                format!("{SHORTEST}quantization: {{weights_error_method: HMSE}}"),
+                ":3:38: `quantization.weights_error_method: HMSE` is not built yet",
             ),
-            (with("NOCLIPPING}", "LP}"), ":3:75: `quantization.activation_error_method: LP` is not built yet"),
+            (
+                format!("{SHORTEST}quantization: {{l_p_value: 65}}"),
+                ":3:27: `quantization.l_p_value`: expected a whole number from 1 to 64, found 65",
+            ),
+            (
+                format!("{SHORTEST}quantization: {{z_threshold: 0}}"),
+                ":3:29: `quantization.z_threshold`: expected a finite number of standard deviations above 0, found 0.0",
+            ),
+            (
+                format!("{SHORTEST}quantization: {{activations: {{bits: 9}}, activation_error_method: KL}}"),
+                ":3:65: `quantization.activation_error_method`: KL chooses for at most 8 bits, found 9 in \
+                 `quantization.activations.bits`",
+            ),
         ];
         for (yaml, expected) in cases {
             assert_eq!(refusal(&yaml, &[]), format!("/dir/e.yaml{expected}"), "{yaml}");
@@ -398,11 +471,33 @@ quantization.weights.grid=3 => `quantization.weights.grid` must be one of `symme
 quantization.weights.rounding=gptq => `quantization.weights.rounding` is not built yet
 quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`, which is not built yet?
 quantization.activations.granularity=per_channel => `quantization.activations.granularity`: activations are quantized per tensor, expected `per_tensor`, found `per_channel`
-quantization.weights_error_method=MSE => `quantization.weights_error_method: MSE` is not built yet
-quantization.weights_error_method=mse => `quantization.weights_error_method` must be `NOCLIPPING`, found `mse`, did you mean `MSE`, which is not built yet?
-quantization.weights_error_method=noclipping => `quantization.weights_error_method` must be `NOCLIPPING`, found `noclipping`, did you mean `NOCLIPPING`?
-quantization.activation_error_method= => `quantization.activation_error_method` is missing and its default, MSE, is not built yet: write `quantization.activation_error_method: NOCLIPPING`
-quantization.l_p_value=2 => `quantization.l_p_value` is not built yet
+quantization.weights_error_method=HMSE => `quantization.weights_error_method: HMSE` is not built yet
+quantization.activation_error_method=HMSE => `quantization.activation_error_method: HMSE` is not built yet
+quantization.weights_error_method=hmse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `hmse`, did you mean `HMSE`, which is not built yet?
+quantization.weights_error_method=mse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `mse`, did you mean `MSE`?
+quantization.activation_error_method=Mae => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `Mae`, did you mean `MAE`?
+quantization.weights_error_method=lp => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `lp`, did you mean `LP`?
+quantization.activation_error_method=Kl => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `Kl`, did you mean `KL`?
+quantization.weights_error_method=no_clipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `no_clipping`
+quantization.weights_error_method=NoClipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `NoClipping`, did you mean `NOCLIPPING`?
+quantization.activation_error_method=2 => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found the number 2
+quantization={weights: {bits: 9}, weights_error_method: KL} => `quantization.weights_error_method`: KL chooses for at most 8 bits, found 9 in `quantization.weights.bits`
+quantization={activations: {bits: 16}, activation_error_method: KL} => `quantization.activation_error_method`: KL chooses for at most 8 bits, found 16 in `quantization.activations.bits`
+quantization.l_p_value=0 => `quantization.l_p_value`: expected a whole number from 1 to 64, found 0
+quantization.l_p_value=-1 => `quantization.l_p_value`: expected a whole number from 1 to 64, found -1
+quantization.l_p_value=65 => `quantization.l_p_value`: expected a whole number from 1 to 64, found 65
+quantization.l_p_value=258 => `quantization.l_p_value`: expected a whole number from 1 to 64, found 258
+quantization.l_p_value=2.5 => `quantization.l_p_value` must be a whole number, found the number 2.5
+quantization.l_p_value=two => `quantization.l_p_value` must be a whole number, found the text `two`
+quantization.l_p_value=[1] => `quantization.l_p_value` must be a whole number, found a list
+quantization.z_threshold=0 => `quantization.z_threshold`: expected a finite number of standard deviations above 0, found 0.0
+quantization.z_threshold=-1 => `quantization.z_threshold`: expected a finite number of standard deviations above 0, found -1.0
+quantization.z_threshold=.nan => `quantization.z_threshold`: expected a finite number of standard deviations above 0, found NaN
+quantization.z_threshold=.inf => `quantization.z_threshold`: expected a finite number of standard deviations above 0, found inf
+quantization.z_threshold=1e999 => `quantization.z_threshold`: expected a finite number of standard deviations above 0, found inf
+quantization.z_threshold=nan => `quantization.z_threshold` must be a number, found the text `nan`
+quantization.z_threshold=off => `quantization.z_threshold` must be a number, found the text `off`
+quantization.z_threshol=3 => unknown key `z_threshol` in `quantization`, did you mean `z_threshold`?
 overrides=[] => `overrides` is not built yet
 device=cuda => `device: cuda` is not built yet
 device=cuda:1 => `device: cuda:1` is not built yet
@@ -452,7 +547,7 @@ evaluation.metrics=[top1, top1] => `evaluation.metrics[1]`: expected each metric
 evaluation.metrics=[top2] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `top2`, did you mean `top5`?
 evaluation.metrics=[accuracy] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `accuracy`
 evaluation.metrics=[] => `evaluation.metrics`: expected at least one metric, found an empty list
-evaluation.labels= => /dir/e.yaml:46:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
+evaluation.labels= => /dir/e.yaml:48:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
 evaluation.labels=5 => `evaluation.labels` must be text (in quotes where it reads as a number), found the number 5
 evaluation.data= => `evaluation.data` is missing, expected the path of a data file or a folder of images
 evaluation.data=nope.npz => `evaluation.data`: expected a file that exists, found nothing at /dir/nope.npz
@@ -466,7 +561,7 @@ a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`
 calibration=5 => `calibration` must be a map of keys, found the number 5
 output.dir="a\0b" => `output.dir`: expected a path, found a\0b
 a=x: y: z => not valid YAML: mapping values are not allowed in this context
-quantization.l_p_valu=2 => unknown key `l_p_valu` in `quantization`, did you mean `l_p_value`, which is not built yet?
+quantization.l_p_valu=2 => unknown key `l_p_valu` in `quantization`, did you mean `l_p_value`?
 calibration.inputs={a: {const: 18446744073709551615}, b: x} => `calibration.inputs.a.const`: expected a whole number of at most 64 bits, found 18446744073709551615"#;
 
     #[test]

@@ -9,6 +9,7 @@ mod ffi;
 mod file;
 mod listing;
 mod module;
+mod parallel;
 mod tensor;
 mod value;
 mod visit;
@@ -17,7 +18,8 @@ pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap};
 pub use error::Error;
 pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};
-pub use tensor::with_values;
+pub use parallel::{in_parallel, thread_count};
+pub use tensor::{Dense, with_dense, with_values};
 pub use value::{Argument, Output};
 pub use visit::{BoxError, NoVisit, Visit};
 

@@ -7,9 +7,12 @@ use tch::Tensor;
 
 use crate::dataset::{self, Dataset};
 use crate::feed;
-use crate::jit::{self, BoxError, Clean, Tap, Visit};
-use crate::sites::ActivationSite;
-use crate::statistics::{MinMax, NotFinite};
+use crate::jit::{self, BoxError, Clean, Dense, Tap, Visit};
+use crate::sites::{ActivationSite, ChannelAxis};
+use crate::statistics::{Activation, ChannelLayout, Counter, NotFinite};
+
+/// Counters beyond these gain little: the statistics of a batch are a small part of its forward.
+const MOST_COUNTERS: usize = 8;
 
 /// Why calibration fails.
 #[derive(Debug, thiserror::Error)]
@@ -41,15 +44,16 @@ pub fn observe(
     sites: &[ActivationSite],
     data: &Dataset,
     mut advance: impl FnMut(usize),
-) -> Result<Vec<Vec<MinMax>>, Error> {
+) -> Result<Vec<Vec<Activation>>, Error> {
     let places: Vec<_> = sites.iter().flat_map(|site| site.anchors.iter().map(move |anchor| (site, anchor))).collect();
     let numbered = places.iter().enumerate();
     let taps: Vec<_> =
         numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, substitutes: false }).collect();
     let instrumented = model.instrument(&taps, &[])?;
     let mut observer = Observer {
-        names: places.iter().map(|(site, _)| site.name.as_str()).collect(),
-        statistics: vec![MinMax::new(); places.len()],
+        sites: places.iter().map(|(site, _)| *site).collect(),
+        statistics: vec![Activation::new(); places.len()],
+        counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| Counter::new()).collect(),
     };
     for batch in data.batches() {
         let batch = batch?;
@@ -63,18 +67,42 @@ pub fn observe(
 
 struct Observer<'a> {
     /// The site of each tap.
-    names: Vec<&'a str>,
-    statistics: Vec<MinMax>,
+    sites: Vec<&'a ActivationSite>,
+    statistics: Vec<Activation>,
+    /// One for each thread.
+    counters: Vec<Counter>,
 }
 
 impl Visit for Observer<'_> {
     fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
-        let (Some(&site), Some(min_max)) = (self.names.get(tap), self.statistics.get_mut(tap)) else {
+        let (Some(&site), Some(activation)) = (self.sites.get(tap), self.statistics.get_mut(tap)) else {
             return Err(format!("tap {tap} belongs to no site").into());
         };
-        jit::with_values(value, |values| min_max.observe(values))
-            .map_err(|error| SiteError::Tensor { site: site.to_owned(), message: error.to_string() })?;
-        min_max.observed().map_err(|found| SiteError::NotFinite { site: site.to_owned(), found })?;
+        let failed = |error: jit::Error| SiteError::Tensor { site: site.name.clone(), message: error.to_string() };
+        let counters = &mut self.counters;
+        let observe = |dense: Dense<'_>| {
+            let mut outcome = Ok(());
+            let layout = channel_layout(&dense, site.channel_axis);
+            activation.observe(dense.values, layout, counters, |parts, work| {
+                outcome = jit::in_parallel(parts, work);
+            });
+            outcome
+        };
+        jit::with_dense(value, observe).map_err(failed)?.map_err(failed)?;
+        activation.observed().map_err(|found| SiteError::NotFinite { site: site.name.clone(), found })?;
         Ok(())
     }
+}
+
+/// How the channels of a tensor without gaps lie in memory.
+fn channel_layout(dense: &Dense<'_>, axis: ChannelAxis) -> ChannelLayout {
+    let last = dense.sizes.len().saturating_sub(1);
+    let axis = if axis == ChannelAxis::Second { last.min(1) } else { last };
+    let count = dense.sizes.get(axis).map_or(1, |&size| usize::try_from(size).unwrap_or_default());
+    // The stride of an axis with one place says nothing.
+    let run_length = match dense.strides.get(axis) {
+        Some(&stride) if count > 1 => usize::try_from(stride).unwrap_or_default(),
+        _ => dense.values.len(),
+    };
+    ChannelLayout { count, run_length }
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
-use crate::threshold::{ErrorMethod, Selection};
+use crate::threshold::{ErrorMethod, Exponent, Selection};
 
 pub use measures::{Accuracy, Comparison};
 
@@ -116,6 +116,9 @@ pub struct SiteReport {
     pub granularity: Granularity,
     /// How thresholds were chosen.
     pub error_method: ErrorMethod,
+    /// The p of LP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub l_p_value: Option<Exponent>,
     /// Its quantizers and what they cost.
     #[serde(flatten)]
     pub quantizers: Quantizers,
@@ -131,12 +134,12 @@ pub struct Quantizers {
     pub scale: Vec<f32>,
     /// One per channel.
     pub zero_point: Vec<i32>,
-    /// Mean of (x − q)²; `None` where the statistics cannot tell.
-    pub error: Option<f64>,
-    /// 10 log10(Σ x² / Σ (x − q)²); `None` where it is infinite or unknown.
+    /// Mean of (x − q)², whatever the method.
+    pub error: f64,
+    /// 10 log10(Σ x² / Σ (x − q)²) in dB; `None` where it is infinite.
     pub sqnr_db: Option<f64>,
-    /// Share of clipped values, from 0 to 1; `None` where the statistics cannot tell.
-    pub clipped_share: Option<f64>,
+    /// Share of clipped values, from 0 to 1.
+    pub clipped_share: f64,
     /// Oddities of the data.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
@@ -179,7 +182,7 @@ impl From<&Selection> for Quantizers {
             scale: selection.params.iter().map(QuantParams::scale).collect(),
             zero_point: selection.params.iter().map(QuantParams::zero_point).collect(),
             error: selection.error,
-            sqnr_db: selection.sqnr_db.filter(|sqnr| sqnr.is_finite()),
+            sqnr_db: Some(selection.sqnr_db).filter(|sqnr| sqnr.is_finite()),
             clipped_share: selection.clipped_share,
             notes: selection.notes.iter().map(ToString::to_string).collect(),
         }

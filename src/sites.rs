@@ -69,9 +69,21 @@ pub struct ActivationSite {
     pub layer: String,
     /// Its op; `argument` for an argument of the model.
     pub op: String,
+    /// Where its channels lie.
+    #[serde(skip)]
+    pub channel_axis: ChannelAxis,
     /// Where the quantizer goes: the values that are made, not moved. More than one where branches or loops meet.
     #[serde(skip)]
     pub anchors: Vec<Anchor>,
+}
+
+/// Along which axis an activation has its channels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChannelAxis {
+    /// The second, or the only one: images and signals.
+    Second,
+    /// The last: what linear layers take.
+    Last,
 }
 
 /// One value of an activation site.

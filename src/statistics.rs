@@ -3,6 +3,15 @@
 //! Whatever arrives in whatever order, split and merged in whatever way, the result is the same bit for bit. It knows
 //! `&[f32]`, never a tensor, a site's name or a quantizer.
 
+mod activation;
+mod channels;
+mod counter;
+mod exact_sum;
+mod histogram;
 mod min_max;
 
+pub use activation::Activation;
+pub use channels::{Channel, ChannelLayout, Channels};
+pub use counter::Counter;
+pub use histogram::{Bin, Histogram, Moments};
 pub use min_max::{MinMax, NotFinite, Observed};

@@ -289,12 +289,15 @@ fn a_wrong_experiment_exits_with_2() {
         ),
         (good() + "overrides: []\n", &["e.yaml:5:1: `overrides` is not built yet"]),
         (
-            with("weights_error_method: NOCLIPPING", "weights_error_method: MSE"),
-            &["`quantization.weights_error_method: MSE` is not built yet"],
+            with("weights_error_method: NOCLIPPING", "weights_error_method: HMSE"),
+            &["e.yaml:3:38: `quantization.weights_error_method: HMSE` is not built yet"],
         ),
         (
-            with("weights_error_method: NOCLIPPING, ", ""),
-            &["`quantization.weights_error_method` is missing and its default, MSE, is not built yet"],
+            with("weights_error_method: NOCLIPPING", "weights: {bits: 9}, weights_error_method: KL"),
+            &[
+                "e.yaml:3:58: `quantization.weights_error_method`: KL chooses for at most 8 bits",
+                "found 9 in `quantization.weights.bits`",
+            ],
         ),
         (with("dir: run", "dir: run, format: int8"), &["`output.format: int8` is not built yet"]),
         (good() + "device: gpu\n", &["`device` must be one of `auto`, `cpu`, found `gpu`"]),
@@ -314,6 +317,9 @@ fn a_wrong_experiment_exits_with_2() {
         ("quantization.weights.bits=1", "bits must be from 2 to 16, found 1"),
         ("quantization.weights.bit=4", "unknown key `bit` in `quantization.weights`, did you mean `bits`?"),
         ("calibration.samples=0", "`calibration.samples`"),
+        ("quantization.activation_error_method=mse", "found `mse`, did you mean `MSE`?"),
+        ("quantization.l_p_value=0", "`quantization.l_p_value`: expected a whole number from 1 to 64, found 0"),
+        ("quantization.z_threshold=-1", "standard deviations above 0, found -1.0"),
         ("calibration.inputs={x: {const: 1}}", "expected at least one tensor, found constants alone"),
     ] {
         assert_says(&folder.refuses(2, &good(), &[setting]), &[&format!("--set {setting}: "), part]);

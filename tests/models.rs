@@ -319,7 +319,7 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
         model: model.path(),
         calibration: model.data_plan(16, 8),
         weights: WeightPlan { scheme, granularity: Granularity::PerChannel, error_method: ErrorMethod::NoClipping },
-        activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping },
+        activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
         device: DevicePlan::Cpu,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,

@@ -122,14 +122,12 @@ fn check_site(site: &Value) {
     assert_eq!(site["bits"], json!(8));
     assert_eq!(site["grid"], json!(if is_weight { "symmetric" } else { "uniform" }));
     assert_eq!(site["granularity"], json!(if is_weight { "per_channel" } else { "per_tensor" }));
-    assert_eq!(site["error_method"], json!("NOCLIPPING"));
+    assert_eq!(site["error_method"], json!("MSE"));
     let (scales, zero_points) = (numbers(&site["scale"]), numbers(&site["zero_point"]));
     assert_eq!(scales.len(), zero_points.len(), "{site}");
     assert!(scales.iter().all(|&scale| scale > 0.0 && scale.is_finite()), "{site}");
-    for measure in ["error", "sqnr_db"] {
-        assert!(site[measure].is_null() || number(&site[measure]) >= 0.0, "{site}");
-    }
-    assert!(site["clipped_share"].is_null() || site["clipped_share"] == json!(0.0), "{site}");
+    assert!(number(&site["error"]) > 0.0 && number(&site["sqnr_db"]) > 30.0, "{site}");
+    assert!((0.0..0.01).contains(&number(&site["clipped_share"])), "{site}");
     if is_weight {
         let thresholds = numbers(&site["threshold"]);
         assert!(scales.len() > 1 && thresholds.len() == scales.len(), "{site}");
@@ -185,6 +183,75 @@ fn runs_repeat_byte_for_byte() {
     assert_ne!(folder.report("fourth")["hashes"]["plan"], folder.report("first")["hashes"]["plan"]);
 }
 
+/// Another batch size may round an activation differently inside libtorch.
+#[test]
+fn the_batch_size_hardly_matters() {
+    let folder = Folder::new();
+    let reports = ["1", "7", "64"].map(|size| {
+        let settings = [SHORT[0], SHORT[1], &format!("calibration.batch_size={size}")];
+        quantize_shipped(&folder.path().join("run"), &settings, &["--quiet"]).succeeded();
+        folder.report("run")
+    });
+    let [one, others @ ..] = &reports;
+    for other in others {
+        for (a, b) in sites(one, "activation").zip(sites(other, "activation")) {
+            let (a_error, b_error) = (number(&a["error"]), number(&b["error"]));
+            assert!((a_error - b_error).abs() < 0.01 * a_error, "{a} {b}");
+        }
+        for (a, b) in sites(one, "weight").zip(sites(other, "weight")) {
+            assert_eq!(a, b);
+        }
+    }
+}
+
+#[test]
+fn every_error_method_on_every_grid() {
+    let folder = Folder::new();
+    for method in ["NOCLIPPING", "MAE", "LP", "KL"] {
+        for grid in ["symmetric", "uniform", "power_of_two"] {
+            let settings = ["weights", "activations"].map(|part| format!("quantization.{part}.grid={grid}"));
+            let methods = ["weights", "activation"].map(|part| format!("quantization.{part}_error_method={method}"));
+            let settings =
+                [SHORT[0], SHORT[1], &settings[0], &settings[1], &methods[0], &methods[1], "quantization.l_p_value=3"];
+            quantize_shipped(&folder.path().join("run"), &settings, &["--quiet"]).succeeded();
+            let report = folder.report("run");
+            for site in report["sites"].as_array().unwrap() {
+                assert_eq!((&site["error_method"], &site["grid"]), (&json!(method), &json!(grid)));
+                assert_eq!(site["l_p_value"], if method == "LP" { json!(3) } else { Value::Null });
+                let may_clip = method != "NOCLIPPING";
+                assert!(may_clip || number(&site["clipped_share"]) == 0.0, "{site}");
+            }
+            let agreement = number(&report["evaluation"]["quantized"]["agreement"]);
+            assert!(agreement >= 0.95, "{method}, {grid}: {agreement}");
+        }
+    }
+}
+
+#[test]
+fn outliers_do_not_count_beyond_a_z_threshold() {
+    let folder = Folder::new();
+    let run = |name: &str, setting: &str| {
+        let settings = [SHORT[0], SHORT[1], "quantization.activation_error_method=NOCLIPPING", setting];
+        quantize_shipped(&folder.path().join(name), &settings, &["--quiet"])
+    };
+    run("without", "quantization.z_threshold=null").succeeded();
+    run("with", "quantization.z_threshold=4").succeeded();
+    let (without, with) = (folder.report("without"), folder.report("with"));
+    let mut narrowed = 0;
+    for (a, b) in sites(&without, "activation").zip(sites(&with, "activation")) {
+        let (a_range, b_range) = (numbers(&a["range"][0]), numbers(&b["range"][0]));
+        assert!(b_range[1] - b_range[0] <= (a_range[1] - a_range[0]) * 1.01, "{a} {b}");
+        let says =
+            b["notes"].as_array().is_some_and(|notes| notes[0].as_str().unwrap().contains("4 standard deviations"));
+        assert_eq!(says, number(&b["clipped_share"]) > 0.0, "{b}");
+        narrowed += usize::from(says);
+    }
+    assert!(narrowed > 5, "{narrowed}");
+    let none = run("none", "quantization.z_threshold=0.001");
+    let error = none.refused(1);
+    assert!(error.contains("expected a z_threshold that leaves values to quantize, found 0.001"), "{error}");
+}
+
 #[test]
 fn grids_bits_and_granularity_reach_the_sites() {
     let folder = Folder::new();
@@ -198,7 +265,7 @@ fn grids_bits_and_granularity_reach_the_sites() {
             for site in report["sites"].as_array().unwrap() {
                 check_quantizer(site, grid, bits);
             }
-            // Four bits without clipping cost much; eight hardly anything.
+            // Four bits cost much; eight hardly anything.
             let agreement = number(&report["evaluation"]["quantized"]["agreement"]);
             assert!(agreement >= if bits == 8 { 0.95 } else { 0.2 }, "{grid}, {bits} bits: {agreement}");
         }
@@ -213,7 +280,7 @@ fn check_quantizer(site: &Value, grid: &str, bits: i32) {
     );
     let (scales, zero_points) = (numbers(&site["scale"]), numbers(&site["zero_point"]));
     assert_eq!((scales.len(), zero_points.len()), (1, 1), "{site}");
-    assert!(site["clipped_share"].is_null() || site["clipped_share"] == json!(0.0), "{site}");
+    assert!((0.0..0.2).contains(&number(&site["clipped_share"])), "{site}");
     if grid == "uniform" {
         let range = numbers(&site["range"][0]);
         assert!(site["threshold"].is_null() && range[0] <= 0.0 && range[1] >= 0.0, "{site}");

@@ -133,16 +133,6 @@ pub enum Problem {
         /// The key, or `key: value`.
         what: String,
     },
-    /// A key left out whose default is not built.
-    #[error("`{key}` is missing and its default, {default}, is not built yet: write `{key}: {instead}`")]
-    DefaultNotBuilt {
-        /// The key.
-        key: String,
-        /// The default's name.
-        default: &'static str,
-        /// What has to be written.
-        instead: &'static str,
-    },
     /// The plan cannot be written as YAML.
     #[error("the resolved experiment cannot be written as YAML: {reason}")]
     Unwritable {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
+use crate::threshold::{Exponent, ExponentError};
 
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -73,6 +74,10 @@ pub(super) struct QuantizationKeys {
     pub(super) activations: Option<SiteKeys>,
     pub(super) weights_error_method: Option<Method>,
     pub(super) activation_error_method: Option<Method>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) l_p_value: Option<LpValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) z_threshold: Option<Deviations>,
 }
 
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -92,9 +97,42 @@ pub(super) struct OutputKeys {
 
 /// The name of an error method; its parameters are other keys.
 #[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub(super) enum Method {
-    #[serde(rename = "NOCLIPPING")]
     NoClipping,
+    Mse,
+    Mae,
+    Lp,
+    Kl,
+}
+
+/// The exponent of LP, the same for weights and activations.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(try_from = "i128")]
+pub(super) struct LpValue(pub(super) Exponent);
+
+impl TryFrom<i128> for LpValue {
+    type Error = ExponentError;
+
+    fn try_from(number: i128) -> Result<Self, ExponentError> {
+        Exponent::try_from(number).map(Self)
+    }
+}
+
+/// A distance in standard deviations, finite and above 0.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(try_from = "f64")]
+pub(super) struct Deviations(pub(super) f64);
+
+impl TryFrom<f64> for Deviations {
+    type Error = String;
+
+    fn try_from(number: f64) -> Result<Self, String> {
+        if number.is_finite() && number > 0.0 {
+            return Ok(Self(number));
+        }
+        Err(format!("expected a finite number of standard deviations above 0, found {number:?}"))
+    }
 }
 
 /// A number of rows, from 1 to 2^32 - 1, so that sizes computed from it stay far from overflow.

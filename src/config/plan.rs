@@ -173,12 +173,15 @@ pub struct WeightPlan {
 }
 
 /// How activations are quantized.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ActivationPlan {
     /// Bits and grid.
     pub scheme: Scheme,
     /// How thresholds are chosen.
     pub error_method: ErrorMethod,
+    /// Values farther than this many standard deviations from the mean of their site do not count when thresholds are
+    /// chosen, whatever the error method; finite and above 0. `None`: all values count.
+    pub z_threshold: Option<f64>,
 }
 
 /// Where the model runs.

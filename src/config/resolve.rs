@@ -8,15 +8,15 @@ use std::path::{Component, Path, PathBuf};
 use super::document::Node;
 use super::error::{Error, Problem, printable};
 use super::keys::{
-    CalibrationKeys, Count, EvaluationKeys, Formats, Keys, Method, OutputKeys, QuantizationKeys, SiteKeys,
-    TransformKeys,
+    CalibrationKeys, Count, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, OutputKeys, QuantizationKeys,
+    SiteKeys, TransformKeys,
 };
 use super::plan::{
     ActivationPlan, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric, OutputPlan, Plan,
     Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
-use crate::threshold::ErrorMethod;
+use crate::threshold::{ErrorMethod, Exponent};
 
 /// Rows in a batch where nothing else is typed.
 const BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
@@ -198,15 +198,23 @@ impl Resolver<'_> {
             let reason = "activations are quantized per tensor, expected `per_tensor`, found `per_channel`";
             return Err(self.invalid("quantization.activations.granularity", reason));
         }
+        let exponent = keys.l_p_value.map(|LpValue(p)| p).unwrap_or_default();
         let weight_plan = WeightPlan {
             granularity: weights.granularity.unwrap_or(Granularity::PerChannel),
             scheme: self.scheme("quantization.weights", &weights, Grid::Symmetric)?,
-            error_method: self.method("quantization.weights_error_method", keys.weights_error_method)?,
+            error_method: error_method(keys.weights_error_method, exponent),
         };
         let activation_plan = ActivationPlan {
             scheme: self.scheme("quantization.activations", &activations, Grid::Uniform)?,
-            error_method: self.method("quantization.activation_error_method", keys.activation_error_method)?,
+            error_method: error_method(keys.activation_error_method, exponent),
+            z_threshold: keys.z_threshold.map(|Deviations(z)| z),
         };
+        if let Some(reason) = too_wide("weights", weight_plan.scheme, weight_plan.error_method) {
+            return Err(self.invalid("quantization.weights_error_method", reason));
+        }
+        if let Some(reason) = too_wide("activations", activation_plan.scheme, activation_plan.error_method) {
+            return Err(self.invalid("quantization.activation_error_method", reason));
+        }
         Ok((weight_plan, activation_plan))
     }
 
@@ -216,16 +224,6 @@ impl Resolver<'_> {
             None => Bits::try_from(8u64).map_err(|error| self.invalid(key, error.to_string()))?,
         };
         Ok(Scheme { bits, grid: keys.grid.unwrap_or(default) })
-    }
-
-    fn method(&self, key: &str, typed: Option<Method>) -> Result<ErrorMethod, Error> {
-        match typed {
-            Some(Method::NoClipping) => Ok(ErrorMethod::NoClipping),
-            None => {
-                let missing = Problem::DefaultNotBuilt { key: key.to_owned(), default: "MSE", instead: "NOCLIPPING" };
-                Err(self.error(key, missing))
-            }
-        }
     }
 
     fn output(&self, keys: OutputKeys) -> Result<OutputPlan, Error> {
@@ -270,6 +268,26 @@ impl Resolver<'_> {
         }
         Ok(path)
     }
+}
+
+/// The error method typed, or MSE.
+fn error_method(typed: Option<Method>, exponent: Exponent) -> ErrorMethod {
+    match typed {
+        None | Some(Method::Mse) => ErrorMethod::Mse,
+        Some(Method::NoClipping) => ErrorMethod::NoClipping,
+        Some(Method::Mae) => ErrorMethod::Mae,
+        Some(Method::Lp) => ErrorMethod::Lp { p: exponent },
+        Some(Method::Kl) => ErrorMethod::Kl,
+    }
+}
+
+/// Why this method cannot choose for so many bits, where it cannot; `sites` is `weights` or `activations`.
+fn too_wide(sites: &str, scheme: Scheme, error_method: ErrorMethod) -> Option<String> {
+    let (most, found) = (ErrorMethod::KL_MAX_BITS, scheme.bits.get());
+    let wide = error_method == ErrorMethod::Kl && found > most;
+    wide.then(|| {
+        format!("{error_method} chooses for at most {most} bits, found {found} in `quantization.{sites}.bits`")
+    })
 }
 
 /// `path` without `.` and, where that cannot lead elsewhere, without `..`: a link may point into another folder.

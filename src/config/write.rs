@@ -4,8 +4,8 @@ use serde::{Serialize, Serializer};
 
 use super::error::{Error, Origin, Place, Problem};
 use super::keys::{
-    CalibrationKeys, Count, Crop, EvaluationKeys, Formats, Keys, Method, ModelKeys, OutputKeys, Pixels,
-    QuantizationKeys, SiteKeys, TransformKeys,
+    CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, ModelKeys, OutputKeys,
+    Pixels, QuantizationKeys, SiteKeys, TransformKeys,
 };
 use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, Plan, Transform, WeightPlan};
 use crate::quantizer::Granularity;
@@ -32,6 +32,9 @@ impl Serialize for Plan {
 
 impl From<&Plan> for Keys {
     fn from(plan: &Plan) -> Self {
+        let methods = [plan.weights.error_method, plan.activations.error_method];
+        // Where both are LP they share it.
+        let exponent = methods.into_iter().find_map(ErrorMethod::exponent);
         Self {
             model: Some(ModelKeys { path: Some(plan.model.clone()) }),
             calibration: Some((&plan.calibration).into()),
@@ -40,6 +43,8 @@ impl From<&Plan> for Keys {
                 activations: Some((&plan.activations).into()),
                 weights_error_method: Some(plan.weights.error_method.into()),
                 activation_error_method: Some(plan.activations.error_method.into()),
+                l_p_value: exponent.map(LpValue),
+                z_threshold: plan.activations.z_threshold.map(Deviations),
             }),
             device: Some(plan.device),
             output: Some(OutputKeys {
@@ -104,6 +109,10 @@ impl From<ErrorMethod> for Method {
     fn from(method: ErrorMethod) -> Self {
         match method {
             ErrorMethod::NoClipping => Self::NoClipping,
+            ErrorMethod::Mse => Self::Mse,
+            ErrorMethod::Mae => Self::Mae,
+            ErrorMethod::Lp { .. } => Self::Lp,
+            ErrorMethod::Kl => Self::Kl,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The bridge to the C++ sources beside it. Only [`super`] uses it; what each function does stands in `cpp/shim.h`.
 
+use super::parallel::Work;
 use super::visit::Visitor;
 
 // The macro makes everything `pub`; the module keeps it inside `jit`.
@@ -128,6 +129,9 @@ pub(super) mod bridge {
     }
 
     extern "Rust" {
+        type Work<'a>;
+        fn run(self: &Work<'_>, number: usize);
+
         type Visitor<'a>;
         fn observe(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<()>;
         fn substitute(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<UniquePtr<Tensor>>;
@@ -195,6 +199,8 @@ pub(super) mod bridge {
             replacements: &Tensors,
         ) -> Result<UniquePtr<Executable>>;
         fn executable_of(m: &Module) -> Result<UniquePtr<Executable>>;
+        fn thread_count() -> usize;
+        fn in_parallel(count: usize, work: &Work<'_>) -> Result<()>;
         fn run(e: &Executable, a: &Arguments, visitor: &mut Visitor<'_>) -> Result<UniquePtr<Value>>;
 
         fn emit_module(

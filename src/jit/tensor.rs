@@ -8,26 +8,46 @@ use tch::Tensor;
 use super::Error;
 use super::ffi::bridge;
 
+/// The values of a float32 tensor that fill its memory without gaps.
+#[derive(Debug, Clone, Copy)]
+pub struct Dense<'a> {
+    /// In memory order.
+    pub values: &'a [f32],
+    /// Size along each axis.
+    pub sizes: &'a [i64],
+    /// Distance in memory between neighbours along each axis, in values.
+    pub strides: &'a [i64],
+}
+
 /// Lends the values of a float32 tensor as a slice: in memory order, without a copy, wherever they lie without gaps on the
 /// CPU; else a contiguous copy.
 ///
 /// # Errors
 /// For a tensor of another dtype.
 pub fn with_values<R>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> R) -> Result<R, Error> {
+    with_dense(tensor, |dense| read(dense.values))
+}
+
+/// Like [`with_values`], and says how the values lie.
+///
+/// # Errors
+/// For a tensor of another dtype.
+pub fn with_dense<R>(tensor: &Tensor, read: impl FnOnce(Dense<'_>) -> R) -> Result<R, Error> {
     let kind = tensor.f_kind()?;
     if kind != tch::Kind::Float {
         return Err(Error::Libtorch(format!("expected a float32 tensor, found {kind:?}")));
     }
     let here = tensor.f_to_device(tch::Device::Cpu)?;
     let dense = if bridge::is_dense(as_bridge(&here)) { here } else { here.f_contiguous()? };
+    let (sizes, strides) = (dense.size(), dense.stride());
     if dense.numel() == 0 {
-        return Ok(read(&[]));
+        return Ok(read(Dense { values: &[], sizes: &sizes, strides: &strides }));
     }
     // SAFETY: the tensor is float32, on the CPU and dense, so that numel() values lie at data_ptr(), which is the lowest
     // address as strides are not negative; `dense` keeps them alive, and nothing writes while `read` runs, since the
     // interpreter waits for it.
     let values = unsafe { std::slice::from_raw_parts(dense.data_ptr().cast::<f32>(), dense.numel()) };
-    Ok(read(values))
+    Ok(read(Dense { values, sizes: &sizes, strides: &strides }))
 }
 
 /// Borrows what a tch tensor points to.

@@ -1,14 +1,15 @@
 //! Thresholds for all sites, and quantized weights: tensors in, plain numbers to `threshold`, tensors out.
 
+use rayon::prelude::*;
 use tch::Tensor;
 
 use super::Error;
-use crate::config::Plan;
+use crate::config::{ActivationPlan, Plan};
 use crate::jit::{self, Clean};
 use crate::quantizer::{Granularity, QuantParams};
 use crate::report::{Kind, SiteReport};
 use crate::sites::{ActivationSite, LeftFloat, Sites, WeightSite};
-use crate::statistics::MinMax;
+use crate::statistics::{Activation, Histogram};
 use crate::threshold::{self, Channels, Selection};
 
 /// Reason of a site without statistics.
@@ -29,7 +30,7 @@ pub(super) fn select(
     plan: &Plan,
     model: &Clean,
     sites: &mut Sites,
-    statistics: &[Vec<MinMax>],
+    statistics: &[Vec<Activation>],
 ) -> Result<Selections, Error> {
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
     for site in &sites.weights {
@@ -37,27 +38,35 @@ pub(super) fn select(
         selections.weights.push(tensor);
         selections.reports.push(weight_report(plan, site, &selection));
     }
-    for (site, observed) in sites.activations.iter_mut().zip(statistics) {
-        let observed = drop_unseen(site, observed, &mut sites.left_float);
-        if site.anchors.is_empty() {
-            selections.activations.push(None);
-            continue;
-        }
-        let selection = threshold::select_activation(&observed, plan.activations.scheme, plan.activations.error_method)
-            .map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
-        selections.activations.push(selection.params.first().copied());
-        selections.reports.push(activation_report(plan, site, &selection));
+    let merged: Vec<Histogram> = sites
+        .activations
+        .iter_mut()
+        .zip(statistics)
+        .map(|(site, observed)| drop_unseen(site, observed, &mut sites.left_float))
+        .collect();
+    let ActivationPlan { scheme, error_method, z_threshold } = plan.activations;
+    let choose = |(site, histogram): (&ActivationSite, &Histogram)| {
+        let seen = !site.anchors.is_empty();
+        seen.then(|| threshold::select_activation(histogram, scheme, error_method, z_threshold)).transpose()
+    };
+    // All results first: the error that is told must not depend on which thread comes first.
+    let results: Vec<_> = sites.activations.par_iter().zip(&merged).map(choose).collect();
+    for (site, result) in sites.activations.iter().zip(results) {
+        let selection =
+            result.map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
+        selections.activations.push(selection.as_ref().and_then(|selection| selection.params.first().copied()));
+        selections.reports.extend(selection.map(|selection| activation_report(plan, site, &selection)));
     }
     Ok(selections)
 }
 
 /// Takes the values that never were there out of a site, and merges the statistics of the others.
-fn drop_unseen(site: &mut ActivationSite, observed: &[MinMax], left_float: &mut Vec<LeftFloat>) -> MinMax {
-    let mut merged = MinMax::new();
+fn drop_unseen(site: &mut ActivationSite, observed: &[Activation], left_float: &mut Vec<LeftFloat>) -> Histogram {
+    let mut merged = Histogram::new();
     let mut anchors = Vec::new();
     for (anchor, observed) in std::mem::take(&mut site.anchors).into_iter().zip(observed) {
         if observed.count() > 0 {
-            merged.merge(observed);
+            merged.merge(&observed.histogram);
             anchors.push(anchor);
         } else {
             left_float.push(LeftFloat { name: anchor.name, op: site.op.clone(), reason: NEVER_RAN.to_owned() });
@@ -97,6 +106,7 @@ fn weight_report(plan: &Plan, site: &WeightSite, selection: &Selection) -> SiteR
         grid: plan.weights.scheme.grid,
         granularity: plan.weights.granularity,
         error_method: plan.weights.error_method,
+        l_p_value: plan.weights.error_method.exponent(),
         quantizers: selection.into(),
     }
 }
@@ -111,6 +121,7 @@ fn activation_report(plan: &Plan, site: &ActivationSite, selection: &Selection) 
         grid: plan.activations.scheme.grid,
         granularity: Granularity::PerTensor,
         error_method: plan.activations.error_method,
+        l_p_value: plan.activations.error_method.exponent(),
         quantizers: selection.into(),
     }
 }

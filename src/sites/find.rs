@@ -6,7 +6,7 @@ use super::attention::{self, Scores};
 use super::classes::{Classes, effective_role, moves};
 use super::names;
 use super::ops::{Role, Weighted, Weights};
-use super::{ActivationSite, Anchor, Layer, LeftFloat, Sites, WeightSite};
+use super::{ActivationSite, Anchor, ChannelAxis, Layer, LeftFloat, Sites, WeightSite};
 use crate::jit::{Constant, Listing, Node, NodeId, ValueId};
 
 pub(super) fn find(listing: &Listing) -> Sites {
@@ -295,10 +295,27 @@ impl Finder<'_> {
             } else {
                 let anchors =
                     anchors.into_iter().map(|value| Anchor { value, name: self.name_value(value).0 }).collect();
-                self.sites.activations.push(ActivationSite { name, layer, op, anchors });
+                let channel_axis = self.channel_axis(class);
+                self.sites.activations.push(ActivationSite { name, layer, op, channel_axis, anchors });
             }
         }
         self.sites.activations.sort_by_key(|site| site.anchors.first().map(|anchor| anchor.value));
+    }
+
+    /// Last where a layer that does not convolve reads the class and none that does makes or reads it.
+    fn channel_axis(&self, class: ValueId) -> ChannelAxis {
+        let mut axis = ChannelAxis::Second;
+        for member in self.classes.members(class) {
+            let nodes = self.classes.users(member).iter().copied().chain(self.classes.maker(member));
+            for id in nodes {
+                match effective_role(self.listing, &self.listing.nodes[id]) {
+                    Some(Role::Weighted(row)) if row.convolves => return ChannelAxis::Second,
+                    Some(Role::Weighted(_) | Role::Product(_)) => axis = ChannelAxis::Last,
+                    _ => {}
+                }
+            }
+        }
+        axis
     }
 
     /// Site name, layer and op of a value.

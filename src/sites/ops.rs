@@ -32,6 +32,8 @@ pub(super) struct Weighted {
     pub(super) weights: Weights,
     /// Axis of the output channels.
     pub(super) axis: usize,
+    /// Whether its data have their channels along the second axis, with positions behind; else they are last.
+    pub(super) convolves: bool,
     /// Whether the result is a site of its own accord.
     pub(super) output: bool,
 }
@@ -52,14 +54,23 @@ pub(super) struct Product {
     pub(super) right: usize,
 }
 
-const CONV: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 0, output: true });
+const CONV: Role =
+    Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 0, convolves: true, output: true });
 const CONV_TRANSPOSE: Role =
-    Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 1, output: true });
-const EMBEDDING: Role = Role::Weighted(&Weighted { data: &[], weights: Weights::Slots(&[0]), axis: 0, output: false });
-const RECURRENT: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::List, axis: 0, output: false });
-const CELL: Role = Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[2, 3]), axis: 0, output: false });
+    Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 1, convolves: true, output: true });
+const EMBEDDING: Role =
+    Role::Weighted(&Weighted { data: &[], weights: Weights::Slots(&[0]), axis: 0, convolves: false, output: false });
+const RECURRENT: Role =
+    Role::Weighted(&Weighted { data: &[0], weights: Weights::List, axis: 0, convolves: false, output: false });
+const CELL: Role = Role::Weighted(&Weighted {
+    data: &[0],
+    weights: Weights::Slots(&[2, 3]),
+    axis: 0,
+    convolves: false,
+    output: false,
+});
 const BILINEAR: Role =
-    Role::Weighted(&Weighted { data: &[0, 1], weights: Weights::Slots(&[2]), axis: 0, output: true });
+    Role::Weighted(&Weighted { data: &[0, 1], weights: Weights::Slots(&[2]), axis: 0, convolves: false, output: true });
 const MATMUL: Role = Role::Product(Product { left: 0, right: 1 });
 const ADDMM: Role = Role::Product(Product { left: 1, right: 2 });
 const ARITHMETIC: Role = Role::Quantized(&[0, 1]);

@@ -1,6 +1,6 @@
 //! The thresholds that one tensor or channel can have on its grid, by their scale. It knows no error method.
 
-use crate::quantizer::{Bits, Grid, Range, Scheme, Threshold};
+use crate::quantizer::{Bits, Grid, QuantParams, Range, Scheme, Threshold};
 use crate::statistics::Observed;
 
 /// Whether a symmetric grid has negative levels; a uniform one always reaches below zero as far as its range does.
@@ -8,6 +8,13 @@ use crate::statistics::Observed;
 pub(super) enum Sign {
     Signed,
     Unsigned,
+}
+
+/// Levels on either side of zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ends {
+    pub(super) below: u32,
+    pub(super) above: u32,
 }
 
 /// One threshold for each scale; a uniform range keeps its lower end.
@@ -26,6 +33,10 @@ impl Family {
 
     pub(super) fn bits(self) -> Bits {
         self.scheme.bits
+    }
+
+    pub(super) fn grid(self) -> Grid {
+        self.scheme.grid
     }
 
     /// The smallest scale whose outermost levels enclose the data, before any snapping; on a power-of-two grid a power
@@ -54,6 +65,30 @@ impl Family {
             (Grid::Symmetric | Grid::PowerOfTwo, Sign::Signed) => Threshold::Signed(scale * (count / 2.0)),
             (Grid::Symmetric | Grid::PowerOfTwo, Sign::Unsigned) => Threshold::Unsigned(scale * count),
         }
+    }
+
+    /// The levels of a symmetric grid; `None` where the zero point is free.
+    pub(super) fn ends(self) -> Option<Ends> {
+        let count = self.scheme.bits.level_count().unsigned_abs();
+        match (self.scheme.grid, self.sign) {
+            (Grid::Uniform, _) => None,
+            (_, Sign::Signed) => Some(Ends { below: count / 2, above: count / 2 - 1 }),
+            (_, Sign::Unsigned) => Some(Ends { below: 0, above: count - 1 }),
+        }
+    }
+
+    /// The threshold with this scale and, on a uniform grid, this zero point.
+    pub(super) fn with_zero_point(self, scale: f64, zero_point: i32) -> Threshold {
+        if self.scheme.grid != Grid::Uniform {
+            return self.with_scale(scale);
+        }
+        let last = self.scheme.bits.level_count() - 1;
+        Threshold::Uniform(Range { lo: -scale * f64::from(zero_point), hi: scale * f64::from(last - zero_point) })
+    }
+
+    /// The threshold of a quantizer of this family.
+    pub(super) fn of_params(self, params: &QuantParams) -> Threshold {
+        self.with_zero_point(params.scale().into(), params.zero_point()).snapped(self.scheme.bits)
     }
 
     /// Whether a quantizer of this grid can have this scale; the largest `f32`, where scales end, is no power of two.

@@ -1,7 +1,11 @@
 //! What a quantizer does to given values: squared error, signal, clipped values. It refuses to know how the quantizer
 //! was chosen.
 
+use super::mass::Mass;
+use super::mse::Squares;
+use super::search::Side;
 use crate::quantizer::{QuantParams, Range};
+use crate::statistics::{Histogram, Observed};
 
 /// Values quantized at a time, so that their images stay in the first cache.
 const BLOCK: usize = 1024;
@@ -35,6 +39,24 @@ impl Measured {
         }
         total.count = values.len() as u64;
         total
+    }
+
+    /// What the quantizer does to the values of a histogram, spread evenly within bins.
+    pub(super) fn of_histogram(histogram: &Histogram, observed: Observed, params: &QuantParams) -> Self {
+        let unit = f64::from(params.scale()).log2().floor().exp2();
+        let negative = Squares(Mass::new(&histogram.negative_bins(), unit));
+        let positive = Squares(Mass::new(&histogram.positive_bins(), unit));
+        let scale = f64::from(params.scale());
+        let below = (params.zero_point() - params.quant_min()).unsigned_abs();
+        let above = (params.quant_max() - params.zero_point()).unsigned_abs();
+        let Range { lo, hi } = params.unclipped();
+        let clipped = negative.0.count_beyond(-lo / unit) + positive.0.count_beyond(hi / unit);
+        Self {
+            squared_error: (negative.error(scale, below) + positive.error(scale, above)) * unit * unit,
+            signal: (negative.0.squares() + positive.0.squares()) * unit * unit,
+            clipped: clipped.round() as u64,
+            count: observed.count(),
+        }
     }
 
     pub(super) fn merge(&mut self, other: &Self) {

@@ -3,12 +3,13 @@
 
 use rayon::prelude::*;
 
-use super::family::{Family, Sign};
+use super::choose::{Chosen, Data, choose};
+use super::family::Sign;
 use super::measure::Measured;
-use super::selection::notes;
-use super::{Channels, ErrorMethod, SelectError, Selection, no_clipping};
-use crate::quantizer::{Scheme, Threshold};
-use crate::statistics::{MinMax, Observed};
+use super::selection::{Note, notes};
+use super::{Channels, ErrorMethod, SelectError, Selection};
+use crate::quantizer::Scheme;
+use crate::statistics::{Histogram, MinMax, Observed};
 
 /// Chooses one quantizer for each channel of a weight tensor; symmetric grids are signed whatever the values.
 ///
@@ -38,43 +39,57 @@ pub fn select_weights(
         measured.merge(&channel.measured);
     }
     let observed: Vec<Observed> = channels.iter().map(|channel| channel.observed).collect();
-    Ok(Selection {
-        params: channels.iter().map(|channel| channel.threshold.params(scheme.bits)).collect(),
-        thresholds: channels.iter().map(|channel| channel.threshold).collect(),
-        error: Some(measured.mean_squared_error()),
-        sqnr_db: Some(measured.sqnr_db()),
-        clipped_share: Some(measured.clipped_share()),
-        notes: notes(&observed),
-    })
+    let mut selection = Selection { notes: notes(&observed), ..Selection::measured(&measured) };
+    for SelectedChannel { chosen, .. } in channels {
+        selection.params.push(chosen.threshold.params(scheme.bits));
+        selection.thresholds.push(chosen.threshold);
+        selection.curves.push(chosen.curve);
+    }
+    Ok(selection)
 }
 
-/// Chooses the one quantizer of an activation from its extremes; a symmetric grid is unsigned if no value is negative.
+/// Chooses the one quantizer of an activation from its histogram; a symmetric grid is unsigned if no value is negative.
 ///
-/// Extremes cannot tell the error, so that `error` and `sqnr_db` are `None`.
+/// With `z_threshold`, values more than that many standard deviations from the mean do not count when the threshold is
+/// chosen; what the quantizer costs is told of all values.
 ///
 /// # Errors
-/// If nothing was observed, a NaN or an infinity was, or a value so large that the grid cannot represent it.
+/// If nothing was observed or would be left to count, a NaN or an infinity was observed, or a value so large that the grid
+/// cannot represent it.
 pub fn select_activation(
-    observed: &MinMax,
+    histogram: &Histogram,
     scheme: Scheme,
     error_method: ErrorMethod,
+    z_threshold: Option<f64>,
 ) -> Result<Selection, SelectError> {
-    let observed = observed.observed()?.ok_or(SelectError::Empty)?;
-    let sign = if observed.has_negative() { Sign::Signed } else { Sign::Unsigned };
-    let threshold = choose(observed, sign, scheme, error_method)?;
+    let observed = histogram.observed()?.ok_or(SelectError::Empty)?;
+    let mut notes = notes(&[observed]);
+    let inner = z_threshold.map(|deviations| (deviations, histogram.without_outliers(deviations)));
+    if let Some((deviations, inner)) = &inner {
+        let outliers = histogram.count() - inner.count();
+        if outliers == histogram.count() {
+            return Err(SelectError::AllOutliers { deviations: *deviations });
+        }
+        if outliers > 0 {
+            notes.push(Note::Outliers { outliers, count: histogram.count(), deviations: *deviations });
+        }
+    }
+    let counted = inner.as_ref().map_or(histogram, |(_, inner)| inner);
+    let data = counted.observed()?.ok_or(SelectError::Empty)?;
+    let sign = if data.has_negative() { Sign::Signed } else { Sign::Unsigned };
+    let Chosen { threshold, curve } = choose(Data::Histogram(counted), data, sign, scheme, error_method)?;
     let params = threshold.params(scheme.bits);
     Ok(Selection {
         params: vec![params],
         thresholds: vec![threshold],
-        error: None,
-        sqnr_db: None,
-        clipped_share: no_clipping::encloses(&params, observed).then_some(0.0),
-        notes: notes(&[observed]),
+        curves: vec![curve],
+        notes,
+        ..Selection::measured(&Measured::of_histogram(histogram, observed, &params))
     })
 }
 
 struct SelectedChannel {
-    threshold: Threshold,
+    chosen: Chosen,
     observed: Observed,
     measured: Measured,
 }
@@ -83,17 +98,7 @@ fn select_channel(values: &[f32], scheme: Scheme, error_method: ErrorMethod) -> 
     let mut min_max = MinMax::new();
     min_max.observe(values);
     let observed = min_max.observed()?.ok_or(SelectError::Empty)?;
-    let threshold = choose(observed, Sign::Signed, scheme, error_method)?;
-    let measured = Measured::of(values, &threshold.params(scheme.bits));
-    Ok(SelectedChannel { threshold, observed, measured })
-}
-
-/// The chosen threshold, snapped.
-fn choose(data: Observed, sign: Sign, scheme: Scheme, error_method: ErrorMethod) -> Result<Threshold, SelectError> {
-    let family = Family::new(data, sign, scheme);
-    let threshold = match error_method {
-        _ if data.is_all_zero() => family.with_scale(1.0),
-        ErrorMethod::NoClipping => no_clipping::threshold(data, family)?,
-    };
-    Ok(threshold.snapped(scheme.bits))
+    let chosen = choose(Data::Values(values), observed, Sign::Signed, scheme, error_method)?;
+    let measured = Measured::of(values, &chosen.threshold.params(scheme.bits));
+    Ok(SelectedChannel { chosen, observed, measured })
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::measure::Measured;
 use crate::quantizer::{QuantParams, Threshold};
 use crate::statistics::Observed;
 
@@ -15,14 +16,26 @@ pub struct Selection {
     pub params: Vec<QuantParams>,
     /// The snapped threshold of each of `params`.
     pub thresholds: Vec<Threshold>,
-    /// Mean of (x − q)² over all values; `None` where the statistics cannot tell.
-    pub error: Option<f64>,
-    /// 10 log10(Σ x² / Σ (x − q)²) in dB, infinite without an error; `None` where the statistics cannot tell.
-    pub sqnr_db: Option<f64>,
-    /// Share of clipped values, from 0 to 1; `None` where the statistics cannot tell.
-    pub clipped_share: Option<f64>,
+    /// For each of `params` the error by threshold that led to it, by descending scale; empty for NOCLIPPING, which does
+    /// not search.
+    pub curves: Vec<Vec<CurvePoint>>,
+    /// Mean of (x − q)² over all values, whatever the method.
+    pub error: f64,
+    /// 10 log10(Σ x² / Σ (x − q)²) in dB, infinite without an error.
+    pub sqnr_db: f64,
+    /// Share of clipped values, from 0 to 1.
+    pub clipped_share: f64,
     /// What a reader of the report should know.
     pub notes: Vec<Note>,
+}
+
+/// A threshold that was tried.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CurvePoint {
+    /// The threshold, snapped.
+    pub threshold: Threshold,
+    /// What the method minimises: the mean of abs(x − q)^p in the unit of the data, or the divergence in nats.
+    pub error: f64,
 }
 
 /// A property of the data that makes its quantizer unusual; one line each as text.
@@ -39,6 +52,30 @@ pub enum Note {
         /// Number of channels in all.
         count: usize,
     },
+    /// Values too far from the mean to count.
+    Outliers {
+        /// How many.
+        outliers: u64,
+        /// Number of values in all.
+        count: u64,
+        /// Standard deviations beyond which a value does not count.
+        deviations: f64,
+    },
+}
+
+impl Selection {
+    /// Without quantizers yet.
+    pub(super) fn measured(measured: &Measured) -> Self {
+        Self {
+            params: Vec::new(),
+            thresholds: Vec::new(),
+            curves: Vec::new(),
+            error: measured.mean_squared_error(),
+            sqnr_db: measured.sqnr_db(),
+            clipped_share: measured.clipped_share(),
+            notes: Vec::new(),
+        }
+    }
 }
 
 impl fmt::Display for Note {
@@ -51,6 +88,9 @@ impl fmt::Display for Note {
                 let more = if channels.len() > LISTED_CHANNELS { ", …" } else { "" };
                 let (zero, listed) = (channels.len(), listed.join(", "));
                 write!(f, "{zero} of {count} channels are all zero ({listed}{more}): scale 1, zero point 0")
+            }
+            Self::Outliers { outliers, count, deviations } => {
+                write!(f, "{outliers} of {count} values lie beyond {deviations} standard deviations and do not count")
             }
         }
     }

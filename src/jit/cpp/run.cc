@@ -8,6 +8,8 @@
 #include <mutex>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
 #include <torch/csrc/jit/ir/alias_analysis.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/inliner.h>
@@ -143,6 +145,26 @@ void keep_freed_memory() {
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
+}
+
+std::size_t thread_count() { return static_cast<std::size_t>(std::max(at::get_num_threads(), 1)); }
+
+void in_parallel(std::size_t count, const Work &work) {
+  if (count == 0)
+    return;
+  // libtorch's own loop over a tensor is the way to its threads that needs no OpenMP of ours: an element is a number.
+  const auto numbers = at::arange(static_cast<std::int64_t>(count));
+  auto iterator = at::TensorIteratorConfig()
+                      .add_const_input(numbers)
+                      .resize_outputs(false)
+                      .declare_static_shape(numbers.sizes())
+                      .build();
+  iterator.for_each(
+      [&work](char **data, const std::int64_t *strides, std::int64_t size) {
+        for (std::int64_t i = 0; i < size; ++i)
+          work.run(static_cast<std::size_t>(*reinterpret_cast<const std::int64_t *>(*data + i * *strides)));
+      },
+      1);
 }
 
 std::unique_ptr<Executable> executable_of(const Module &m) {

@@ -33,6 +33,7 @@ static void trycatch(Try &&attempt, Fail &&fail) noexcept try {
 namespace tsquant {
 
 struct Visitor;
+struct Work;
 struct ArgumentRow;
 struct TensorRow;
 struct OpCount;
@@ -138,6 +139,9 @@ std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow
                                        rust::Slice<const std::size_t> constants,
                                        const Tensors &replacements);
 std::unique_ptr<Executable> executable_of(const Module &m);
+// The threads that libtorch's own kernels run on, and numbers below `count` handed to them one by one.
+std::size_t thread_count();
+void in_parallel(std::size_t count, const Work &work);
 std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor);
 
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,

@@ -1,0 +1,238 @@
+//! The search that all error methods but KL share: which scale, and on a uniform grid which zero point, has the least
+//! error. It refuses to know what an error is; that is a [`Side`]'s business.
+//!
+//! An error as a function of the scale has many local minima, close to each other in height where values are few. So a
+//! geometric sweep down from twice NOCLIPPING's scale finds the region, all of the region within a margin of the best is
+//! gone through in fine steps, and the best of the fine steps are polished. NOCLIPPING itself comes first and wins ties.
+
+use super::family::{Ends, Family};
+use crate::quantizer::{MIN_SCALE, QuantParams};
+
+/// Ratio of neighbouring scales of the sweep.
+const COARSE_STEP: f64 = 1.06;
+
+/// Fine steps in one coarse step: 0.15% each.
+const FINE_STEPS: i32 = 39;
+
+/// Halvings of the step when a local minimum is polished.
+const HALVINGS: u32 = 6;
+
+/// Where the sweep begins, in units of NOCLIPPING's scale.
+const FIRST: f64 = 2.0;
+
+/// The magnitudes of the values of one sign, and what quantizing them to levels 0, s, 2s … costs.
+///
+/// Errors are sums over values, in a unit that all errors of a search share.
+pub(super) trait Side {
+    /// The error if the last level is `levels` times `scale`.
+    fn error(&self, scale: f64, levels: u32) -> f64;
+
+    /// The errors for last levels from the greatest in `levels` down to the least, or down to where clipping alone costs
+    /// more than `limit`.
+    fn errors(&self, scale: f64, levels: std::ops::RangeInclusive<u32>, limit: f64, errors: &mut Vec<f64>);
+
+    /// What the magnitudes beyond `end` would cost if they became `end` and all others were exact.
+    fn clipping(&self, end: f64) -> f64;
+
+    /// The greatest magnitude; 0 of nothing.
+    fn greatest(&self) -> f64;
+}
+
+/// The values of both signs.
+pub(super) struct Sides<S> {
+    pub(super) negative: S,
+    pub(super) positive: S,
+}
+
+/// How thorough a search has to be for its data.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    /// Coarse steps that are worse than the best by at most this share of its error are gone through in fine steps.
+    pub(super) margin: f64,
+    /// How many local minima are polished.
+    pub(super) finalists: usize,
+}
+
+/// A quantizer that was tried.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Point {
+    pub(super) scale: f32,
+    pub(super) zero_point: i32,
+    /// Sum over all values, in the unit of the sides.
+    pub(super) error: f64,
+}
+
+/// What a search found.
+pub(super) struct Found {
+    pub(super) best: Point,
+    /// The sweep, by descending scale.
+    pub(super) curve: Vec<Point>,
+}
+
+/// The best quantizer, not worse than `no_clipping`.
+pub(super) fn search<S: Side>(sides: &Sides<S>, family: Family, no_clipping: &QuantParams, effort: Effort) -> Found {
+    let mut search = Search { sides, family, below: Vec::new(), above: Vec::new() };
+    let mut best = search.of_params(no_clipping);
+    let curve = search.sweep(best, effort.margin);
+    for point in &curve {
+        keep_better(&mut best, *point);
+    }
+    if !family.is_continuous() || best.error == 0.0 {
+        return Found { best, curve };
+    }
+    let fine = search.fine(&curve, best.error * (1.0 + effort.margin));
+    for point in lowest_minima(&fine, effort.finalists) {
+        keep_better(&mut best, search.polished(point));
+    }
+    Found { best, curve }
+}
+
+fn keep_better(best: &mut Point, other: Point) {
+    if other.error < best.error {
+        *best = other;
+    }
+}
+
+struct Search<'a, S> {
+    sides: &'a Sides<S>,
+    family: Family,
+    /// Errors by number of levels, kept to be filled again.
+    below: Vec<f64>,
+    above: Vec<f64>,
+}
+
+impl<S: Side> Search<'_, S> {
+    fn of_params(&self, params: &QuantParams) -> Point {
+        let scale = f64::from(params.scale());
+        let ends = Ends {
+            below: (params.zero_point() - params.quant_min()).unsigned_abs(),
+            above: (params.quant_max() - params.zero_point()).unsigned_abs(),
+        };
+        Point { scale: params.scale(), zero_point: params.zero_point(), error: self.error(scale, ends) }
+    }
+
+    fn error(&self, scale: f64, ends: Ends) -> f64 {
+        self.sides.negative.error(scale, ends.below) + self.sides.positive.error(scale, ends.above)
+    }
+
+    /// Scales from the largest down until no quantizer is left whose clipping alone is within the margin of the best error.
+    fn sweep(&mut self, no_clipping: Point, margin: f64) -> Vec<Point> {
+        let ratio = if self.family.is_continuous() { COARSE_STEP } else { 2.0 };
+        let mut curve = Vec::new();
+        let mut best = no_clipping.error;
+        let mut scale = f64::from(no_clipping.scale) * FIRST;
+        while scale as f32 >= MIN_SCALE {
+            if scale <= f64::from(f32::MAX) && self.family.has_scale(scale as f32) {
+                let Some(point) = self.at(scale, best * (1.0 + margin)) else { break };
+                best = best.min(point.error);
+                curve.push(point);
+            }
+            scale /= ratio;
+        }
+        curve
+    }
+
+    /// The best quantizer with this scale; `None` if clipping alone would cost more than `limit`.
+    fn at(&mut self, scale: f64, limit: f64) -> Option<Point> {
+        let single = scale as f32;
+        let scale = f64::from(single);
+        match self.family.ends() {
+            Some(ends) => {
+                let end = |levels: u32| scale * f64::from(levels);
+                let Sides { negative, positive } = self.sides;
+                let is_hopeless = limit.is_finite()
+                    && negative.clipping(end(ends.below)) + positive.clipping(end(ends.above)) > limit;
+                (!is_hopeless).then(|| Point { scale: single, zero_point: 0, error: self.error(scale, ends) })
+            }
+            None => {
+                let (zero_point, error) = self.best_zero_point(scale, limit)?;
+                Some(Point { scale: single, zero_point, error })
+            }
+        }
+    }
+
+    /// All zero points of a uniform grid, none of which is looked at that clips more than it has to.
+    fn best_zero_point(&mut self, scale: f64, limit: f64) -> Option<(i32, f64)> {
+        let last = self.family.bits().level_count().unsigned_abs() - 1;
+        let Sides { negative, positive } = self.sides;
+        let needed = |greatest: f64| (greatest / scale).round_ties_even().min(f64::from(last)) as u32;
+        let (below, above) = (needed(negative.greatest()), needed(positive.greatest()));
+        if below + above <= last && (greatest_fits(negative, scale, last) && greatest_fits(positive, scale, last)) {
+            let error = negative.error(scale, below) + positive.error(scale, above);
+            // What is left over goes to both ends in proportion, for the sake of values that were not seen.
+            let spare = last - below - above;
+            let share = f64::from(below) / f64::from((below + above).max(1));
+            return Some(((below + (f64::from(spare) * share) as u32) as i32, error));
+        }
+        negative.errors(scale, last - above..=below, limit, &mut self.below);
+        positive.errors(scale, last - below..=above, limit, &mut self.above);
+        // The i-th error below has below − i levels, and leaves last − below + i to the other side, which are among those
+        // that were asked for: its errors are those for above − k levels, so that k is above + below − last − i.
+        let overlap = below + above - last;
+        let mut best: Option<(i32, f64)> = None;
+        for (i, error_below) in (0..=overlap).zip(&self.below) {
+            let Some(error_above) = self.above.get((overlap - i) as usize) else { continue };
+            let error = error_below + error_above;
+            if best.is_none_or(|(_, least)| error < least) {
+                best = Some(((below - i) as i32, error));
+            }
+        }
+        best
+    }
+
+    /// Goes in fine steps through each coarse step that touches `limit`.
+    fn fine(&mut self, curve: &[Point], limit: f64) -> Vec<Point> {
+        let mut fine = Vec::new();
+        let ratio = COARSE_STEP.powf(-1.0 / f64::from(FINE_STEPS));
+        for (index, point) in curve.iter().enumerate() {
+            let next = curve.get(index + 1).map_or(f64::INFINITY, |next| next.error);
+            if point.error.min(next) > limit {
+                continue;
+            }
+            let mut scale = f64::from(point.scale);
+            fine.push(*point);
+            for _ in 1..FINE_STEPS {
+                scale *= ratio;
+                match self.at(scale, f64::INFINITY) {
+                    Some(point) if scale as f32 >= MIN_SCALE => fine.push(point),
+                    _ => break,
+                }
+            }
+        }
+        fine
+    }
+
+    /// Walks from a fine step to the bottom of its valley.
+    fn polished(&mut self, start: Point) -> Point {
+        let mut best = start;
+        let mut step = (COARSE_STEP - 1.0) / f64::from(FINE_STEPS);
+        for _ in 0..HALVINGS {
+            step /= 2.0;
+            let centre = f64::from(best.scale);
+            for scale in [centre * (1.0 + step), centre * (1.0 - step)] {
+                if (f64::from(MIN_SCALE)..=f64::from(f32::MAX)).contains(&scale)
+                    && let Some(point) = self.at(scale, f64::INFINITY)
+                {
+                    keep_better(&mut best, point);
+                }
+            }
+        }
+        best
+    }
+}
+
+fn greatest_fits<S: Side>(side: &S, scale: f64, last: u32) -> bool {
+    side.greatest() <= scale * (f64::from(last) + 0.5)
+}
+
+/// The lowest of the points that are not above their neighbours.
+fn lowest_minima(points: &[Point], count: usize) -> Vec<Point> {
+    let error = |index: Option<usize>| index.and_then(|i| points.get(i)).map_or(f64::INFINITY, |point| point.error);
+    let is_minimum = |&index: &usize| {
+        points[index].error <= error(index.checked_sub(1)) && points[index].error <= error(Some(index + 1))
+    };
+    let mut minima: Vec<Point> = (0..points.len()).filter(is_minimum).map(|index| points[index]).collect();
+    minima.sort_by(|a, b| a.error.total_cmp(&b.error).then(b.scale.total_cmp(&a.scale)));
+    minima.truncate(count);
+    minima
+}

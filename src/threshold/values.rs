@@ -1,0 +1,191 @@
+//! Raw values as sides of a search. It refuses to know which loss is summed, and how a scale is chosen.
+//!
+//! Everything is counted in a unit, a power of two near NOCLIPPING's scale, so that no power of an error can overflow or
+//! vanish, and so that scaling the data by a power of two changes nothing but the unit.
+
+use rayon::prelude::*;
+
+use super::moments::Moments;
+use super::search::{Effort, Side, Sides};
+
+/// Values taken at a time; lists are padded with zeros, which cost nothing, to whole groups.
+const LANES: usize = 16;
+
+/// Groups summed in `f32` before the sum goes on in `f64`.
+const GROUPS_PER_BLOCK: usize = 32;
+
+/// Values worth a thread of their own, in whole blocks.
+const VALUES_PER_TASK: usize = LANES * GROUPS_PER_BLOCK * 64;
+
+/// 1.5 · 2^23: an `f32` of magnitude up to 2^22 added to this loses exactly its fraction, half to even.
+const ROUNDER: f32 = 12_582_912.0;
+
+/// Levels beyond which nothing has to be rounded: more than any grid has.
+const UNCLIPPED: f32 = (1 << 22) as f32;
+
+/// abs(x − q)^p for one p.
+pub(super) trait Loss: Copy + Sync {
+    /// p.
+    fn exponent(self) -> u8;
+
+    /// The losses of these errors, in place.
+    fn lanes<const N: usize>(self, errors: &mut [f32; N]);
+
+    /// The loss of one error.
+    fn of(self, error: f64) -> f64;
+}
+
+/// Magnitudes of one sign.
+pub(super) struct Values<L> {
+    loss: L,
+    /// In units, padded; descending if the grid is uniform.
+    magnitudes: Vec<f32>,
+    /// Units in 1.
+    per_unit: f64,
+}
+
+impl<L: Loss> Values<L> {
+    /// Both sides of these values; sorted if `errors` will be asked for.
+    pub(super) fn sides(values: &[f32], loss: L, unit: f64, sorted: bool) -> Sides<Self> {
+        let per_unit = 1.0 / unit;
+        let side = |is_negative: bool| {
+            let belongs = |x: &f32| x.abs() >= f32::MIN_POSITIVE && x.is_sign_negative() == is_negative;
+            let in_units = |x: &f32| (f64::from(x.abs()) * per_unit) as f32;
+            let mut magnitudes: Vec<f32> = values.iter().filter(|x| belongs(x)).map(in_units).collect();
+            if sorted {
+                magnitudes.sort_unstable_by(|a, b| b.total_cmp(a));
+            }
+            magnitudes.resize(magnitudes.len().next_multiple_of(LANES), 0.0);
+            Self { loss, magnitudes, per_unit }
+        };
+        Sides { negative: side(true), positive: side(false) }
+    }
+
+    /// Sum of the losses in level units.
+    fn sum(&self, term: Term) -> f64 {
+        let sum = |values: &[f32]| pulp::Arch::new().dispatch(Sum { loss: self.loss, values, term });
+        if self.magnitudes.len() <= VALUES_PER_TASK {
+            return sum(&self.magnitudes);
+        }
+        // Summed in the order of the values, however many threads there are.
+        let sums: Vec<f64> = self.magnitudes.par_chunks(VALUES_PER_TASK).map(sum).collect();
+        sums.iter().sum()
+    }
+
+    fn power(&self, scale: f64) -> f64 {
+        scale.powi(i32::from(self.loss.exponent()))
+    }
+
+    /// The error without any clipping.
+    fn unclipped(&self, scale: f64) -> f64 {
+        self.sum(Term::Rounded { inverse: (1.0 / scale) as f32, last: UNCLIPPED }) * self.power(scale)
+    }
+}
+
+/// The effort that raw values need: noise of the error falls with their number.
+pub(super) fn effort(exponent: u8, count: usize) -> Effort {
+    const NOISE: [f64; 4] = [0.6, 0.9, 1.15, 1.35];
+    let noise = NOISE[usize::from(exponent - 1).min(NOISE.len() - 1)];
+    let finalists = match count {
+        0..64 => 24,
+        64..1024 => 12,
+        _ => 6,
+    };
+    Effort { margin: 0.03 + 6.0 * noise / (count.max(1) as f64).sqrt(), finalists }
+}
+
+impl<L: Loss> Side for Values<L> {
+    fn error(&self, scale: f64, levels: u32) -> f64 {
+        let scale = scale * self.per_unit;
+        self.sum(Term::Rounded { inverse: (1.0 / scale) as f32, last: levels as f32 }) * self.power(scale)
+    }
+
+    fn errors(&self, scale: f64, levels: std::ops::RangeInclusive<u32>, limit: f64, errors: &mut Vec<f64>) {
+        errors.clear();
+        let scale = scale * self.per_unit;
+        let mut inside = self.unclipped(scale);
+        let mut outside = Moments::new(self.loss.exponent());
+        let mut rest = self.magnitudes.iter().map(|&x| f64::from(x)).peekable();
+        for last in levels.rev() {
+            let end = scale * f64::from(last);
+            while let Some(x) = rest.next_if(|x| (x / scale).round_ties_even() > f64::from(last)) {
+                inside -= self.loss.of((x - (x / scale).round_ties_even() * scale).abs());
+                outside.add_point(x - end);
+            }
+            let clipping = outside.highest();
+            if clipping > limit {
+                return;
+            }
+            errors.push(inside.max(0.0) + clipping);
+            outside.shift(scale);
+        }
+    }
+
+    fn clipping(&self, end: f64) -> f64 {
+        self.sum(Term::Beyond { end: (end * self.per_unit) as f32 })
+    }
+
+    fn greatest(&self) -> f64 {
+        f64::from(self.magnitudes.iter().copied().fold(0.0, f32::max)) / self.per_unit
+    }
+}
+
+/// What is summed over the magnitudes.
+#[derive(Clone, Copy)]
+enum Term {
+    /// The loss of the distance to the nearest of the levels 0, 1, … `last`, in level units.
+    Rounded { inverse: f32, last: f32 },
+    /// The loss of the part beyond `end`.
+    Beyond { end: f32 },
+}
+
+/// A type, because a closure would not be compiled for each set of vector instructions.
+struct Sum<'a, L> {
+    loss: L,
+    values: &'a [f32],
+    term: Term,
+}
+
+impl<L: Loss> pulp::NullaryFnOnce for Sum<'_, L> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn call(self) -> f64 {
+        match self.term {
+            Term::Rounded { inverse, last } => self.over(
+                #[inline(always)]
+                |x| {
+                    let y = x * inverse;
+                    let clamped = if y < last { y } else { last };
+                    y - ((clamped + ROUNDER) - ROUNDER)
+                },
+            ),
+            Term::Beyond { end } => self.over(
+                #[inline(always)]
+                |x| if x > end { x - end } else { 0.0 },
+            ),
+        }
+    }
+}
+
+impl<L: Loss> Sum<'_, L> {
+    #[inline(always)]
+    fn over(&self, error: impl Fn(f32) -> f32) -> f64 {
+        let mut total = 0.0;
+        for block in self.values.as_chunks::<LANES>().0.chunks(GROUPS_PER_BLOCK) {
+            let mut sums = [0.0f32; LANES];
+            for group in block {
+                let mut errors = [0.0f32; LANES];
+                for (place, &x) in errors.iter_mut().zip(group) {
+                    *place = error(x);
+                }
+                self.loss.lanes(&mut errors);
+                for (sum, loss) in sums.iter_mut().zip(errors) {
+                    *sum += loss;
+                }
+            }
+            total += sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
+        }
+        total
+    }
+}
