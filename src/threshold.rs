@@ -166,7 +166,10 @@ impl Serialize for ErrorMethod {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod names {
     use super::*;
 
     #[test]

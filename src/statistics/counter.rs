@@ -2,15 +2,12 @@
 //! per thread serves any number of histograms.
 
 use super::MinMax;
-use super::histogram::{BINS_PER_OCTAVE, Octaves, bin_of};
+use super::histogram::{BINS_PER_OCTAVE, NEGATIVE, Octaves, bin_of};
 
 /// Two counters for each bin, which take turns: on a run of equal values each waits only for every second store.
 const TURNS: usize = 2;
 const COUNTERS: usize = (1 << 19) * TURNS;
 const COUNTERS_PER_OCTAVE: usize = BINS_PER_OCTAVE * TURNS;
-
-/// Octaves of the negative values come after this many of the positive ones; the first of each are its zeros.
-const NEGATIVE: u16 = 256;
 
 /// A table of 2^19 bins; reused, because only the memory of the octaves in use is ever touched.
 #[derive(Debug)]
@@ -53,6 +50,7 @@ impl Counter {
             octaves.add(octave, &counts);
         }
         if seen.zeros() > 0 {
+            // The first octave of either sign.
             for octave in [0, NEGATIVE] {
                 let first = usize::from(octave) * COUNTERS_PER_OCTAVE;
                 self.table[first..first + COUNTERS_PER_OCTAVE].fill(0);
@@ -73,4 +71,81 @@ fn used_octaves(seen: &MinMax) -> impl Iterator<Item = u16> {
     let positive = seen.positive().map(|[least, greatest]| octave(least)..=octave(greatest));
     let negative = seen.negative().map(|[least, greatest]| octave(least)..=octave(greatest));
     positive.into_iter().chain(negative).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::statistics::Histogram;
+    use crate::statistics::histogram::tests::{any_values, of};
+
+    impl Counter {
+        pub(in crate::statistics) fn is_empty(&self) -> bool {
+            self.table.iter().all(|&count| count == 0)
+        }
+    }
+
+    #[test]
+    fn empty_after_any_kind_of_data() {
+        let mut counter = Counter::new();
+        let streams: [&[f32]; 9] = [
+            &[],
+            &[0.0, -0.0, 1e-40, -1e-40, 0.0],
+            &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY],
+            &[f32::NAN, 0.0, -0.0],
+            &[f32::NAN, 3.0, -1e30, f32::INFINITY, 3.0],
+            &[f32::MAX, f32::MIN, f32::MIN_POSITIVE, -f32::MIN_POSITIVE],
+            &[-1e-40, -7.0],
+            &[6.0; 4097],
+            &[-0.0; 8191],
+        ];
+        for values in streams {
+            let mut histogram = Histogram::new();
+            histogram.observe(values, &mut counter);
+            assert_eq!(histogram.count(), values.len() as u64);
+            assert!(counter.is_empty(), "{values:?}");
+        }
+    }
+
+    #[test]
+    fn runs_of_any_length_count_in_both_turns() {
+        for length in [1, 2, 3, 4095, 4096, 4097, 8193] {
+            let bins = of(&vec![6.0; length]).positive_bins();
+            assert_eq!(bins.iter().map(|bin| bin.count).collect::<Vec<_>>(), [length as u64]);
+        }
+    }
+
+    #[test]
+    fn drains_all_that_it_can_hold() {
+        let mut counter = Counter::new();
+        let bin = bin_of(-1.5) as usize * TURNS;
+        counter.table[bin..bin + TURNS].copy_from_slice(&[1 << 30; TURNS]);
+        let mut seen = MinMax::new();
+        seen.observe(&[-1.5]);
+        let mut octaves = Octaves::default();
+        counter.drain(&seen, &mut octaves);
+        assert!(counter.is_empty());
+        let mut expected = Octaves::default();
+        let mut counts = [0; BINS_PER_OCTAVE];
+        counts[512] = 1 << 31;
+        expected.add(NEGATIVE + 127, &counts);
+        assert_eq!(octaves, expected);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn serves_one_histogram_after_another(streams in prop::collection::vec(any_values(100), 1..5)) {
+            let mut counter = Counter::new();
+            for values in streams {
+                let mut histogram = Histogram::new();
+                histogram.observe(&values, &mut counter);
+                prop_assert!(histogram == of(&values));
+                prop_assert!(counter.is_empty());
+            }
+        }
+    }
 }

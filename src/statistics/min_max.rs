@@ -91,12 +91,20 @@ impl MinMax {
         summary(block)
     }
 
-    /// Of this many zeros.
-    pub(super) fn of_zeros(count: u64) -> Self {
-        if count == 0 {
+    /// Of the values seen that count as zero; where a denormal is no extreme of all values, its place is not known.
+    pub(super) fn of_zeros(&self) -> Self {
+        if self.zeros == 0 {
             return Self::new();
         }
-        Self { min: 0.0, max: 0.0, count, zeros: count, ..Self::new() }
+        let nearest = 0f32.clamp(self.min, self.max);
+        let [min, max] = [self.min, self.max].map(|x| if x.abs() < f32::MIN_POSITIVE { x } else { nearest });
+        Self { min, max, count: self.zeros, zeros: self.zeros, ..Self::new() }
+    }
+
+    /// Of the NaN and infinities seen.
+    pub(super) fn of_not_finite(&self) -> Self {
+        let Self { nans, infinities, .. } = *self;
+        Self { count: nans + infinities, nans, infinities, ..Self::new() }
     }
 
     /// Of `count` of the values seen: those, none of them zero, that share these first bits.

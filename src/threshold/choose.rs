@@ -11,10 +11,7 @@ use super::{CurvePoint, ErrorMethod, SelectError, kl, no_clipping};
 use crate::quantizer::{Grid, QuantParams, Scheme, Threshold};
 use crate::statistics::{Bin, Histogram, Observed};
 
-/// Local minima of a histogram's error that are polished.
-const FINALISTS: usize = 12;
-
-/// Share by which a coarse step of a histogram's error may be worse than the best and still hide a better fine one.
+/// Share by which a coarse step of a histogram's error may at least be worse than the best and still hide a better fine one.
 const MARGIN: f64 = 0.15;
 
 /// The same for p of 3 and more, whose errors are steeper.
@@ -69,6 +66,16 @@ pub(super) fn choose(
     }
 }
 
+/// The effort for a histogram: smooth, unless much of its mass is in few bins.
+fn effort(histogram: &Histogram, exponent: u8) -> Effort {
+    let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
+    let counts = || negative.iter().chain(&positive).map(|bin| bin.count as f64);
+    // As many equally filled bins would have the same Σ count².
+    let bins = counts().sum::<f64>().powi(2) / counts().map(|count| count * count).sum::<f64>();
+    let effort = Effort::for_noise(exponent, bins);
+    Effort { margin: effort.margin.max(if exponent > 2 { HIGH_POWER_MARGIN } else { MARGIN }), ..effort }
+}
+
 struct Chooser<'a> {
     data: Data<'a>,
     observed: Observed,
@@ -85,7 +92,7 @@ impl Chooser<'_> {
         match self.data {
             Data::Values(all) => {
                 let sides = Values::sides(all, loss, unit, self.scheme.grid == Grid::Uniform);
-                let effort = values::effort(loss.exponent(), all.len());
+                let effort = values::effort(loss.exponent(), all);
                 let found = search(&sides, self.family, &self.no_clipping, effort);
                 let exact = |params: &QuantParams| -> f64 {
                     let error = |x: &f32| loss.of((f64::from(*x) - f64::from(params.fake_quantize(*x))) / unit);
@@ -98,8 +105,7 @@ impl Chooser<'_> {
                     negative: side(&histogram.negative_bins(), unit),
                     positive: side(&histogram.positive_bins(), unit),
                 };
-                let margin = if loss.exponent() > 2 { HIGH_POWER_MARGIN } else { MARGIN };
-                let found = search(&sides, self.family, &self.no_clipping, Effort { margin, finalists: FINALISTS });
+                let found = search(&sides, self.family, &self.no_clipping, effort(histogram, loss.exponent()));
                 self.chosen(&found, |_| true, mean)
             }
         }

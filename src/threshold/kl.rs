@@ -5,8 +5,11 @@
 //! that clipping always costs: KL is never below −ln of the share that is not clipped. Zeros are left out. Docs:
 //! `docs/error-methods.md`.
 
+use std::sync::LazyLock;
+
 use super::choose::Data;
 use super::family::{Ends, Family};
+use super::moments::nearest_level;
 use super::search::{Found, Point, Sides};
 use crate::quantizer::{Grid, MIN_SCALE, QuantParams};
 use crate::statistics::{Bin, Observed};
@@ -19,6 +22,12 @@ const LEAST_SHARE: f64 = 1e-12;
 
 /// What a smaller threshold has to gain to win.
 const GAIN: f64 = 1e-12;
+
+/// Nearer to the centre of a bin than this, in bins, a tie between levels is decided by the rounding itself.
+const NEAR: f64 = 1e-6;
+
+/// Counts whose logarithms are kept in a table.
+const TABLED: usize = 1 << 13;
 
 /// More than floors can add to the sum of Q; keeps the bound on KL from below a bound.
 const SLACK: f64 = 1e-8;
@@ -119,7 +128,7 @@ impl Candidates<'_> {
         if !could_win {
             return None;
         }
-        let levels = Levels::new(self.lines, scale, Ends { below, above });
+        let levels = Levels::new(self.lines, scale, Ends { below, above }, f64::INFINITY)?;
         let divergence = |zero_point: u32| levels.divergence(Ends { below: zero_point, above: last - zero_point });
         zero_points.map(|zero_point| (zero_point as i32, divergence(zero_point))).min_by(|a, b| a.1.total_cmp(&b.1))
     }
@@ -131,6 +140,8 @@ struct Lines {
     sides: Sides<Line>,
     /// All counts but those of zeros.
     total: f64,
+    /// ln of 0, 1, 2 …
+    logarithms: &'static [f64],
 }
 
 /// One sign: the bin i holds magnitudes from i to i + 1 widths.
@@ -161,7 +172,8 @@ impl Lines {
         }
         let sides = Sides { negative: Line::new(sides.negative), positive: Line::new(sides.positive) };
         let total = sides.negative.all() + sides.positive.all();
-        Self { width, sides, total }
+        static LOGARITHMS: LazyLock<Vec<f64>> = LazyLock::new(|| (0..TABLED).map(|x| (x as f64).ln()).collect());
+        Self { width, sides, total, logarithms: &LOGARITHMS }
     }
 
     /// How many bins need no clamping, empty ones too.
@@ -175,20 +187,45 @@ impl Lines {
     }
 
     /// The first bin whose centre has this level or a higher one.
+    #[inline]
     fn start(&self, scale: f64, level: u32) -> u32 {
-        if level == 0 {
+        let place = (f64::from(level) - 0.5) * scale / self.width - 0.5;
+        if place < 0.0 {
             return 0;
         }
-        let level = f64::from(level);
-        let is_reached = |bin: u32| (self.centre(bin) / scale).round_ties_even() >= level;
-        let mut bin = ((level - 0.5) * scale / self.width - 0.5).ceil().clamp(0.0, f64::from(BINS)) as u32;
-        while bin > 0 && is_reached(bin - 1) {
-            bin -= 1;
+        if place >= f64::from(BINS) {
+            return BINS;
         }
-        while bin < BINS && !is_reached(bin) {
-            bin += 1;
+        let bin = place as u32;
+        let part = place - f64::from(bin);
+        if part > NEAR && part < 1.0 - NEAR {
+            return bin + 1;
         }
-        bin
+        // So near to a centre that its own level has to tell.
+        let nearest = if part < 0.5 { bin } else { bin + 1 };
+        let is_reached = nearest < BINS && nearest_level(self.centre(nearest) / scale) >= f64::from(level);
+        if is_reached { nearest } else { (nearest + 1).min(BINS) }
+    }
+
+    /// Σ c ln c − M ln(M / bins) over the bins of a level, bins being those that are not empty.
+    #[inline]
+    fn level_term(&self, level: &[(&Line, u32, u32)]) -> f64 {
+        let (mass, filled) = mass_and_filled(level);
+        if mass <= 0.0 {
+            return 0.0;
+        }
+        let entropy = level.iter().map(|&(line, start, end)| line.entropy[end as usize] - line.entropy[start as usize]);
+        entropy.sum::<f64>() - mass * (self.ln(mass) - self.ln(filled.into()))
+    }
+
+    /// The natural logarithm; that of a small count, which raw values have, out of a table.
+    #[inline]
+    fn ln(&self, x: f64) -> f64 {
+        let index = x as usize;
+        match self.logarithms.get(index) {
+            Some(&logarithm) if index as f64 == x => logarithm,
+            _ => x.ln(),
+        }
     }
 
     fn centre(&self, bin: u32) -> f64 {
@@ -196,13 +233,16 @@ impl Lines {
     }
 
     fn divergence(&self, scale: f64, ends: Ends) -> f64 {
-        Levels::new(self, scale, ends).divergence(ends)
+        Levels::new(self, scale, ends, f64::INFINITY).map_or(f64::INFINITY, |levels| levels.divergence(ends))
     }
 
-    /// The divergence, unless its bound from below already tells that it is not below `best`.
+    /// The divergence, unless a bound from below tells that it is not below `best`.
     fn divergence_below(&self, scale: f64, ends: Ends, best: f64) -> Option<f64> {
         let bound = -(self.inside_mass(scale, ends) / self.total + SLACK).ln();
-        (bound < best).then(|| self.divergence(scale, ends))
+        if bound >= best {
+            return None;
+        }
+        Levels::new(self, scale, ends, best).map(|levels| levels.divergence(ends))
     }
 }
 
@@ -245,22 +285,14 @@ struct LevelsOfSide {
 }
 
 impl<'a> Levels<'a> {
-    /// All levels to these ends.
-    fn new(lines: &'a Lines, scale: f64, ends: Ends) -> Self {
-        let side = |line: &Line, last: u32| {
-            let starts: Vec<u32> = (0..=last + 1).map(|level| lines.start(scale, level)).collect();
-            let mut sum = 0.0;
-            let mut sums = vec![0.0];
-            for bins in starts.windows(2).skip(1) {
-                sum += level_term(&[(line, bins[0], bins[1])]);
-                sums.push(sum);
-            }
-            LevelsOfSide { starts, sums }
-        };
+    /// All levels to these ends; `None` once the levels alone, none of which has a negative term, come to `limit`.
+    fn new(lines: &'a Lines, scale: f64, ends: Ends, limit: f64) -> Option<Self> {
+        let limit = limit * lines.total;
         let Sides { negative: below, positive: above } = &lines.sides;
-        let (negative, positive) = (side(below, ends.below), side(above, ends.above));
-        let middle = level_term(&[(below, 0, negative.starts[1]), (above, 0, positive.starts[1])]);
-        Self { lines, negative, positive, middle }
+        let negative = LevelsOfSide::new(lines, below, scale, ends.below, limit)?;
+        let positive = LevelsOfSide::new(lines, above, scale, ends.above, limit)?;
+        let middle = lines.level_term(&[(below, 0, negative.starts[1]), (above, 0, positive.starts[1])]);
+        Some(Self { lines, negative, positive, middle })
     }
 
     /// Σ P ln(P / Q) with these last levels.
@@ -301,14 +333,24 @@ impl<'a> Levels<'a> {
     }
 }
 
-/// Σ c ln c − M ln(M / bins) over the bins of a level, bins being those that are not empty.
-fn level_term(level: &[(&Line, u32, u32)]) -> f64 {
-    let (mass, filled) = mass_and_filled(level);
-    if mass <= 0.0 {
-        return 0.0;
+impl LevelsOfSide {
+    fn new(lines: &Lines, line: &Line, scale: f64, last: u32, limit: f64) -> Option<Self> {
+        let (mut starts, mut sums) = (Vec::with_capacity(last as usize + 2), Vec::with_capacity(last as usize + 1));
+        starts.extend([0, lines.start(scale, 1)]);
+        sums.push(0.0);
+        let (mut start, mut sum) = (lines.start(scale, 1), 0.0);
+        for level in 1..=last {
+            let end = lines.start(scale, level + 1);
+            sum += lines.level_term(&[(line, start, end)]);
+            if sum >= limit {
+                return None;
+            }
+            starts.push(end);
+            sums.push(sum);
+            start = end;
+        }
+        Some(Self { starts, sums })
     }
-    let entropy = level.iter().map(|&(line, start, end)| line.entropy[end as usize] - line.entropy[start as usize]);
-    entropy.sum::<f64>() - mass * (mass / f64::from(filled)).ln()
 }
 
 fn mass_and_filled(level: &[(&Line, u32, u32)]) -> (f64, u32) {

@@ -2,7 +2,7 @@
 
 use super::Exponent;
 use super::mass::from_the_last;
-use super::moments::{Moments, mean_power};
+use super::moments::{Moments, mean_power, nearest_level};
 use super::search::Side;
 use super::values::Loss;
 use crate::statistics::Bin;
@@ -142,33 +142,48 @@ impl Powers {
     }
 }
 
-impl Side for Powers {
-    fn error(&self, scale: f64, levels: u32) -> f64 {
+impl Powers {
+    /// The error by the area under abs(x − q)^p, `signed_power` being abs(x)^p · x.
+    #[inline(always)]
+    fn error_with(&self, scale: f64, levels: u32, signed_power: impl Fn(f64) -> f64) -> f64 {
         let scale = scale * self.per_unit;
-        let last = f64::from(levels);
-        // Signed area under abs(x − q)^p from the level below: whole halves of cells, and the rest.
-        let power = |x: f64| x.abs().powi(self.exponent as i32) * x;
-        let half_cell = power(scale / 2.0);
+        let (last, inverse) = (f64::from(levels), 1.0 / scale);
+        let half_cell = signed_power(scale / 2.0);
         let tie = (last + 0.5) * scale;
+        // (p + 1) times the area from 0 to x: whole halves of cells, and the rest, apart because they differ in size.
+        let area = |x: f64| {
+            let level = nearest_level(x * inverse).min(last);
+            (level, signed_power(x - level * scale))
+        };
         let start = self.bins.partition_point(|bin| bin.hi <= scale / 2.0);
-        let mut error = self.powers[start] + self.clipped(last * scale, tie);
-        for bin in &self.bins[start..] {
-            if bin.lo >= tie {
-                break;
-            }
+        let mut error = 0.0;
+        let mut end = (f64::NAN, (0.0, 0.0));
+        for bin in self.bins[start..].iter().take_while(|bin| bin.lo < tie) {
             let hi = bin.hi.min(tie);
             let width = bin.hi - bin.lo;
-            if width < NARROW * scale {
-                let x = bin.centre().min(tie);
-                error +=
-                    bin.mass * (x - (x / scale).round_ties_even().min(last) * scale).abs().powi(self.exponent as i32);
-                continue;
+            // Neighbouring bins share their edge.
+            let from = if end.0 == bin.lo { end.1 } else { area(bin.lo) };
+            let to = area(hi);
+            if width >= NARROW * scale {
+                let area = 2.0 * (to.0 - from.0) * half_cell + to.1 - from.1;
+                error += bin.mass * area / width;
+            } else {
+                let x = bin.centre().min(tie) - to.0 * scale;
+                error += bin.mass * (self.exponent + 1) as f64 * x.abs().powi(self.exponent as i32);
             }
-            let (from, to) = ((bin.lo / scale).round_ties_even().min(last), (hi / scale).round_ties_even().min(last));
-            let area = 2.0 * (to - from) * half_cell + power(hi - to * scale) - power(bin.lo - from * scale);
-            error += bin.mass * area / (width * (self.exponent + 1) as f64);
+            end = (hi, to);
         }
-        error
+        self.powers[start] + self.clipped(last * scale, tie) + error / (self.exponent + 1) as f64
+    }
+}
+
+impl Side for Powers {
+    fn error(&self, scale: f64, levels: u32) -> f64 {
+        match self.exponent {
+            3 => self.error_with(scale, levels, |x| x.abs() * (x * x) * x),
+            4 => self.error_with(scale, levels, |x| (x * x) * (x * x) * x),
+            p => self.error_with(scale, levels, |x| x.abs().powi(p as i32) * x),
+        }
     }
 
     fn errors(&self, scale: f64, levels: std::ops::RangeInclusive<u32>, limit: f64, errors: &mut Vec<f64>) {

@@ -54,6 +54,14 @@ impl Moments {
     }
 }
 
+/// The nearest whole number, half to even, of a magnitude below 2^51. `f64::round_ties_even` is a call of a function on
+/// processors that the compiler knows nothing of.
+#[inline(always)]
+pub(super) fn nearest_level(x: f64) -> f64 {
+    const ROUNDER: f64 = 1.5 * (1u64 << 52) as f64;
+    (x + ROUNDER) - ROUNDER
+}
+
 /// Mean of v^p over v from `a` to `b`, both not negative.
 pub(super) fn mean_power(a: f64, b: f64, exponent: usize) -> f64 {
     let (mut sum, mut power) = (1.0, 1.0);
@@ -80,6 +88,13 @@ mod tests {
             assert!((a - b).abs() <= 1e-12 * b, "{a} {b}");
         }
         assert_eq!(direct.highest(), 0.75f64.powi(5) + 1.5f64.powi(5) + 4f64.powi(5));
+    }
+
+    #[test]
+    fn rounds_half_to_even() {
+        for x in [0.0, 0.5, 0.49999999999999994, 1.5, 2.5, 1e9 + 0.5, 65535.5, 0.3] {
+            assert_eq!(nearest_level(x), x.round_ties_even(), "{x}");
+        }
     }
 
     #[test]

@@ -11,11 +11,28 @@ use crate::quantizer::{MIN_SCALE, QuantParams};
 /// Ratio of neighbouring scales of the sweep.
 const COARSE_STEP: f64 = 1.06;
 
-/// Fine steps in one coarse step: 0.15% each.
-const FINE_STEPS: i32 = 39;
+/// Fine steps in one coarse step: 0.15% each, and 0.06% where few values or high powers make the valleys narrow.
+const FINE_STEPS: i32 = 40;
+const FINER_STEPS: i32 = 100;
 
-/// Halvings of the step when a local minimum is polished.
-const HALVINGS: u32 = 6;
+/// Independent values below which every scale is tried.
+const FEW: f64 = 128.0;
+
+/// Independent values from which the error is so smooth that few local minima have to be polished.
+const MANY: f64 = 1024.0;
+
+/// Equal steps of the scale that are tried too where the error is as good as random.
+const EQUAL_STEPS: u32 = 500;
+
+/// Levels up to which all scales are tried that put the greatest magnitude on a level.
+const MOST_WHOLE_LEVELS: u32 = 512;
+
+/// How many of the scales are polished that put the greatest magnitude on a level.
+const WHOLE_FINALISTS: usize = 4;
+
+/// Halvings of the step when a local minimum is polished on a grid of up to 8 bits; each bit more takes one more, as it
+/// halves the distance between minima.
+const HALVINGS: u8 = 6;
 
 /// Where the sweep begins, in units of NOCLIPPING's scale.
 const FIRST: f64 = 2.0;
@@ -49,8 +66,36 @@ pub(super) struct Sides<S> {
 pub(super) struct Effort {
     /// Coarse steps that are worse than the best by at most this share of its error are gone through in fine steps.
     pub(super) margin: f64,
+    /// Fine steps in one coarse step.
+    pub(super) fine_steps: i32,
     /// How many local minima are polished.
     pub(super) finalists: usize,
+    /// Whether there may be a scale of which all values are multiples.
+    pub(super) is_discrete: bool,
+    /// Whether the error is no smooth function of the scale.
+    pub(super) has_few_values: bool,
+}
+
+impl Effort {
+    /// For a loss with this exponent on about so many independent values: the fewer they are, and the fewer of them a high
+    /// power makes count, the more the error jumps from one scale to the next.
+    pub(super) fn for_noise(exponent: u8, values: f64) -> Self {
+        let noise = match exponent {
+            1 => 0.6,
+            2 => 0.9,
+            p => 0.75 * f64::from(p),
+        };
+        let is_discrete = values < FEW;
+        let margin = if is_discrete { f64::INFINITY } else { 0.03 + 6.0 * noise / values.sqrt() };
+        let finalists = match (values < MANY, exponent) {
+            (true, 3..) => 24,
+            (true, _) if is_discrete => 24,
+            (true, _) => 12,
+            (false, _) => 6,
+        };
+        let fine_steps = if values < MANY && exponent > 2 { FINER_STEPS } else { FINE_STEPS };
+        Self { margin, fine_steps, finalists, is_discrete, has_few_values: values < MANY }
+    }
 }
 
 /// A quantizer that was tried.
@@ -73,16 +118,24 @@ pub(super) struct Found {
 pub(super) fn search<S: Side>(sides: &Sides<S>, family: Family, no_clipping: &QuantParams, effort: Effort) -> Found {
     let mut search = Search { sides, family, below: Vec::new(), above: Vec::new() };
     let mut best = search.of_params(no_clipping);
-    let curve = search.sweep(best, effort.margin);
+    let curve = search.sweep(best);
     for point in &curve {
         keep_better(&mut best, *point);
     }
     if !family.is_continuous() || best.error == 0.0 {
         return Found { best, curve };
     }
-    let fine = search.fine(&curve, best.error * (1.0 + effort.margin));
-    for point in lowest_minima(&fine, effort.finalists) {
-        keep_better(&mut best, search.polished(point));
+    let fine = search.fine(&curve, best.error * (1.0 + effort.margin), effort.fine_steps);
+    let mut finalists = lowest_minima(&fine, effort.finalists);
+    if effort.is_discrete {
+        let least = curve.last().map_or(best.scale, |point| point.scale);
+        finalists.extend(search.best_whole_scales(least, no_clipping.scale()));
+    }
+    for point in finalists {
+        keep_better(&mut best, search.polished(point, effort.fine_steps));
+    }
+    if family.bits().get() > 8 && effort.has_few_values {
+        search.equal_steps(no_clipping.scale(), &mut best);
     }
     Found { best, curve }
 }
@@ -115,15 +168,15 @@ impl<S: Side> Search<'_, S> {
         self.sides.negative.error(scale, ends.below) + self.sides.positive.error(scale, ends.above)
     }
 
-    /// Scales from the largest down until no quantizer is left whose clipping alone is within the margin of the best error.
-    fn sweep(&mut self, no_clipping: Point, margin: f64) -> Vec<Point> {
+    /// Scales from the largest down until no quantizer is left whose clipping alone does not cost more than the best one.
+    fn sweep(&mut self, no_clipping: Point) -> Vec<Point> {
         let ratio = if self.family.is_continuous() { COARSE_STEP } else { 2.0 };
         let mut curve = Vec::new();
         let mut best = no_clipping.error;
         let mut scale = f64::from(no_clipping.scale) * FIRST;
         while scale as f32 >= MIN_SCALE {
             if scale <= f64::from(f32::MAX) && self.family.has_scale(scale as f32) {
-                let Some(point) = self.at(scale, best * (1.0 + margin)) else { break };
+                let Some(point) = self.at(scale, best) else { break };
                 best = best.min(point.error);
                 curve.push(point);
             }
@@ -181,9 +234,9 @@ impl<S: Side> Search<'_, S> {
     }
 
     /// Goes in fine steps through each coarse step that touches `limit`.
-    fn fine(&mut self, curve: &[Point], limit: f64) -> Vec<Point> {
+    fn fine(&mut self, curve: &[Point], limit: f64, steps: i32) -> Vec<Point> {
         let mut fine = Vec::new();
-        let ratio = COARSE_STEP.powf(-1.0 / f64::from(FINE_STEPS));
+        let ratio = COARSE_STEP.powf(-1.0 / f64::from(steps));
         for (index, point) in curve.iter().enumerate() {
             let next = curve.get(index + 1).map_or(f64::INFINITY, |next| next.error);
             if point.error.min(next) > limit {
@@ -191,33 +244,64 @@ impl<S: Side> Search<'_, S> {
             }
             let mut scale = f64::from(point.scale);
             fine.push(*point);
-            for _ in 1..FINE_STEPS {
+            for _ in 1..steps {
                 scale *= ratio;
-                match self.at(scale, f64::INFINITY) {
-                    Some(point) if scale as f32 >= MIN_SCALE => fine.push(point),
-                    _ => break,
-                }
+                let Some(point) = self.at_valid(scale, f64::INFINITY) else { break };
+                fine.push(point);
             }
         }
         fine
     }
 
     /// Walks from a fine step to the bottom of its valley.
-    fn polished(&mut self, start: Point) -> Point {
+    fn polished(&mut self, start: Point, fine_steps: i32) -> Point {
         let mut best = start;
-        let mut step = (COARSE_STEP - 1.0) / f64::from(FINE_STEPS);
-        for _ in 0..HALVINGS {
+        let mut step = (COARSE_STEP - 1.0) / f64::from(fine_steps);
+        let halvings = HALVINGS + self.family.bits().get().saturating_sub(8);
+        for _ in 0..halvings {
             step /= 2.0;
             let centre = f64::from(best.scale);
             for scale in [centre * (1.0 + step), centre * (1.0 - step)] {
-                if (f64::from(MIN_SCALE)..=f64::from(f32::MAX)).contains(&scale)
-                    && let Some(point) = self.at(scale, f64::INFINITY)
-                {
+                if let Some(point) = self.at_valid(scale, f64::INFINITY) {
                     keep_better(&mut best, point);
                 }
             }
         }
         best
+    }
+}
+
+impl<S: Side> Search<'_, S> {
+    /// The best of the scales of which the greatest magnitude is a whole multiple: if all values can lie on levels at once,
+    /// it is at one of these.
+    fn best_whole_scales(&mut self, least: f32, no_clipping: f32) -> Vec<Point> {
+        let greatest = self.sides.negative.greatest().max(self.sides.positive.greatest());
+        let level_count = self.family.bits().level_count().unsigned_abs();
+        if level_count > MOST_WHOLE_LEVELS {
+            return Vec::new();
+        }
+        let region = f64::from(least)..=f64::from(no_clipping) * FIRST;
+        let scales = (1..=level_count).map(|level| greatest / f64::from(level)).filter(|scale| region.contains(scale));
+        let mut points: Vec<Point> = scales.filter_map(|scale| self.at_valid(scale, f64::INFINITY)).collect();
+        sort_by_error(&mut points);
+        points.truncate(WHOLE_FINALISTS);
+        points
+    }
+
+    /// On wide grids the error of few values is as good as random from one fine step to the next: equal steps do as well.
+    fn equal_steps(&mut self, no_clipping: f32, best: &mut Point) {
+        for step in 1..=EQUAL_STEPS {
+            let scale = f64::from(no_clipping) * FIRST * f64::from(step) / f64::from(EQUAL_STEPS);
+            if let Some(point) = self.at_valid(scale, best.error) {
+                keep_better(best, point);
+            }
+        }
+    }
+
+    /// Like [`at`](Self::at), and `None` for what is no scale of any quantizer.
+    fn at_valid(&mut self, scale: f64, limit: f64) -> Option<Point> {
+        let is_valid = (f64::from(MIN_SCALE)..=f64::from(f32::MAX)).contains(&scale);
+        if is_valid { self.at(scale, limit) } else { None }
     }
 }
 
@@ -232,7 +316,12 @@ fn lowest_minima(points: &[Point], count: usize) -> Vec<Point> {
         points[index].error <= error(index.checked_sub(1)) && points[index].error <= error(Some(index + 1))
     };
     let mut minima: Vec<Point> = (0..points.len()).filter(is_minimum).map(|index| points[index]).collect();
-    minima.sort_by(|a, b| a.error.total_cmp(&b.error).then(b.scale.total_cmp(&a.scale)));
+    sort_by_error(&mut minima);
     minima.truncate(count);
     minima
+}
+
+/// Of equal errors the larger scale comes first.
+fn sort_by_error(points: &mut [Point]) {
+    points.sort_by(|a, b| a.error.total_cmp(&b.error).then(b.scale.total_cmp(&a.scale)));
 }

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::moments::Moments;
+use super::moments::{Moments, nearest_level};
 use super::search::{Effort, Side, Sides};
 
 /// Values taken at a time; lists are padded with zeros, which cost nothing, to whole groups.
@@ -49,7 +49,7 @@ impl<L: Loss> Values<L> {
     pub(super) fn sides(values: &[f32], loss: L, unit: f64, sorted: bool) -> Sides<Self> {
         let per_unit = 1.0 / unit;
         let side = |is_negative: bool| {
-            let belongs = |x: &f32| x.abs() >= f32::MIN_POSITIVE && x.is_sign_negative() == is_negative;
+            let belongs = |x: &f32| if is_negative { *x < 0.0 } else { *x > 0.0 };
             let in_units = |x: &f32| (f64::from(x.abs()) * per_unit) as f32;
             let mut magnitudes: Vec<f32> = values.iter().filter(|x| belongs(x)).map(in_units).collect();
             if sorted {
@@ -82,17 +82,20 @@ impl<L: Loss> Values<L> {
     }
 }
 
-/// The effort that raw values need: noise of the error falls with their number.
-pub(super) fn effort(exponent: u8, count: usize) -> Effort {
-    const NOISE: [f64; 4] = [0.6, 0.9, 1.15, 1.35];
-    let noise = NOISE[usize::from(exponent - 1).min(NOISE.len() - 1)];
-    let finalists = match count {
-        0..64 => 24,
-        64..1024 => 12,
-        _ => 6,
-    };
-    Effort { margin: 0.03 + 6.0 * noise / (count.max(1) as f64).sqrt(), finalists }
+/// The effort for raw values.
+pub(super) fn effort(exponent: u8, values: &[f32]) -> Effort {
+    let magnitudes = values.iter().map(|x| x.abs()).filter(|&x| x > 0.0);
+    let mut sample: Vec<f32> = magnitudes.take(SAMPLE).collect();
+    let sampled = sample.len();
+    sample.sort_unstable_by(f32::total_cmp);
+    sample.dedup();
+    // Few different values make as much noise as few values.
+    let count = if sample.len() < sampled { sample.len() } else { values.len() };
+    Effort::for_noise(exponent, count as f64)
 }
+
+/// Values among which equal ones are looked for.
+const SAMPLE: usize = 64;
 
 impl<L: Loss> Side for Values<L> {
     fn error(&self, scale: f64, levels: u32) -> f64 {
@@ -108,8 +111,8 @@ impl<L: Loss> Side for Values<L> {
         let mut rest = self.magnitudes.iter().map(|&x| f64::from(x)).peekable();
         for last in levels.rev() {
             let end = scale * f64::from(last);
-            while let Some(x) = rest.next_if(|x| (x / scale).round_ties_even() > f64::from(last)) {
-                inside -= self.loss.of((x - (x / scale).round_ties_even() * scale).abs());
+            while let Some(x) = rest.next_if(|x| nearest_level(x / scale) > f64::from(last)) {
+                inside -= self.loss.of(x - nearest_level(x / scale) * scale);
                 outside.add_point(x - end);
             }
             let clipping = outside.highest();

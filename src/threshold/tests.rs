@@ -1,0 +1,5 @@
+//! How good the chosen thresholds are: against brute force, within stated bounds, on data of many kinds.
+
+mod data;
+mod kl;
+mod quality;
