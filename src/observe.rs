@@ -96,7 +96,10 @@ impl Visit for Observer<'_> {
 
 /// How the channels of a tensor without gaps lie in memory.
 fn channel_layout(dense: &Dense<'_>, axis: ChannelAxis) -> ChannelLayout {
-    let last = dense.sizes.len().saturating_sub(1);
+    if dense.sizes.len() < 2 {
+        return ChannelLayout { count: 1, run_length: dense.values.len() };
+    }
+    let last = dense.sizes.len() - 1;
     let axis = if axis == ChannelAxis::Second { last.min(1) } else { last };
     let count = dense.sizes.get(axis).map_or(1, |&size| usize::try_from(size).unwrap_or_default());
     // The stride of an axis with one place says nothing.

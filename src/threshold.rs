@@ -106,7 +106,9 @@ pub enum SelectError {
         found: NotFinite,
     },
     /// A limit on outliers that leaves nothing.
-    #[error("expected a z_threshold that leaves values to quantize, found {deviations}, beyond which all values lie")]
+    #[error(
+        "expected a z_threshold that leaves values to quantize, found {deviations}, beyond which all values but zeros lie"
+    )]
     AllOutliers {
         /// Standard deviations beyond which a value does not count.
         deviations: f64,

@@ -302,14 +302,17 @@ impl Finder<'_> {
         self.sites.activations.sort_by_key(|site| site.anchors.first().map(|anchor| anchor.value));
     }
 
-    /// Last where a layer that does not convolve reads the class and none that does makes or reads it.
+    /// Last where a layer that does not convolve reads the class, unless one that does makes or reads it, or what is pooled
+    /// or flattened on its way there: that is made as an image.
     fn channel_axis(&self, class: ValueId) -> ChannelAxis {
         let mut axis = ChannelAxis::Second;
         for member in self.classes.members(class) {
             let nodes = self.classes.users(member).iter().copied().chain(self.classes.maker(member));
             for id in nodes {
-                match effective_role(self.listing, &self.listing.nodes[id]) {
+                let node = &self.listing.nodes[id];
+                match effective_role(self.listing, node) {
                     Some(Role::Weighted(row)) if row.convolves => return ChannelAxis::Second,
+                    _ if node.op.contains("pool") || node.op == "aten::flatten" => return ChannelAxis::Second,
                     Some(Role::Weighted(_) | Role::Product(_)) => axis = ChannelAxis::Last,
                     _ => {}
                 }

@@ -56,6 +56,8 @@ pub(super) struct Product {
 
 const CONV: Role =
     Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 0, convolves: true, output: true });
+const LINEAR: Role =
+    Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 0, convolves: false, output: true });
 const CONV_TRANSPOSE: Role =
     Role::Weighted(&Weighted { data: &[0], weights: Weights::Slots(&[1]), axis: 1, convolves: true, output: true });
 const EMBEDDING: Role =
@@ -84,7 +86,7 @@ const TABLE: &[(&str, Role)] = &[
     ("aten::_convolution", CONV), ("aten::_convolution_mode", CONV), ("aten::convolution", CONV),
     ("aten::conv_transpose1d", CONV_TRANSPOSE), ("aten::conv_transpose2d", CONV_TRANSPOSE),
     ("aten::conv_transpose3d", CONV_TRANSPOSE),
-    ("aten::linear", CONV), ("aten::bilinear", BILINEAR), ("aten::embedding", EMBEDDING),
+    ("aten::linear", LINEAR), ("aten::bilinear", BILINEAR), ("aten::embedding", EMBEDDING),
     ("aten::embedding_bag", EMBEDDING),
     ("aten::lstm", RECURRENT), ("aten::gru", RECURRENT), ("aten::rnn_tanh", RECURRENT), ("aten::rnn_relu", RECURRENT),
     ("aten::lstm_cell", CELL), ("aten::gru_cell", CELL), ("aten::rnn_tanh_cell", CELL), ("aten::rnn_relu_cell", CELL),

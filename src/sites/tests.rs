@@ -1,6 +1,6 @@
 //! Sites of small graphs that are put together by hand.
 
-use super::{Sites, find};
+use super::{ChannelAxis, Sites, find};
 use crate::jit::{Block, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 
 /// A listing in the making. Values are float tensors unless something else is said.
@@ -135,6 +135,24 @@ fn a_convolution_and_its_relu_have_one_site_behind_the_relu() {
     assert_eq!(weights(&sites), ["stem.weight", "head.weight"]);
     assert_eq!(sites.activations[1].op, "aten::conv2d");
     assert_eq!(sites.layers.iter().map(|layer| layer.constants.clone()).next(), Some(vec![vec![8, 8, 3, 3], vec![8]]));
+}
+
+/// A linear layer reads the pooled image flattened; it is made with its channels second all the same.
+#[test]
+fn channels_are_second_in_images_and_last_between_linear_layers() {
+    let mut graph = Graph::new();
+    let x = graph.argument("x.1");
+    let conv = graph.conv("stem", x);
+    let relu = graph.op("aten::relu", &[conv]);
+    let pooled = graph.op("aten::adaptive_avg_pool2d", &[relu]);
+    let flat = graph.op("aten::flatten", &[pooled]);
+    let weights = ["fc1.weight", "fc2.weight"].map(|name| graph.tensor(name, &[8, 8]));
+    let hidden = graph.op("aten::linear", &[flat, weights[0]]);
+    let output = graph.op("aten::linear", &[hidden, weights[1]]);
+    let sites = graph.returning(&[output]);
+    let axes: Vec<ChannelAxis> = sites.activations.iter().map(|site| site.channel_axis).collect();
+    assert_eq!(names(&sites).len(), 4, "{:?}", names(&sites));
+    assert_eq!(axes, [ChannelAxis::Second, ChannelAxis::Second, ChannelAxis::Second, ChannelAxis::Last]);
 }
 
 #[test]

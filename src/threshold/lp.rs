@@ -19,6 +19,11 @@ impl Loss for Power {
         self.0.get()
     }
 
+    /// The largest error that is no clipping becomes 1.
+    fn lane_factor(self) -> f32 {
+        2.0
+    }
+
     #[inline(always)]
     fn lanes<const N: usize>(self, errors: &mut [f32; N]) {
         let magnitudes = errors.map(f32::abs);

@@ -136,7 +136,7 @@ pub(super) fn from_the_last<S: Side>(
     errors.clear();
     let unclipped = by_level.last().copied().unwrap_or_default();
     for last in levels.rev() {
-        if side.clipping(scale * f64::from(last)) > limit {
+        if limit.is_finite() && side.clipping(scale * f64::from(last)) > limit {
             return;
         }
         errors.push(by_level.get(last as usize).copied().unwrap_or(unclipped).max(0.0));

@@ -16,7 +16,7 @@ const FINE_STEPS: i32 = 40;
 const FINER_STEPS: i32 = 100;
 
 /// Independent values below which every scale is tried.
-const FEW: f64 = 128.0;
+pub(super) const FEW: f64 = 128.0;
 
 /// Independent values from which the error is so smooth that few local minima have to be polished.
 const MANY: f64 = 1024.0;
@@ -226,7 +226,7 @@ impl<S: Side> Search<'_, S> {
         for (i, error_below) in (0..=overlap).zip(&self.below) {
             let Some(error_above) = self.above.get((overlap - i) as usize) else { continue };
             let error = error_below + error_above;
-            if best.is_none_or(|(_, least)| error < least) {
+            if best.is_none_or(|(_, least)| error < least || least.is_nan()) {
                 best = Some(((below - i) as i32, error));
             }
         }

@@ -76,7 +76,13 @@ pub fn select_activation(
     }
     let counted = inner.as_ref().map_or(histogram, |(_, inner)| inner);
     let data = counted.observed()?.ok_or(SelectError::Empty)?;
-    let sign = if data.has_negative() { Sign::Signed } else { Sign::Unsigned };
+    if let Some((deviations, _)) = inner
+        && data.is_all_zero()
+        && !observed.is_all_zero()
+    {
+        return Err(SelectError::AllOutliers { deviations });
+    }
+    let sign = if observed.has_negative() { Sign::Signed } else { Sign::Unsigned };
     let Chosen { threshold, curve } = choose(Data::Histogram(counted), data, sign, scheme, error_method)?;
     let params = threshold.params(scheme.bits);
     Ok(Selection {

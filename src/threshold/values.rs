@@ -3,10 +3,12 @@
 //! Everything is counted in a unit, a power of two near NOCLIPPING's scale, so that no power of an error can overflow or
 //! vanish, and so that scaling the data by a power of two changes nothing but the unit.
 
+use std::collections::HashSet;
+
 use rayon::prelude::*;
 
 use super::moments::{Moments, nearest_level};
-use super::search::{Effort, Side, Sides};
+use super::search::{Effort, FEW, Side, Sides};
 
 /// Values taken at a time; lists are padded with zeros, which cost nothing, to whole groups.
 const LANES: usize = 16;
@@ -27,6 +29,11 @@ const UNCLIPPED: f32 = (1 << 22) as f32;
 pub(super) trait Loss: Copy + Sync {
     /// p.
     fn exponent(self) -> u8;
+
+    /// What the errors that `lanes` takes are multiplied with beforehand, so that their powers do not vanish in `f32`.
+    fn lane_factor(self) -> f32 {
+        1.0
+    }
 
     /// The losses of these errors, in place.
     fn lanes<const N: usize>(self, errors: &mut [f32; N]);
@@ -73,7 +80,7 @@ impl<L: Loss> Values<L> {
     }
 
     fn power(&self, scale: f64) -> f64 {
-        scale.powi(i32::from(self.loss.exponent()))
+        (scale / f64::from(self.loss.lane_factor())).powi(i32::from(self.loss.exponent()))
     }
 
     /// The error without any clipping.
@@ -82,20 +89,18 @@ impl<L: Loss> Values<L> {
     }
 }
 
-/// The effort for raw values.
+/// The effort for raw values: few different ones make as much noise as few values, and zeros make none.
 pub(super) fn effort(exponent: u8, values: &[f32]) -> Effort {
-    let magnitudes = values.iter().map(|x| x.abs()).filter(|&x| x > 0.0);
-    let mut sample: Vec<f32> = magnitudes.take(SAMPLE).collect();
-    let sampled = sample.len();
-    sample.sort_unstable_by(f32::total_cmp);
-    sample.dedup();
-    // Few different values make as much noise as few values.
-    let count = if sample.len() < sampled { sample.len() } else { values.len() };
-    Effort::for_noise(exponent, count as f64)
+    let magnitudes = || values.iter().map(|x| x.abs()).filter(|&x| x > 0.0);
+    let mut distinct = HashSet::new();
+    for x in magnitudes() {
+        distinct.insert(x.to_bits());
+        if distinct.len() as f64 >= FEW {
+            return Effort::for_noise(exponent, magnitudes().count() as f64);
+        }
+    }
+    Effort::for_noise(exponent, distinct.len() as f64)
 }
-
-/// Values among which equal ones are looked for.
-const SAMPLE: usize = 64;
 
 impl<L: Loss> Side for Values<L> {
     fn error(&self, scale: f64, levels: u32) -> f64 {
@@ -125,7 +130,7 @@ impl<L: Loss> Side for Values<L> {
     }
 
     fn clipping(&self, end: f64) -> f64 {
-        self.sum(Term::Beyond { end: (end * self.per_unit) as f32 })
+        self.sum(Term::Beyond { end: (end * self.per_unit) as f32 }) * self.power(1.0)
     }
 
     fn greatest(&self) -> f64 {
@@ -175,12 +180,13 @@ impl<L: Loss> Sum<'_, L> {
     #[inline(always)]
     fn over(&self, error: impl Fn(f32) -> f32) -> f64 {
         let mut total = 0.0;
+        let factor = self.loss.lane_factor();
         for block in self.values.as_chunks::<LANES>().0.chunks(GROUPS_PER_BLOCK) {
             let mut sums = [0.0f32; LANES];
             for group in block {
                 let mut errors = [0.0f32; LANES];
                 for (place, &x) in errors.iter_mut().zip(group) {
-                    *place = error(x);
+                    *place = error(x) * factor;
                 }
                 self.loss.lanes(&mut errors);
                 for (sum, loss) in sums.iter_mut().zip(errors) {

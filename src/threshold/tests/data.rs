@@ -52,9 +52,10 @@ pub(super) enum Kind {
     Tiny,
     Huge,
     Denormal,
+    Sparse,
 }
 
-pub(super) const KINDS: [Kind; 19] = [
+pub(super) const KINDS: [Kind; 20] = [
     Kind::Normal,
     Kind::Laplace,
     Kind::Relu,
@@ -74,6 +75,7 @@ pub(super) const KINDS: [Kind; 19] = [
     Kind::Tiny,
     Kind::Huge,
     Kind::Denormal,
+    Kind::Sparse,
 ];
 
 impl Kind {
@@ -129,6 +131,8 @@ impl Kind {
                 Self::Tiny => x * 1e-30,
                 Self::Huge => x * 1e30,
                 Self::Denormal => x * 4e-38,
+                Self::Sparse if random.uniform() < 0.95 => 0.0,
+                Self::Sparse => x,
             }
         };
         (0..count).map(|index| value(index) as f32).collect()

@@ -143,6 +143,34 @@ fn weights_are_near_the_optimum() {
     }
 }
 
+/// The same for as many values as real layers have, and many zeros.
+#[test]
+fn weights_of_large_layers_are_near_the_optimum() {
+    for (method, p) in methods() {
+        for (grid, bound) in [(Grid::Symmetric, 1.001), (Grid::Uniform, 1.005)] {
+            let mut worst = Worst::default();
+            for (kind, count, bits) in [
+                (Kind::Normal, 1152, 8),
+                (Kind::Laplace, 4096, 8),
+                (Kind::Normal, 4096, 4),
+                (Kind::Sparse, 2000, 8),
+                (Kind::StudentT, 1024, 3),
+            ] {
+                let values = kind.values(count, 53);
+                let scheme = scheme(bits, grid);
+                let no_clipping = of_weights(&values, scheme, ErrorMethod::NoClipping);
+                let unit = f64::from(no_clipping.params[0].scale());
+                let found = raw_error(&values, &of_weights(&values, scheme, method).params[0], p, unit);
+                let all = candidates(no_clipping.thresholds[0], extremes(&values), scheme);
+                let all = all.iter().step_by(4).chain(&no_clipping.params);
+                let best = all.map(|params| raw_error(&values, params, p, unit)).fold(f64::INFINITY, f64::min);
+                worst.check(found, best, bound, SLACK.powi(p), || format!("{kind:?} {count} values {bits} bits"));
+            }
+            worst.finish("large weights", method, p, grid);
+        }
+    }
+}
+
 /// What the sides of a search say of a quantizer, by numerical integration over each bin.
 fn slow_histogram_error(histogram: &Histogram, params: &QuantParams, p: i32, unit: f64) -> f64 {
     let scale = f64::from(params.scale());
@@ -389,10 +417,12 @@ fn thresholds_depend_on_nothing_but_the_values() {
         let scheme = scheme(8, Grid::Uniform);
         let of_histogram = |values: &[f32]| select_activation(&histogram(values), scheme, method, None).unwrap();
         assert_eq!(of_histogram(&values), of_histogram(&reversed), "{method}");
-        let weights = Channels::new(&values[..4096 * 4], &[4, 4096], Some(0)).unwrap();
+        // Per channel, and one tensor large enough to be summed in parallel.
+        let channels = Channels::new(&values[..4096 * 4], &[4, 4096], Some(0)).unwrap();
+        let tensor = Channels::new(&values[..4096 * 20], &[4096 * 20], None).unwrap();
         let with_threads = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| select_weights(&weights, scheme, method).unwrap())
+            pool.install(|| [channels, tensor].map(|weights| select_weights(&weights, scheme, method).unwrap()))
         };
         assert_eq!(with_threads(1), with_threads(3), "{method}");
     }
