@@ -6,6 +6,7 @@
 
 mod channels;
 mod choose;
+mod closed_form;
 mod family;
 mod kl;
 mod lp;

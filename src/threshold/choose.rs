@@ -1,10 +1,11 @@
 //! One tensor or channel, one method, one threshold. It refuses to know channels, notes and reports.
 
+use super::closed_form::Closed;
 use super::family::{Family, Sign};
 use super::lp::{Power, Powers};
-use super::mae::{Absolute, Absolutes};
+use super::mae::Absolute;
 use super::mass::Mass;
-use super::mse::{Square, Squares};
+use super::mse::Square;
 use super::search::{Effort, Found, Point, Side, Sides, search};
 use super::values::{self, Loss, Values};
 use super::{CurvePoint, ErrorMethod, SelectError, kl, no_clipping};
@@ -52,8 +53,12 @@ pub(super) fn choose(
     let chooser = Chooser { data, observed, family, scheme, no_clipping: no_clipping.params(scheme.bits) };
     match error_method {
         ErrorMethod::NoClipping => Ok(Chosen { threshold: no_clipping, curve: Vec::new() }),
-        ErrorMethod::Mse => Ok(chooser.by_loss(Square, |bins, unit| Squares(Mass::new(bins, unit)))),
-        ErrorMethod::Mae => Ok(chooser.by_loss(Absolute, |bins, unit| Absolutes(Mass::new(bins, unit)))),
+        ErrorMethod::Mse => {
+            Ok(chooser.by_loss(Square, |bins, unit| Closed { form: Square, mass: Mass::new(bins, unit) }))
+        }
+        ErrorMethod::Mae => {
+            Ok(chooser.by_loss(Absolute, |bins, unit| Closed { form: Absolute, mass: Mass::new(bins, unit) }))
+        }
         ErrorMethod::Lp { p } => match p.get() {
             1 => choose(data, observed, sign, scheme, ErrorMethod::Mae),
             2 => choose(data, observed, sign, scheme, ErrorMethod::Mse),

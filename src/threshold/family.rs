@@ -17,6 +17,16 @@ pub(super) struct Ends {
     pub(super) above: u32,
 }
 
+impl Ends {
+    /// Those of a quantizer.
+    pub(super) fn of(params: &QuantParams) -> Self {
+        Self {
+            below: (params.zero_point() - params.quant_min()).unsigned_abs(),
+            above: (params.quant_max() - params.zero_point()).unsigned_abs(),
+        }
+    }
+}
+
 /// One threshold for each scale; a uniform range keeps its lower end.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Family {

@@ -44,12 +44,8 @@ pub(super) fn search(data: Data<'_>, observed: Observed, family: Family, no_clip
         f64::from(no_clipping.scale()) * f64::from(no_clipping.quant_min().abs().max(no_clipping.quant_max() + 1))
     };
     let lines = Lines::new(data, extent / f64::from(BINS));
-    let first = Ends {
-        below: (no_clipping.zero_point() - no_clipping.quant_min()).unsigned_abs(),
-        above: (no_clipping.quant_max() - no_clipping.zero_point()).unsigned_abs(),
-    };
     let scale = f64::from(no_clipping.scale());
-    let error = lines.divergence(scale, first);
+    let error = lines.divergence(scale, Ends::of(no_clipping));
     let mut best = Point { scale: no_clipping.scale(), zero_point: no_clipping.zero_point(), error };
     let mut curve = vec![best];
     let candidates = Candidates { family, lines: &lines, no_clipping, observed };

@@ -1,10 +1,10 @@
 //! MAE: the mean of abs(x − q).
 
-use super::mass::{Mass, from_the_last};
-use super::search::Side;
+use super::closed_form::{ClosedForm, tie_above};
+use super::mass::Mass;
 use super::values::Loss;
 
-/// abs(x − q) of raw values.
+/// abs(x − q).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Absolute;
 
@@ -25,48 +25,19 @@ impl Loss for Absolute {
     }
 }
 
-/// abs(x − q) of a histogram.
-///
-/// As a function of the magnitude x it rises from each level and falls from each tie between two, so that it is
+/// As a function of the magnitude x the error rises from each level and falls from each tie between two, so that it is
 /// x − 2 Σ_j (max(x − (j + ½)s, 0) − max(x − (j + 1)s, 0)), the sum going over all levels below the last.
-#[derive(Debug)]
-pub(super) struct Absolutes(pub(super) Mass);
+impl ClosedForm for Absolute {
+    fn of_zero(self, mass: &Mass) -> f64 {
+        mass.sum()
+    }
 
-impl Absolutes {
-    /// Calls with the error for each last level from 0 to `last`, or to the first that clips nothing.
     #[inline]
-    fn for_each(&self, scale: f64, last: u32, mut visit: impl FnMut(f64)) {
-        let mut error = self.0.sum();
-        visit(error);
-        for level in 0..last {
-            let tie = (f64::from(level) + 0.5) * scale;
-            if tie >= self.0.greatest() {
-                break;
-            }
-            error -= 2.0 * (self.0.excess(tie) - self.0.excess(f64::from(level + 1) * scale));
-            visit(error);
-        }
-    }
-}
-
-impl Side for Absolutes {
-    fn error(&self, scale: f64, levels: u32) -> f64 {
-        let mut last = 0.0;
-        self.for_each(scale * self.0.per_unit, levels, |error| last = error);
-        f64::max(last, 0.0)
+    fn saved(self, mass: &Mass, level: u32, scale: f64) -> f64 {
+        2.0 * (mass.excess(tie_above(level, scale)) - mass.excess(f64::from(level + 1) * scale))
     }
 
-    fn errors(&self, scale: f64, levels: std::ops::RangeInclusive<u32>, limit: f64, errors: &mut Vec<f64>) {
-        let mut by_level = Vec::with_capacity(*levels.end() as usize + 1);
-        self.for_each(scale * self.0.per_unit, *levels.end(), |error| by_level.push(error));
-        from_the_last(self, scale, levels, limit, &by_level, errors);
-    }
-
-    fn clipping(&self, end: f64) -> f64 {
-        self.0.excess(end * self.0.per_unit)
-    }
-
-    fn greatest(&self) -> f64 {
-        self.0.greatest() / self.0.per_unit
+    fn beyond(self, mass: &Mass, end: f64) -> f64 {
+        mass.excess(end)
     }
 }

@@ -1,8 +1,10 @@
 //! What a quantizer does to given values: squared error, signal, clipped values. It refuses to know how the quantizer
 //! was chosen.
 
+use super::closed_form::Closed;
+use super::family::Ends;
 use super::mass::Mass;
-use super::mse::Squares;
+use super::mse::Square;
 use super::search::Side;
 use crate::quantizer::{QuantParams, Range};
 use crate::statistics::{Histogram, Observed};
@@ -44,16 +46,15 @@ impl Measured {
     /// What the quantizer does to the values of a histogram, spread evenly within bins.
     pub(super) fn of_histogram(histogram: &Histogram, observed: Observed, params: &QuantParams) -> Self {
         let unit = f64::from(params.scale()).log2().floor().exp2();
-        let negative = Squares(Mass::new(&histogram.negative_bins(), unit));
-        let positive = Squares(Mass::new(&histogram.positive_bins(), unit));
+        let [negative, positive] = [histogram.negative_bins(), histogram.positive_bins()]
+            .map(|bins| Closed { form: Square, mass: Mass::new(&bins, unit) });
         let scale = f64::from(params.scale());
-        let below = (params.zero_point() - params.quant_min()).unsigned_abs();
-        let above = (params.quant_max() - params.zero_point()).unsigned_abs();
+        let Ends { below, above } = Ends::of(params);
         let Range { lo, hi } = params.unclipped();
-        let clipped = negative.0.count_beyond(-lo / unit) + positive.0.count_beyond(hi / unit);
+        let clipped = negative.mass.count_beyond(-lo / unit) + positive.mass.count_beyond(hi / unit);
         Self {
             squared_error: (negative.error(scale, below) + positive.error(scale, above)) * unit * unit,
-            signal: (negative.0.squares() + positive.0.squares()) * unit * unit,
+            signal: (negative.mass.squares() + positive.mass.squares()) * unit * unit,
             clipped: clipped.round() as u64,
             count: observed.count(),
         }

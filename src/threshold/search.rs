@@ -157,11 +157,7 @@ struct Search<'a, S> {
 impl<S: Side> Search<'_, S> {
     fn of_params(&self, params: &QuantParams) -> Point {
         let scale = f64::from(params.scale());
-        let ends = Ends {
-            below: (params.zero_point() - params.quant_min()).unsigned_abs(),
-            above: (params.quant_max() - params.zero_point()).unsigned_abs(),
-        };
-        Point { scale: params.scale(), zero_point: params.zero_point(), error: self.error(scale, ends) }
+        Point { scale: params.scale(), zero_point: params.zero_point(), error: self.error(scale, Ends::of(params)) }
     }
 
     fn error(&self, scale: f64, ends: Ends) -> f64 {

@@ -3,10 +3,12 @@
 use super::data::{KINDS, Kind, histogram};
 use crate::quantizer::{Bits, Grid, QuantParams, Range, Scheme, Threshold};
 use crate::statistics::Histogram;
+use crate::threshold::closed_form::Closed;
+use crate::threshold::family::Ends;
 use crate::threshold::lp::Powers;
-use crate::threshold::mae::Absolutes;
+use crate::threshold::mae::Absolute;
 use crate::threshold::mass::Mass;
-use crate::threshold::mse::Squares;
+use crate::threshold::mse::Square;
 use crate::threshold::search::Side;
 use crate::threshold::{Channels, ErrorMethod, Exponent, Selection, select_activation, select_weights};
 
@@ -196,14 +198,13 @@ fn objective<'a>(histogram: &'a Histogram, p: i32, unit: f64) -> impl Fn(&QuantP
     let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
     let sides: [Box<dyn Side>; 2] = [negative, positive].map(|bins| -> Box<dyn Side> {
         match p {
-            1 => Box::new(Absolutes(Mass::new(&bins, unit))),
-            2 => Box::new(Squares(Mass::new(&bins, unit))),
+            1 => Box::new(Closed { form: Absolute, mass: Mass::new(&bins, unit) }),
+            2 => Box::new(Closed { form: Square, mass: Mass::new(&bins, unit) }),
             p => Box::new(Powers::new(&bins, Exponent::try_from(i128::from(p)).unwrap(), unit)),
         }
     });
     move |params| {
-        let below = (params.zero_point() - params.quant_min()).unsigned_abs();
-        let above = (params.quant_max() - params.zero_point()).unsigned_abs();
+        let Ends { below, above } = Ends::of(params);
         let scale = f64::from(params.scale());
         (sides[0].error(scale, below) + sides[1].error(scale, above)) / histogram.count() as f64
     }
