@@ -9,6 +9,7 @@ mod counter;
 mod exact_sum;
 mod histogram;
 mod min_max;
+mod non_zero;
 
 pub use activation::Activation;
 pub use channels::{Channel, ChannelLayout, Channels};

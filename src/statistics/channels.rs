@@ -1,6 +1,6 @@
 //! Sum, minimum and maximum of each channel of a stream of tensors. It knows slices, and not what the sums are for.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::exact_sum::ExactSum;
 use super::histogram::{BLOCK, DRAINED_AFTER, count_block, finite_of};
@@ -170,18 +170,19 @@ pub(super) fn observe(
     for (number, counter) in counters.iter_mut().take(part_count).enumerate() {
         let end = layout.count * (number + 1) / part_count;
         let (own, others) = rest.split_at_mut(end - first);
-        parts.push(Mutex::new(Part { first, channels: own, tally: Tally::new(counter) }));
+        parts.push(Mutex::new(Some(Part { first, channels: own, tally: Tally::new(counter) })));
         (rest, first) = (others, end);
     }
+    let histogram = Mutex::new(histogram);
     in_parallel(part_count, &|number| {
-        if let Some(Ok(mut part)) = parts.get(number).map(Mutex::lock) {
-            pulp::Arch::new().dispatch(Observe { part: &mut part, values, layout });
-        }
+        let Some(mut part) = parts.get(number).and_then(|part| locked(part).take()) else { return };
+        pulp::Arch::new().dispatch(Observe { part: &mut part, values, layout });
+        part.tally.add_to(&mut locked(&histogram));
     });
-    for part in parts {
-        let part = part.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        part.tally.add_to(histogram);
-    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// [`Part::observe`], compiled for each set of vector instructions.

@@ -3,7 +3,6 @@
 //! Values that count as zero (denormals) add nothing.
 
 use super::MinMax;
-use super::histogram::BLOCK;
 
 /// Exponent of the unit: every finite `f32` is a whole multiple of 2^-149.
 const UNIT_EXPONENT: i32 = -149;
@@ -18,7 +17,11 @@ const DIGITS: usize = 11;
 const CARRY_AFTER: u32 = 1 << 30;
 
 /// Independent `f64` sums, so that they become vector instructions.
-const LANES: usize = 8;
+const LANES: usize = 16;
+
+/// Values whose bits are taken layer by layer at a time, and the bits of that number.
+const PIECE: usize = 64;
+const PIECE_BITS: i32 = 7;
 
 /// Bits of the mantissa of an `f32` and of an `f64`, the leading one included.
 const SINGLE: i32 = 24;
@@ -35,7 +38,7 @@ pub(super) struct ExactSum {
 impl ExactSum {
     pub(super) const ZERO: Self = Self { digits: [0; DIGITS], additions: 0 };
 
-    /// Adds at most [`BLOCK`] finite values, which `seen` sums up.
+    /// Adds finite values of a block, which `seen` sums up.
     #[inline(always)]
     pub(super) fn add_block(&mut self, values: &[f32], seen: &MinMax) {
         let Some([least, greatest]) = seen.magnitudes() else { return };
@@ -44,31 +47,35 @@ impl ExactSum {
         if exponent(greatest.into()) + 1 + length_bits - (exponent(least.into()) - SINGLE + 1) <= DOUBLE {
             self.add(sum_in_lanes(values));
         } else {
-            self.add_in_layers(values, greatest.into(), length_bits);
+            self.add_in_layers(values, greatest.into());
         }
     }
 
     /// Adds the values' leading bits, then what is left of them, until nothing is.
     #[inline(never)]
-    fn add_in_layers(&mut self, values: &[f32], greatest: f64, length_bits: i32) {
-        let mut rest = [0.0f64; BLOCK];
-        for (rest, &x) in rest.iter_mut().zip(values) {
-            *rest = flushed(x);
-        }
-        let mut greatest = greatest;
-        while greatest > 0.0 {
-            let unit = exponent(greatest) + 2 + length_bits - DOUBLE;
-            // Adding this and taking it away again rounds to a multiple of 2^unit.
-            let rounder = 1.5 * 2f64.powi(unit + DOUBLE - 1);
-            let mut sum = 0.0;
-            greatest = 0.0;
-            for x in rest.iter_mut().take(values.len()) {
-                let leading = (*x + rounder) - rounder;
-                sum += leading;
-                *x -= leading;
-                greatest = x.abs().max(greatest);
+    fn add_in_layers(&mut self, values: &[f32], greatest: f64) {
+        for piece in values.chunks(PIECE) {
+            let mut rest = [0.0f64; PIECE];
+            for (rest, &x) in rest.iter_mut().zip(piece) {
+                *rest = flushed(x);
             }
-            self.add(sum);
+            let mut greatest = greatest;
+            while greatest > 0.0 {
+                let unit = exponent(greatest) + 2 + PIECE_BITS - DOUBLE;
+                // Adding this and taking it away again rounds to a multiple of 2^unit.
+                let rounder = 1.5 * 2f64.powi(unit + DOUBLE - 1);
+                let (mut sums, mut tops) = ([0.0f64; LANES], [0.0f64; LANES]);
+                for part in rest.as_chunks_mut::<LANES>().0 {
+                    for (lane, x) in part.iter_mut().enumerate() {
+                        let leading = (*x + rounder) - rounder;
+                        sums[lane] += leading;
+                        *x -= leading;
+                        tops[lane] = if x.abs() > tops[lane] { x.abs() } else { tops[lane] };
+                    }
+                }
+                self.add(sums.iter().sum());
+                greatest = tops.into_iter().fold(0.0, f64::max);
+            }
         }
     }
 
@@ -176,6 +183,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::statistics::histogram::BLOCK;
 
     fn sum(values: &[f32]) -> ExactSum {
         let mut sum = ExactSum::ZERO;

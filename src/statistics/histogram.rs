@@ -15,7 +15,7 @@ pub(super) const BINS_PER_OCTAVE: usize = 1 << 10;
 const DROPPED_BITS: u32 = 13;
 
 /// Values counted at a time, so that the second pass over them finds them in the first cache.
-pub(super) const BLOCK: usize = 4096;
+pub(super) const BLOCK: usize = 1024;
 
 /// Values after which a counter is drained, so that no count in it can overflow. Few in tests, which have to get there.
 pub(super) const DRAINED_AFTER: usize = if cfg!(test) { 1 << 16 } else { 1 << 30 };
@@ -210,9 +210,9 @@ impl pulp::NullaryFnOnce for Count<'_> {
 pub(super) fn count_block(block: &[f32], counter: &mut Counter) -> MinMax {
     let seen = MinMax::of_block(block);
     if seen.is_finite() {
-        counter.count(block);
+        counter.count(block, &seen);
     } else {
-        counter.count(&finite_of(block));
+        counter.count(&finite_of(block), &seen);
     }
     seen
 }
