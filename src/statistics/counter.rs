@@ -77,8 +77,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::statistics::histogram::NEGATIVE;
     use crate::statistics::Histogram;
+    use crate::statistics::histogram::NEGATIVE;
     use crate::statistics::histogram::tests::{any_values, of};
 
     impl Counter {
