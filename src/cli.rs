@@ -1,8 +1,10 @@
 //! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
 
+mod completions;
 mod inspect;
 mod progress;
 mod quantize;
+mod schema;
 mod table;
 
 use std::process::ExitCode;
@@ -35,6 +37,10 @@ enum Command {
     Quantize(quantize::Quantize),
     /// Explain a TorchScript file: signature, layers, what would be quantized and what not.
     Inspect(inspect::Inspect),
+    /// Print a JSON schema of the experiment file, for editors.
+    Schema(schema::Schema),
+    /// Print the completions of a shell.
+    Completions(completions::Completions),
 }
 
 /// Runs the command line of this process.
@@ -45,6 +51,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Quantize(command) => command.run(),
         Command::Inspect(command) => command.run(),
+        Command::Schema(command) => command.run(),
+        Command::Completions(command) => command.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -11,6 +11,7 @@ mod keys;
 mod not_built;
 mod plan;
 mod resolve;
+mod schema;
 mod write;
 
 use std::io::Read;
@@ -21,6 +22,7 @@ pub use plan::{
     ActivationPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Layout, Metric,
     OutputPlan, Plan, Transform, WeightPlan,
 };
+pub use schema::json_schema;
 
 use document::{MAX_DEPTH, Node, Value};
 

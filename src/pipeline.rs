@@ -1,9 +1,11 @@
 //! The order of the stages, and nothing else that a stage could do itself.
 
 mod compare;
+mod estimate;
 mod hash;
 mod run_dir;
 mod select;
+mod worst;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -23,6 +25,7 @@ use crate::report::{self, Report, SiteReport, Timings};
 use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
 
+pub use estimate::{Estimate, estimate};
 pub use run_dir::RunDirError;
 
 /// Rows that the clean-up is checked on.
@@ -155,6 +158,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 
     progress.stage("search", 0);
     let selections = select::select(plan, &model, &mut sites, &statistics)?;
+    let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, calibration.rows())?;
     timings.search = lap(&mut clock);
 
     progress.stage("emit", 0);
@@ -192,6 +196,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         calibration_samples: calibration.rows(),
         warnings: warnings(&model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation),
         sites: selections.reports,
+        worst_sites,
         left_float: sites.left_float,
         evaluation,
         files: report::Files { float_bytes: size(&plan.model)?, quantized_bytes: size(&file)? },

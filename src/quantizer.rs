@@ -7,6 +7,7 @@ mod bits;
 mod params;
 mod threshold;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use bits::{Bits, BitsError};
@@ -17,7 +18,7 @@ pub use threshold::{Range, Threshold};
 pub const MIN_SCALE: f32 = f32::MIN_POSITIVE;
 
 /// Where the levels of a quantizer lie.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Grid {
     /// Zero point 0, one threshold.
@@ -29,7 +30,7 @@ pub enum Grid {
 }
 
 /// How many thresholds a weight tensor has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Granularity {
     /// One.

@@ -38,6 +38,8 @@ pub struct Report {
     pub calibration_samples: usize,
     /// What was quantized, weights first, in graph order.
     pub sites: Vec<SiteReport>,
+    /// The sites that lose most, worst first.
+    pub worst_sites: Vec<WorstSite>,
     /// What was not.
     pub left_float: Vec<LeftFloat>,
     /// What a reader should know.
@@ -187,6 +189,22 @@ impl From<&Selection> for Quantizers {
             notes: selection.notes.iter().map(ToString::to_string).collect(),
         }
     }
+}
+
+/// A site that loses much, and what might help.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WorstSite {
+    /// Its name.
+    pub name: String,
+    /// Weight or activation.
+    pub kind: Kind,
+    /// That of the site alone, in dB.
+    pub sqnr_db: f64,
+    /// A guess at the cause.
+    pub cause: String,
+    /// A line of YAML to try.
+    #[serde(rename = "try")]
+    pub line: String,
 }
 
 /// Float against quantized.

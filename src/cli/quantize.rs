@@ -9,7 +9,7 @@ use clap::Args;
 use super::progress::Display;
 use super::table;
 use crate::config::{Experiment, Metric, Plan};
-use crate::pipeline::{self, Outcome};
+use crate::pipeline::{self, Estimate, Outcome};
 use crate::report::{Accuracy, Kind, Report};
 
 /// Quantize a model as a YAML file describes.
@@ -24,6 +24,9 @@ pub(super) struct Quantize {
     /// Where the model runs: auto or cpu.
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
+    /// Load model and data, run one batch, print the plan and what a run would cost; write nothing.
+    #[arg(long)]
+    dry_run: bool,
     /// Print nothing but errors.
     #[arg(long, short)]
     quiet: bool,
@@ -32,6 +35,10 @@ pub(super) struct Quantize {
 impl Quantize {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let plan = self.plan()?;
+        if self.dry_run {
+            let estimate = pipeline::estimate(&plan)?;
+            return Ok(print_estimate(&mut std::io::stdout().lock(), &plan, &estimate)?);
+        }
         let mut display = Display::new(self.quiet);
         let outcome = pipeline::quantize(&plan, &mut display);
         display.finish();
@@ -52,17 +59,46 @@ impl Quantize {
     }
 }
 
+/// The resolved experiment, then what it would do and cost as comments, so that the whole is an experiment again.
+fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> anyhow::Result<()> {
+    write!(out, "{}", plan.to_yaml()?)?;
+    writeln!(
+        out,
+        "# {} ({} elements) and {} would be quantized, {} left float",
+        table::count(estimate.weights, "weight"),
+        estimate.weight_elements,
+        table::count(estimate.activations, "activation"),
+        table::count(estimate.left_float.len(), "op or value"),
+    )?;
+    let (times, calibrated, evaluated) = (&estimate.timings, estimate.calibration_rows, estimate.evaluation_rows);
+    writeln!(
+        out,
+        "# about {:.0} s: load {:.1}, calibrate {:.1} ({calibrated} rows), search {:.1}, evaluate {:.1} ({evaluated} rows)",
+        times.total.max(1.0),
+        times.load,
+        times.calibrate,
+        times.search,
+        times.evaluate
+    )?;
+    if let Some(bytes) = estimate.peak_memory_bytes {
+        writeln!(out, "# about {} of memory", table::bytes(bytes))?;
+    }
+    writeln!(out, "# nothing was written; the run would write {}", plan.output.dir.display())?;
+    Ok(())
+}
+
 fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Result<()> {
     let report = &outcome.report;
     writeln!(out, "{}", result_table(plan, report))?;
     let count = |kind| report.sites.iter().filter(|site| site.kind == kind).count();
     writeln!(
         out,
-        "{} weights and {} activations quantized; {} ops and values left float (see report.json)",
-        count(Kind::Weight),
-        count(Kind::Activation),
-        report.left_float.len()
+        "{} and {} quantized; {} left float (see report.json)",
+        table::count(count(Kind::Weight), "weight"),
+        table::count(count(Kind::Activation), "activation"),
+        table::count(report.left_float.len(), "op or value")
     )?;
+    print_worst_sites(out, report)?;
     for warning in &report.warnings {
         writeln!(out, "note: {warning}")?;
     }
@@ -73,6 +109,18 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
         times.total, times.load, times.calibrate, times.search, times.emit, times.evaluate
     )?;
     writeln!(out, "written to {}", outcome.dir.display())
+}
+
+fn print_worst_sites(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
+    if report.worst_sites.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "sites with the lowest SQNR of their own, a guess at the cause, a line to try:")?;
+    for site in &report.worst_sites {
+        writeln!(out, "  {:.1} dB {}: {}", site.sqnr_db, site.name, site.cause)?;
+        writeln!(out, "          {}", site.line)?;
+    }
+    Ok(())
 }
 
 /// Float beside quantized, one row per metric.

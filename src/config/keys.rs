@@ -7,6 +7,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -14,89 +15,136 @@ use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{Exponent, ExponentError};
 
-#[derive(Debug, Deserialize, Serialize)]
+/// An experiment of tsquant.
+#[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Keys {
+    /// The model that comes in.
     pub(super) model: Option<ModelKeys>,
+    /// What runs through the model while statistics are collected.
     pub(super) calibration: Option<CalibrationKeys>,
+    /// How weights and activations are quantized.
     pub(super) quantization: Option<QuantizationKeys>,
+    /// Where the model runs.
     pub(super) device: Option<DevicePlan>,
+    /// What is written, and where.
     pub(super) output: Option<OutputKeys>,
+    /// What the float and the quantized model are compared on; the calibration data where it is not given.
     pub(super) evaluation: Option<EvaluationKeys>,
+    /// Seed of everything that draws.
     pub(super) seed: Option<u64>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// The model that comes in.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ModelKeys {
+    /// A TorchScript file.
     pub(super) path: Option<PathBuf>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// Calibration data.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct CalibrationKeys {
+    /// A .safetensors, .npz or .npy file, or a folder of images.
     pub(super) data: Option<PathBuf>,
+    /// The tensors that the model takes, by position or by argument name.
     pub(super) inputs: Option<InputsPlan>,
+    /// Number of rows to use; all if it is not given.
     pub(super) samples: Option<Count>,
+    /// Draw the rows by seed instead of taking the first.
     pub(super) shuffle: Option<bool>,
+    /// Rows in a batch.
     pub(super) batch_size: Option<Count>,
+    /// From stored values to the model's.
     pub(super) transform: Option<TransformKeys>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// Evaluation data; inputs, batch size and transform are those of calibration unless given.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EvaluationKeys {
+    /// A .safetensors, .npz or .npy file, or a folder of images.
     pub(super) data: Option<PathBuf>,
+    /// The tensors that the model takes, by position or by argument name.
     pub(super) inputs: Option<InputsPlan>,
+    /// A tensor of class indices, (N), or (N, K) with K accepted classes padded with -1.
     pub(super) labels: Option<String>,
+    /// Measures to show; the first one ranks.
     pub(super) metrics: Option<Vec<Metric>>,
+    /// Number of rows to use; all if it is not given.
     pub(super) samples: Option<Count>,
+    /// Draw the rows by seed instead of taking the first.
     pub(super) shuffle: Option<bool>,
+    /// Rows in a batch.
     pub(super) batch_size: Option<Count>,
+    /// From stored values to the model's.
     pub(super) transform: Option<TransformKeys>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// From stored values to the model's, in this order.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TransformKeys {
+    /// Scale the short side to this many pixels.
     pub(super) resize: Option<Pixels>,
+    /// Cut this square, or [height, width], out of the centre.
     pub(super) crop: Option<Crop>,
+    /// How stored images lie in memory.
     pub(super) layout: Option<Layout>,
+    /// Factor for every value.
     pub(super) scale: Option<f64>,
+    /// Subtracted: one value, or one per channel.
     pub(super) mean: Option<Vec<f64>>,
+    /// Divides: one value, or one per channel.
     pub(super) std: Option<Vec<f64>>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// How weights and activations are quantized.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QuantizationKeys {
+    /// Weights.
     pub(super) weights: Option<SiteKeys>,
+    /// Activations, always per tensor.
     pub(super) activations: Option<SiteKeys>,
+    /// How thresholds of weights are chosen.
     pub(super) weights_error_method: Option<Method>,
+    /// How thresholds of activations are chosen.
     pub(super) activation_error_method: Option<Method>,
+    /// The exponent of LP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) l_p_value: Option<LpValue>,
+    /// Activation values farther than so many standard deviations from the mean do not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) z_threshold: Option<Deviations>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// Bits, grid and granularity.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SiteKeys {
+    /// Width.
     pub(super) bits: Option<Bits>,
+    /// Where the levels lie.
     pub(super) grid: Option<Grid>,
+    /// One threshold per tensor or per output channel.
     pub(super) granularity: Option<Granularity>,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+/// What is written, and where.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct OutputKeys {
+    /// The run directory.
     pub(super) dir: Option<PathBuf>,
+    /// Form of the emitted model.
     pub(super) format: Option<Formats>,
 }
 
 /// The name of an error method; its parameters are other keys.
-#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub(super) enum Method {
     NoClipping,

@@ -124,7 +124,8 @@ fn open_to_readers(_path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
+/// An error unless there is nothing in the place of a run directory, or an earlier run of ours.
+pub(super) fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
     let found = match std::fs::symlink_metadata(target) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(RunDirError::Io { path: target.to_owned(), source: error }),

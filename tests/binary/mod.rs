@@ -129,11 +129,20 @@ impl Folder {
         line
     }
 
-    /// The report of the run in the folder `run`.
+    /// The report of the run in the folder `run`, which has to be as its schema says.
     pub(crate) fn report(&self, run: &str) -> serde_json::Value {
         let text = fs_err::read_to_string(self.path().join(run).join("report.json")).expect("a report");
-        serde_json::from_str(&text).expect("a report in JSON")
+        let report = serde_json::from_str(&text).expect("a report in JSON");
+        let schema = fs_err::read_to_string(shipped("docs/report.schema.json")).expect("the schema of reports");
+        assert_eq!(misfits(&serde_json::from_str(&schema).expect("a schema in JSON"), &report), [""; 0]);
+        report
     }
+}
+
+/// Where a value is not as a JSON schema says, and why.
+pub(crate) fn misfits(schema: &serde_json::Value, value: &serde_json::Value) -> Vec<String> {
+    let validator = jsonschema::validator_for(schema).expect("a valid schema");
+    validator.iter_errors(value).map(|error| format!("{}: {error}", error.instance_path())).collect()
 }
 
 /// The relative paths of all files and folders below `folder`, in order.

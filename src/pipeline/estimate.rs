@@ -1,0 +1,118 @@
+//! What a run would do and cost, from one batch: everything that can be wrong before calibration is found, nothing is written.
+
+use std::time::Instant;
+
+use super::{Error, compare, hash, load_clean, peak_memory_bytes, run_dir};
+use crate::config::Plan;
+use crate::dataset::Dataset;
+use crate::feed;
+use crate::jit::NoVisit;
+use crate::quantizer::Grid;
+use crate::report::{Hashes, Timings};
+use crate::sites::{self, LeftFloat};
+use crate::threshold::ErrorMethod;
+
+/// Calibration in plain forwards, measured on MobileNetV2; see docs/measurements.md.
+const CALIBRATION: f64 = 1.35;
+
+/// Evaluation in plain forwards: a float pass, and a simulated one with its quantizers, measured on MobileNetV2.
+const EVALUATION: f64 = 2.5;
+
+/// Runs of the batch, of which the fastest counts: the first one is slow.
+const RUNS: usize = 3;
+
+/// Search of one activation site in seconds, an upper value of those measured.
+const SITE: f64 = 0.01;
+
+/// Bytes of the statistics of one activation site, an upper value of those seen.
+const STATISTICS: u64 = 1 << 20;
+
+/// A run that was not made.
+#[derive(Debug, Clone)]
+pub struct Estimate {
+    /// SHA-256 of what goes in.
+    pub hashes: Hashes,
+    /// Weights to quantize.
+    pub weights: usize,
+    /// Their elements.
+    pub weight_elements: u64,
+    /// Activation sites to quantize.
+    pub activations: usize,
+    /// What stays float.
+    pub left_float: Vec<LeftFloat>,
+    /// Rows of calibration data.
+    pub calibration_rows: usize,
+    /// Rows that the models are compared on.
+    pub evaluation_rows: usize,
+    /// Seconds per stage; that of loading is measured.
+    pub timings: Timings,
+    /// Largest resident memory; `None` where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Loads model and data, finds the sites, runs one batch, and says what a run would cost.
+///
+/// # Errors
+/// Whatever would make the run fail before it calibrates.
+pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
+    run_dir::refuse_occupied(&plan.output.dir)?;
+    let start = Instant::now();
+    let hashes = hash::of_plan(plan)?;
+    let calibration = Dataset::open(&plan.calibration)?;
+    let comparison = compare::Data::open(plan)?;
+    let model = load_clean(plan, &calibration)?;
+    let sites = sites::find(model.listing());
+    if sites.weights.is_empty() && sites.activations.is_empty() {
+        return Err(Error::NoSites { model: plan.model.clone() });
+    }
+    let load = start.elapsed().as_secs_f64();
+
+    let batch_size = plan.calibration.batch_size.get().min(calibration.rows());
+    let arguments = feed::bind(model.module(), calibration.first(batch_size)?)?;
+    let float = model.instrument(&[], &[])?;
+    let mut row = f64::INFINITY;
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        float.run(&arguments, &mut NoVisit)?;
+        row = row.min(start.elapsed().as_secs_f64() / batch_size as f64);
+    }
+
+    let elements = |shape: &[i64]| shape.iter().map(|size| size.unsigned_abs()).product::<u64>();
+    let weight_elements: u64 = sites.weights.iter().map(|site| elements(&site.shape)).sum();
+    let evaluation_rows = comparison.rows(&calibration);
+    let mut timings = Timings {
+        load,
+        calibrate: row * calibration.rows() as f64 * CALIBRATION,
+        search: weight_elements as f64 * per_weight(plan) + sites.activations.len() as f64 * SITE,
+        emit: 0.0,
+        evaluate: row * evaluation_rows as f64 * EVALUATION,
+        total: 0.0,
+    };
+    timings.total = timings.load + timings.calibrate + timings.search + timings.evaluate;
+    let statistics = sites.activations.len() as u64 * STATISTICS;
+    // The search has the weights and their quantized copies in memory, four bytes an element.
+    let copies = 2 * 4 * weight_elements;
+    Ok(Estimate {
+        hashes,
+        weights: sites.weights.len(),
+        weight_elements,
+        activations: sites.activations.len(),
+        left_float: sites.left_float,
+        calibration_rows: calibration.rows(),
+        evaluation_rows,
+        timings,
+        peak_memory_bytes: peak_memory_bytes().map(|bytes| bytes + statistics + copies),
+    })
+}
+
+/// Seconds of the search for one element of a weight, per channel, on two cores.
+fn per_weight(plan: &Plan) -> f64 {
+    let is_uniform = plan.weights.scheme.grid == Grid::Uniform;
+    let nanoseconds = match plan.weights.error_method {
+        ErrorMethod::NoClipping => 5.0,
+        ErrorMethod::Kl => 1300.0,
+        _ if is_uniform => 160.0,
+        _ => 70.0,
+    };
+    nanoseconds * 1e-9
+}
