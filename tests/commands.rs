@@ -77,6 +77,23 @@ fn the_schema_explains_every_key() {
 }
 
 #[test]
+fn every_shipped_experiment_runs() {
+    let folder = Folder::new();
+    for entry in fs_err::read_dir(shipped("configs")).unwrap() {
+        let path = entry.unwrap().path();
+        let dir = folder.path().join(path.file_stem().unwrap());
+        let settings = [format!("output.dir={}", dir.display()), "calibration.samples=16".to_owned()];
+        let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+        let arguments = ["quantize", path.to_str().unwrap()].into_iter().chain(settings);
+        let ran = tsquant(&shipped(""), arguments).succeeded();
+        let name = dir.file_name().unwrap().to_str().unwrap();
+        assert!(ran.stdout.contains("few samples: 16 rows"), "{}", ran.stdout);
+        let report = folder.report(name);
+        assert!(report["evaluation"]["quantized"]["sqnr_db"].as_f64().is_some_and(|sqnr| sqnr > 25.0), "{report}");
+    }
+}
+
+#[test]
 fn every_shell_has_completions() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let ran = tsquant(&shipped(""), ["completions", shell]).succeeded();

@@ -169,7 +169,9 @@ impl Cause {
         };
         let setting = match self {
             Self::FewSamples { rows } => {
-                return format!("calibration: {{samples: {}}}  # and more data, if there are no more rows", rows * 8);
+                return format!(
+                    "calibration: {{data: ...}}  # of more than {rows} rows, and `samples` not below {FEW_ROWS}"
+                );
             }
             Self::Outliers { .. } if site.error_method == ErrorMethod::NoClipping => "error_method: MSE".to_owned(),
             Self::WideRange { .. } if site.kind == Kind::Weight => "granularity: per_channel".to_owned(),
@@ -233,7 +235,7 @@ mod tests {
         let even = statistics(&[ramp(500, 1.0), ramp(500, 1.0)]);
         let [cause, line] = guess(&even, 4, &activation);
         assert_eq!(cause, "few samples: 4 rows say little about the range");
-        assert!(line.starts_with("calibration: {samples: 32}"), "{line}");
+        assert_eq!(line, "calibration: {data: ...}  # of more than 4 rows, and `samples` not below 32");
         assert_eq!(
             guess(&even, 64, &activation),
             ["few levels: 8 bits", "overrides: [{layers: \"conv1\", activations: {bits: 16}}]"]
