@@ -1,6 +1,8 @@
 //! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
 
+mod evaluate;
 mod inspect;
+mod measures;
 mod progress;
 mod quantize;
 mod table;
@@ -33,6 +35,8 @@ struct Cli {
 enum Command {
     /// Quantize a model as a YAML file describes.
     Quantize(quantize::Quantize),
+    /// Run model files on data and compare a quantized one with the float one.
+    Evaluate(evaluate::Evaluate),
     /// Explain a TorchScript file: signature, layers, what would be quantized and what not.
     Inspect(inspect::Inspect),
 }
@@ -44,6 +48,7 @@ pub fn main() -> ExitCode {
     jit::keep_freed_memory();
     let result = match cli.command {
         Command::Quantize(command) => command.run(),
+        Command::Evaluate(command) => command.run(),
         Command::Inspect(command) => command.run(),
     };
     match result {

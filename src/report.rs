@@ -1,5 +1,6 @@
 //! What one run did, as plain data, and its JSON form. It computes nothing.
 
+mod files;
 mod measures;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
 
+pub use files::{Alone, FilesReport, Measures};
 pub use measures::{Accuracy, Comparison};
 
 /// Version of the report's form; grows when a field changes its meaning or goes.
