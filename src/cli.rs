@@ -4,6 +4,7 @@ mod evaluate;
 mod inspect;
 mod measures;
 mod progress;
+mod provenance;
 mod quantize;
 mod table;
 

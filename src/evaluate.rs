@@ -232,7 +232,7 @@ fn pair_outputs<'a>(
     for (index, (path, expected)) in float.iter().enumerate() {
         match quantized.get(index).filter(|(other, _)| other == path).map(|(_, found)| *found) {
             Some(found) if !expected.is_floating_point() || found.size() == expected.size() => {
-                pairs.push((*expected, found))
+                pairs.push((*expected, found));
             }
             found => return Err(misfit(path, found, Some(expected))),
         }

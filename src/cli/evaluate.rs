@@ -21,11 +21,11 @@ use crate::report::{FilesReport, Measures};
     tsquant evaluate runs/mnist_resnet\n  \
     tsquant evaluate runs/mnist_resnet --data other.safetensors --samples 100 --json\n  \
     tsquant evaluate configs/mnist_resnet.yaml --model Q.pt --reference F.pt\n  \
-    tsquant evaluate --model Q.pt --reference F.pt --data models/mnist_evaluation.safetensors --inputs images \\\n    \
-    --labels labels --transform '{scale: 0.00392156862745098, mean: [0.1307], std: [0.3081]}'"
+    tsquant evaluate --model Q.pt --reference F.pt --data test.npz --inputs x --labels y \\\n      \
+    --transform '{scale: 0.00392156862745098, mean: [0.1307], std: [0.3081]}'"
 )]
 pub(super) struct Evaluate {
-    /// A run directory, whose quantized.pt is compared, or an experiment, whose data is taken; flags go before what it says.
+    /// A run directory, whose quantized.pt is compared, or an experiment, whose data is taken; flags override it.
     #[arg(value_name = "RUN_DIR|EXPERIMENT")]
     source: Option<PathBuf>,
     /// The quantized model; without it, that of the run directory.
@@ -76,9 +76,9 @@ impl Evaluate {
         let report = report?;
         let out = &mut std::io::stdout().lock();
         if self.json {
-            write!(out, "{}", report.to_json()?)?
+            write!(out, "{}", report.to_json()?)?;
         } else {
-            print(out, &plan, &report)?
+            print(out, &plan, &report)?;
         }
         Ok(())
     }

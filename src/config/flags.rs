@@ -29,7 +29,9 @@ impl Experiment {
     #[must_use]
     pub fn of_flags(command: &str) -> Self {
         let place = Place::whole(Origin::Flag(command.to_owned()));
-        Self { file: PathBuf::new(), root: Node { place, value: Value::Map(Vec::new()) } }
+        // With its section there, a key that is missing in it is missing in the command, not in some other flag.
+        let root = map(&place, vec![("evaluation", map(&place, Vec::new()))]);
+        Self { file: PathBuf::new(), root }
     }
 
     /// Lays the value of the flag `flag`, `--labels` for instance, over the experiment's at `key`.
