@@ -1,8 +1,11 @@
 //! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
 
 mod completions;
+mod evaluate;
 mod inspect;
+mod measures;
 mod progress;
+mod provenance;
 mod quantize;
 mod schema;
 mod table;
@@ -35,6 +38,8 @@ struct Cli {
 enum Command {
     /// Quantize a model as a YAML file describes.
     Quantize(quantize::Quantize),
+    /// Run model files on data and compare a quantized one with the float one.
+    Evaluate(evaluate::Evaluate),
     /// Explain a TorchScript file: signature, layers, what would be quantized and what not.
     Inspect(inspect::Inspect),
     /// Print a JSON schema of the experiment file, for editors.
@@ -50,6 +55,7 @@ pub fn main() -> ExitCode {
     jit::keep_freed_memory();
     let result = match cli.command {
         Command::Quantize(command) => command.run(),
+        Command::Evaluate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Schema(command) => command.run(),
         Command::Completions(command) => command.run(),

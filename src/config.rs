@@ -6,6 +6,7 @@
 mod decode;
 mod document;
 mod error;
+mod flags;
 mod inputs;
 mod keys;
 mod not_built;
@@ -18,9 +19,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use error::{Error, Origin, Place, Problem, Spot};
+pub use flags::Typed;
 pub use plan::{
-    ActivationPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Layout, Metric,
-    OutputPlan, Plan, Transform, WeightPlan,
+    ActivationPlan, ComparisonPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan,
+    Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
 };
 pub use schema::json_schema;
 
@@ -115,6 +117,17 @@ impl Experiment {
         let name = self.file.file_stem().unwrap_or_default().to_string_lossy();
         let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name };
         resolver.plan(decode::decode(&self.root)?)
+    }
+
+    /// As [`resolve`](Self::resolve), for a command that compares model files: only data, with inputs, is required.
+    ///
+    /// # Errors
+    /// The first thing wrong, as there; without a float model also labels or metrics that are missing.
+    pub fn resolve_comparison(&self, base: &Path) -> Result<ComparisonPlan, Error> {
+        let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
+        let name = self.file.file_stem().unwrap_or_default().to_string_lossy();
+        let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name };
+        resolver.comparison(decode::decode(&self.root)?)
     }
 
     fn lay(&mut self, over: Node) {
@@ -248,12 +261,15 @@ device=cpu
 seed=18446744073709551615
 output.dir='a "b": #c'"#;
         let every: Vec<&str> = every.lines().skip(1).collect();
-        let cases: [(&str, &[&str]); 5] = [
+        let cases: [(&str, &[&str]); 8] = [
             (SHORTEST, &[]),
             (SHIPPED, &[]),
             (SHIPPED, &every),
             (SHIPPED, &["evaluation=", "calibration.samples=null"]),
             (SHIPPED, &["evaluation.labels=", "evaluation.metrics="]),
+            (SHIPPED, &["evaluation.output=1"]),
+            (SHIPPED, &["evaluation.output='0.1'"]),
+            (SHIPPED, &["evaluation.output='logits #: '"]),
         ];
         let folder = folder();
         for (yaml, settings) in cases {
@@ -334,6 +350,18 @@ output.dir='a "b": #c'"#;
         assert_eq!(inputs, InputsPlan::Named(vec![("b".to_owned(), InputSource::Tensor("y".to_owned()))]));
         let mended = SHIPPED.replace("device: auto", "device: cuda");
         assert!(run(&mended, &[]).is_err() && run(&mended, &["device=cpu"]).is_ok());
+    }
+
+    #[test]
+    fn outputs_are_named_by_index_or_path() {
+        for (typed, expected) in [("1", "1"), ("'1.0'", "1.0"), ("logits", "logits"), ("007", "007"), ("+3", "3")] {
+            let plan = run(SHIPPED, &[&format!("evaluation.output={typed}")]).unwrap();
+            assert_eq!(plan.evaluation.unwrap().output.as_deref(), Some(expected), "{typed}");
+        }
+        assert_eq!(
+            run(SHIPPED, &["evaluation.output=1", "evaluation.output="]).unwrap().evaluation.unwrap().output,
+            None
+        );
     }
 
     #[test]
@@ -512,7 +540,11 @@ output.format=[] => `output.format`: expected the name of a format, found an emp
 output.format={} => `output.format` must be the name of a format, or a list of names, found a map
 output.format=fakequant => `output.format` must be `fake_quant`, found `fakequant`, did you mean `fake_quant`?
 output.strict=true => `output.strict` is not built yet
-evaluation.output=0 => `evaluation.output` is not built yet
+evaluation.output=-1 => `evaluation.output`: expected the index of an output, 0 or more, found -1
+evaluation.output=0.1 => `evaluation.output` must be the index of an output, or its path (in quotes where it reads as a number), found the number 0.1
+evaluation.output='' => `evaluation.output`: expected the index or path of an output, found an empty text
+evaluation.output=[0] => `evaluation.output` must be the index of an output, or its path (in quotes where it reads as a number), found a list
+evaluation.outputs=0 => unknown key `outputs` in `evaluation`, did you mean `output`?
 calibration.samples=0 => `calibration.samples`: expected a whole number from 1 to 4294967295, found 0
 calibration.samples=-3 => `calibration.samples`: expected a whole number from 1 to 4294967295, found -3
 calibration.samples=many => `calibration.samples` must be a whole number, found the text `many`

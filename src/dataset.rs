@@ -57,6 +57,19 @@ pub struct Batch {
     pub first_row: usize,
 }
 
+impl Batch {
+    /// The same rows once more, for another model; the tensors share their memory.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        let share = |input: &Input| match input {
+            Input::Tensor(tensor) => Input::Tensor(tensor.shallow_clone()),
+            Input::Const(constant) => Input::Const(*constant),
+        };
+        let inputs = self.inputs.iter().map(|(name, input)| (name.clone(), share(input)));
+        Self { inputs: inputs.collect(), rows: self.rows, first_row: self.first_row }
+    }
+}
+
 /// An argument of `forward`.
 #[derive(Debug)]
 pub enum Input {
@@ -115,7 +128,8 @@ impl Dataset {
         self.batch(0..rows.clamp(1, self.rows()))
     }
 
-    /// Class indices of the chosen rows from the tensor `name`: int64 of shape (N) or (N, K).
+    /// Class indices of the chosen rows from the tensor `name`: int64 of shape (N), (N, K), (N, T) or
+    /// (N, T, K).
     ///
     /// # Errors
     /// The tensor is missing, is not of integers, has another rank, or another number of rows than the inputs.

@@ -2,8 +2,13 @@
 //!
 //! Works on outputs, batch by batch, and keeps sums alone. It does not know how the outputs were made.
 
+mod answers;
+mod ranked;
+
 use tch::{Kind, Tensor};
 
+use self::answers::Answers;
+use self::ranked::ranked;
 use crate::jit::Output;
 use crate::report::{Accuracy, Comparison};
 
@@ -26,12 +31,33 @@ pub enum Error {
     /// There is no output to compare.
     #[error("evaluation: expected a floating-point tensor among the model's outputs, found none")]
     NoOutput,
+    /// The output to rank is not there.
+    #[error("`evaluation.output`: the model has no output `{output}`{hint}; expected one of {known}")]
+    UnknownOutput {
+        /// What was asked for.
+        output: String,
+        /// The nearest name as a question, or empty.
+        hint: String,
+        /// The outputs that there are.
+        known: String,
+    },
+    /// The output to rank holds no floats.
+    #[error("`evaluation.output`: expected an output of floating-point numbers, found `{output}` of {found}")]
+    NotFloat {
+        /// What was asked for.
+        output: String,
+        /// Its dtype.
+        found: String,
+    },
     /// Labels that do not fit.
-    #[error("evaluation: labels of shape {labels:?} need an output of shape (rows, classes), found {output:?}")]
+    #[error(
+        "evaluation: labels of shape {labels:?} do not fit an output of shape {output:?}: expected (rows) or (rows, K) for \
+         (rows, classes), (rows, T) or (rows, T, K) for (rows, T, classes)"
+    )]
     Labels {
         /// Shape of the labels of a batch.
         labels: Vec<i64>,
-        /// Shape of the first output.
+        /// Shape of the ranked output.
         output: Vec<i64>,
     },
     /// A row without a label.
@@ -50,11 +76,46 @@ pub enum Error {
     },
 }
 
-/// Sums over batches.
+/// How often one model is right, summed over batches.
+#[derive(Debug, Default)]
+pub struct Measured {
+    /// The output to rank; `None` for the first of floating point.
+    output: Option<String>,
+    answers: Answers,
+}
+
+impl Measured {
+    /// Nothing yet. `output` names the output to rank, by its path or its index from 0; without it the first one of
+    /// floating point is.
+    #[must_use]
+    pub fn new(output: Option<String>) -> Self {
+        Self { output, answers: Answers::default() }
+    }
+
+    /// Adds one batch; for labels see [`Evaluation::add`].
+    ///
+    /// # Errors
+    /// Where the output or the labels do not fit each other, or there is no such output.
+    pub fn add(&mut self, output: &Output, labels: &Tensor) -> Result<(), Error> {
+        let tensors = output.tensors();
+        let index = ranked(&tensors, self.output.as_deref())?;
+        tensors.get(index).map_or(Err(Error::NoOutput), |(_, tensor)| self.answers.add(tensor, labels))
+    }
+
+    /// The shares of right answers.
+    #[must_use]
+    pub fn finish(&self) -> Accuracy {
+        self.answers.accuracy()
+    }
+}
+
+/// Float against quantized, summed over batches.
 #[derive(Debug, Default)]
 pub struct Evaluation {
-    float: Hits,
-    quantized: Hits,
+    /// The output to rank; `None` for the first of floating point.
+    output: Option<String>,
+    float: Answers,
+    quantized: Answers,
     agreeing: f64,
     positions: f64,
     signal: f64,
@@ -66,19 +127,20 @@ pub struct Evaluation {
     rows: u64,
 }
 
-#[derive(Debug, Default)]
-struct Hits {
-    top1: f64,
-    top5: f64,
-    rows: f64,
-}
-
 impl Evaluation {
-    /// Adds one batch of `rows` rows. Labels are class indices, `(rows)` or `(rows, K)` with K accepted classes padded
-    /// with −1.
+    /// Nothing yet. `output` names the output to rank, by its path or its index from 0; without it the first one of
+    /// floating point is. What is not ranked is compared all the same.
+    #[must_use]
+    pub fn new(output: Option<String>) -> Self {
+        Self { output, ..Self::default() }
+    }
+
+    /// Adds one batch of `rows` rows. Labels are class indices. Where the ranked output is `(rows, classes)` they are
+    /// `(rows)` or `(rows, K)` with K accepted classes padded with −1. Where it is `(rows, T, classes)` they are `(rows, T)` or
+    /// `(rows, T, K)`, each position counts, and one whose labels are all negative does not.
     ///
     /// # Errors
-    /// Where the outputs or labels do not fit each other.
+    /// Where the outputs or labels do not fit each other, or there is no such output.
     pub fn add(
         &mut self,
         rows: usize,
@@ -86,11 +148,15 @@ impl Evaluation {
         quantized: &Output,
         labels: Option<&Tensor>,
     ) -> Result<(), Error> {
-        let pairs = pair_outputs(float, quantized)?;
-        for (expected, found) in &pairs {
+        let float = float.tensors();
+        let pairs = pair_outputs(&float, &quantized.tensors())?;
+        let mut floats = pairs.iter().filter(|(expected, _)| expected.is_floating_point()).peekable();
+        floats.peek().ok_or(Error::NoOutput)?;
+        for (expected, found) in floats {
             self.add_differences(expected, found)?;
         }
-        let (expected, found) = &pairs[0];
+        let index = ranked(&float, self.output.as_deref())?;
+        let (expected, found) = pairs.get(index).ok_or(Error::NoOutput)?;
         // An arg-max needs an axis of classes with a choice.
         if let [_, .., classes] = expected.size()[..]
             && classes > 1
@@ -147,61 +213,34 @@ impl Evaluation {
     }
 }
 
-impl Hits {
-    fn add(&mut self, output: &Tensor, labels: &Tensor) -> Result<(), Error> {
-        let misfit = || Error::Labels { labels: labels.size(), output: output.size() };
-        let &[rows, classes] = output.size().as_slice() else { return Err(misfit()) };
-        let accepted = match *labels.size().as_slice() {
-            [n] if n == rows => labels.f_unsqueeze(1)?,
-            [n, _] if n == rows => labels.shallow_clone(),
-            _ => return Err(misfit()),
-        };
-        let fewest = accepted.f_amax(1, false)?.f_min()?.f_int64_value(&[])?;
-        if fewest < 0 {
-            return Err(Error::NoClass { found: fewest });
-        }
-        let largest = accepted.f_max()?.f_int64_value(&[])?;
-        if largest >= classes {
-            return Err(Error::LabelRange { classes, found: largest });
-        }
-        let (_, best) = output.f_topk(classes.min(5), 1, true, true)?;
-        // (rows, 1, 5) against (rows, K, 1): no index is −1, so padding matches nothing.
-        let matches = best.f_unsqueeze(1)?.f_eq_tensor(&accepted.f_unsqueeze(2)?)?.f_any_dim(1, false)?;
-        self.top1 += matches.f_select(1, 0)?.f_sum(Kind::Double)?.f_double_value(&[])?;
-        self.top5 += matches.f_any_dim(1, false)?.f_sum(Kind::Double)?.f_double_value(&[])?;
-        self.rows += rows as f64;
-        Ok(())
-    }
-
-    fn accuracy(&self) -> Accuracy {
-        let share = |hits: f64| (self.rows > 0.0).then(|| hits / self.rows);
-        Accuracy { top1: share(self.top1), top5: share(self.top5) }
-    }
-}
-
 fn ratio(part: f64, whole: f64) -> f64 {
     if whole == 0.0 { f64::NAN } else { part / whole }
 }
 
-/// The floating-point outputs of both models, side by side.
-fn pair_outputs<'a>(float: &'a Output, quantized: &'a Output) -> Result<Vec<(&'a Tensor, &'a Tensor)>, Error> {
-    let (float, quantized) = (float.tensors(), quantized.tensors());
+/// The outputs of both models, side by side: equal paths, and equal shapes of those of floating point.
+fn pair_outputs<'a>(
+    float: &[(String, &'a Tensor)],
+    quantized: &[(String, &'a Tensor)],
+) -> Result<Vec<(&'a Tensor, &'a Tensor)>, Error> {
+    let shape =
+        |tensor: Option<&Tensor>| tensor.map_or_else(|| "missing".to_owned(), |tensor| format!("{:?}", tensor.size()));
+    let misfit = |path: &str, found, expected| {
+        let output = if path.is_empty() { String::new() } else { format!(" {path}") };
+        Error::Mismatch { output, found: shape(found), expected: shape(expected) }
+    };
     let mut pairs = Vec::new();
     for (index, (path, expected)) in float.iter().enumerate() {
-        if !expected.is_floating_point() {
-            continue;
-        }
-        let found = quantized.get(index).map(|(_, tensor)| *tensor);
-        match found {
-            Some(found) if found.size() == expected.size() => pairs.push((*expected, found)),
-            _ => {
-                let output = if path.is_empty() { String::new() } else { format!(" {path}") };
-                let found = found.map_or_else(|| "missing".to_owned(), |tensor| format!("{:?}", tensor.size()));
-                return Err(Error::Mismatch { output, found, expected: format!("{:?}", expected.size()) });
+        match quantized.get(index).filter(|(other, _)| other == path).map(|(_, found)| *found) {
+            Some(found) if !expected.is_floating_point() || found.size() == expected.size() => {
+                pairs.push((*expected, found));
             }
+            found => return Err(misfit(path, found, Some(expected))),
         }
     }
-    if pairs.is_empty() { Err(Error::NoOutput) } else { Ok(pairs) }
+    match quantized.get(float.len()) {
+        Some((path, found)) => Err(misfit(path, Some(found), None)),
+        None => Ok(pairs),
+    }
 }
 
 #[cfg(test)]
@@ -260,13 +299,68 @@ mod tests {
         assert_eq!((comparison.not_finite, comparison.max_abs_diff, comparison.sqnr_db), (1, 0.0, None));
     }
 
+    fn several(parts: &[(&str, Tensor)]) -> Output {
+        let part = |(name, tensor): &(&str, Tensor)| ((*name).to_owned(), Output::Tensor(tensor.shallow_clone()));
+        Output::Parts(parts.iter().map(part).collect())
+    }
+
+    #[test]
+    fn one_output_is_ranked_and_all_are_compared() {
+        let ids = Tensor::from_slice(&[7i64, 8]);
+        let (right, left) = (Tensor::from_slice(&[0.0f32, 1.0]), Tensor::from_slice(&[1.0f32, 0.0]));
+        let row = |tensor: &Tensor| tensor.reshape([1, 2]);
+        let float = several(&[("ids", ids.shallow_clone()), ("a", row(&right)), ("b", row(&right))]);
+        let quantized = several(&[("ids", ids), ("a", row(&right)), ("b", row(&left))]);
+        let agreement = |output: Option<&str>| {
+            let labels = Tensor::from_slice(&[1i64]);
+            let mut evaluation = Evaluation::new(output.map(str::to_owned));
+            evaluation.add(1, &float, &quantized, Some(&labels)).unwrap();
+            let mut alone = Measured::new(output.map(str::to_owned));
+            alone.add(&quantized, &labels).unwrap();
+            let (accuracy, comparison) = evaluation.finish();
+            assert_eq!((accuracy.top1, alone.finish()), (Some(1.0), comparison.accuracy));
+            assert_eq!(comparison.accuracy.top1, comparison.agreement);
+            // Over both outputs of floats, whichever is ranked.
+            assert_eq!((comparison.max_abs_diff, comparison.cosine), (1.0, 0.5));
+            comparison.agreement
+        };
+        assert_eq!([None, Some("a"), Some("1")].map(agreement), [Some(1.0); 3]);
+        assert_eq!([Some("b"), Some("2")].map(agreement), [Some(0.0); 2]);
+        let refused = |output: &str| {
+            let mut evaluation = Evaluation::new(Some(output.to_owned()));
+            evaluation.add(1, &float, &quantized, None).unwrap_err().to_string()
+        };
+        assert!(refused("c").contains("no output `c`"));
+        assert!(refused("ids").contains("found `ids` of int64"));
+    }
+
+    #[test]
+    fn outputs_that_do_not_fit_are_refused() {
+        let (two, three) = (rows(&[1.0, 2.0], 2), rows(&[1.0, 2.0, 3.0], 3));
+        let tensor = || Tensor::from_slice(&[1.0f32]);
+        let pair = several(&[("a", tensor()), ("b", tensor())]);
+        let refused = |float: &Output, quantized: &Output| {
+            Evaluation::default().add(1, float, quantized, None).unwrap_err().to_string()
+        };
+        let said = "evaluation: output of the quantized model is [1, 3], that of the float model [1, 2]";
+        assert_eq!(refused(&two, &three), said);
+        let fewer = several(&[("a", tensor())]);
+        assert!(refused(&pair, &fewer).contains("output b of the quantized model is missing"));
+        assert!(
+            refused(&fewer, &pair).ends_with("output b of the quantized model is [1], that of the float model missing")
+        );
+        assert!(refused(&pair, &several(&[("b", tensor()), ("a", tensor())])).contains("output a of the quantized"));
+        let ids = Output::Tensor(Tensor::from_slice(&[1i64]));
+        assert!(refused(&ids, &ids).contains("expected a floating-point tensor"));
+    }
+
     #[test]
     fn labels_that_do_not_fit_are_refused() {
         let output = rows(&[1.0, 2.0], 2);
         let add = |labels: &[i64]| {
             Evaluation::default().add(1, &output, &output, Some(&Tensor::from_slice(labels))).unwrap_err().to_string()
         };
-        assert!(add(&[0, 1]).contains("labels of shape [2] need an output of shape (rows, classes), found [1, 2]"));
+        assert!(add(&[0, 1]).contains("labels of shape [2] do not fit an output of shape [1, 2]"));
         assert!(add(&[2]).contains("expected labels below 2"));
     }
 }

@@ -16,6 +16,7 @@ mod visit;
 
 pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap};
 pub use error::Error;
+pub use file::extra_file;
 pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};
 pub use parallel::{in_parallel, thread_count};

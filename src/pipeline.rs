@@ -2,6 +2,7 @@
 
 mod compare;
 mod estimate;
+mod files;
 mod hash;
 mod run_dir;
 mod select;
@@ -26,12 +27,17 @@ use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
 
 pub use estimate::{Estimate, estimate};
+pub use files::evaluate;
 pub use run_dir::RunDirError;
 
 /// Rows that the clean-up is checked on.
 const CHECK_ROWS: usize = 4;
+/// Batches that the written file is checked on.
+const CHECK_BATCHES: usize = 2;
 /// File name of the emitted model in the run directory.
 pub const MODEL_FILE: &str = "quantized.pt";
+/// File name of the resolved experiment in the run directory.
+pub const EXPERIMENT_FILE: &str = "experiment.yaml";
 
 /// Why a run fails.
 #[derive(Debug, thiserror::Error)]
@@ -150,6 +156,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     if sites.weights.is_empty() && sites.activations.is_empty() {
         return Err(Error::NoSites { model: plan.model.clone() });
     }
+    comparison.check(&model, &calibration)?;
     timings.load = lap(&mut clock);
 
     progress.stage("calibrate", calibration.rows());
@@ -202,7 +209,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         files: report::Files { float_bytes: size(&plan.model)?, quantized_bytes: size(&file)? },
     };
     run_dir.write("report.json", &report.to_json()?)?;
-    run_dir.write("experiment.yaml", &plan.to_yaml()?)?;
+    run_dir.write(EXPERIMENT_FILE, &plan.to_yaml()?)?;
     let dir = run_dir.keep()?;
     Ok(Outcome { report, dir })
 }
@@ -222,11 +229,21 @@ pub fn load_clean(plan: &Plan, calibration: &Dataset) -> Result<Clean, Error> {
 /// # Errors
 /// Where the rows cannot be read or the model fails on them.
 pub fn check_sample(module: &Module, data: &Dataset, batch_size: usize) -> Result<Arguments, Error> {
-    let few = feed::bind(module, data.first(CHECK_ROWS.min(batch_size))?)?;
-    if batch_size <= CHECK_ROWS || module.forward(&few).is_ok() {
+    Ok(check_rows(module, data, batch_size)?.0)
+}
+
+/// [`check_sample`], and how many rows it is.
+fn check_rows(module: &Module, data: &Dataset, batch_size: usize) -> Result<(Arguments, usize), Error> {
+    let bind = |rows| -> Result<_, Error> {
+        let batch = data.first(rows)?;
+        let rows = batch.rows;
+        Ok((feed::bind(module, batch)?, rows))
+    };
+    let few = bind(CHECK_ROWS.min(batch_size))?;
+    if batch_size <= CHECK_ROWS || module.forward(&few.0).is_ok() {
         return Ok(few);
     }
-    Ok(feed::bind(module, data.first(batch_size)?)?)
+    bind(batch_size)
 }
 
 /// The quantized model, run without being written: the float graph with quantized weights and a simulated quantizer at
@@ -257,16 +274,20 @@ impl Simulation {
         self.instrumented.run(arguments, &mut crate::simulate::Simulate { params: &self.params })
     }
 
-    /// Loads the written file and runs it op by op on the first batch: it has to compute what was simulated, bit for bit.
+    /// Loads the written file and runs it op by op on the first batches: it has to compute what was simulated, bit for bit.
     fn check_against(&self, file: &std::path::Path, data: &Dataset) -> Result<(), Error> {
         let emitted = Module::load(file)?;
-        let batch = data.batches().next().transpose()?;
-        let Some(batch) = batch else { return Ok(()) };
-        let arguments = feed::bind(&emitted, batch)?;
-        let found = Instrumented::of_module(&emitted)?.run(&arguments, &mut jit::NoVisit)?;
-        let expected = self.run(&arguments)?;
-        let difference = compare::largest_difference(&expected, &found)?;
-        if difference == 0.0 { Ok(()) } else { Err(Error::Differs { path: file.to_owned(), difference }) }
+        let by_op = Instrumented::of_module(&emitted)?;
+        for batch in data.batches().take(CHECK_BATCHES) {
+            let arguments = feed::bind(&emitted, batch?)?;
+            let found = by_op.run(&arguments, &mut jit::NoVisit)?;
+            let expected = self.run(&arguments)?;
+            let difference = compare::largest_difference(&expected, &found)?;
+            if difference != 0.0 {
+                return Err(Error::Differs { path: file.to_owned(), difference });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -289,11 +310,14 @@ fn warnings(
     let notes =
         reports.iter().flat_map(|site| site.quantizers.notes.iter().map(move |note| format!("{}: {note}", site.name)));
     warnings.extend(notes);
-    if evaluation.quantized.not_finite > 0 {
-        let count = evaluation.quantized.not_finite;
-        warnings.push(format!("{count} output values are NaN or infinite; they count in no measure"));
-    }
+    warnings.extend(not_finite(evaluation));
     warnings
+}
+
+/// A word on outputs that count in no measure, if there are any.
+fn not_finite(evaluation: &report::Evaluation) -> Option<String> {
+    let count = evaluation.quantized.not_finite;
+    (count > 0).then(|| format!("{count} output values are NaN or infinite; they count in no measure"))
 }
 
 fn versions() -> report::Versions {

@@ -1,16 +1,20 @@
 //! What one run did, as plain data, and its JSON form. It computes nothing.
 
+mod files;
 mod measures;
+mod provenance;
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
 
+pub use files::{Alone, FilesReport, Measures};
 pub use measures::{Accuracy, Comparison};
+pub use provenance::{NotQuantized, Provenance, QuantizedSite};
 
 /// Version of the report's form; grows when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
@@ -51,7 +55,7 @@ pub struct Report {
 }
 
 /// SHA-256 in hex.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hashes {
     /// The model file.
     pub model: String,
@@ -64,7 +68,7 @@ pub struct Hashes {
 }
 
 /// What made the model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
     /// This program.
     pub tsquant: String,
@@ -90,7 +94,7 @@ pub struct Timings {
 }
 
 /// Weight or activation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A constant.

@@ -245,7 +245,7 @@ fn labels_that_do_not_fit_are_refused() {
     let fractions: Vec<u8> = ramp(4).iter().flat_map(|value| value.to_le_bytes()).collect();
     let cases = [
         (Dtype::I64, vec![4], int64(&[0, 9, 10, 3]), ["labels below 10", "found 10"]),
-        (Dtype::I64, vec![4, 1, 1], int64(&[0, 1, 2, 3]), ["[N] or [N, K]", "[4, 1, 1]"]),
+        (Dtype::I64, vec![4, 1, 1], int64(&[0, 1, 2, 3]), ["labels of shape [4, 1, 1]", "an output of shape [4, 10]"]),
         (Dtype::I64, vec![5], int64(&[0, 1, 2, 3, 4]), ["expected 4 rows", "found 5"]),
         (Dtype::I64, vec![1, 4], int64(&[0, 1, 2, 3]), ["expected 4 rows", "found 1"]),
         (Dtype::F32, vec![4], fractions, ["class indices", "float32"]),

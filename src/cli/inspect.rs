@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 
+use super::provenance::Description;
 use super::{UsageError, table};
 use crate::config::{DataPlan, InputSource, InputsPlan, Layout, Transform};
 use crate::dataset::Dataset;
@@ -55,6 +56,9 @@ struct Inspection {
     /// `checked`, `unchecked`, or why the model cannot be quantized.
     state: State,
     notes: Vec<String>,
+    /// What an emitted model says of itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantized: Option<Description>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sites: Option<SitesReport>,
 }
@@ -181,6 +185,9 @@ fn inspect(module: &Module, clean: &Result<Clean, String>) -> anyhow::Result<Ins
         }
         totals
     };
+    let quantized = Description::of(module.path(), &mut notes)?;
+    // An emitted model has been quantized: it would be idle to say what of it could be.
+    let listing = clean.as_ref().ok().filter(|_| quantized.is_none()).map(Clean::listing);
     Ok(Inspection {
         model: std::path::absolute(module.path())?,
         bytes: std::fs::metadata(module.path())?.len(),
@@ -196,7 +203,8 @@ fn inspect(module: &Module, clean: &Result<Clean, String>) -> anyhow::Result<Ins
             Err(reason) => State::NotQuantizable(reason.clone()),
         },
         notes,
-        sites: clean.as_ref().ok().map(|clean| sites::find(clean.listing()).into()),
+        quantized,
+        sites: listing.map(|listing| sites::find(listing).into()),
     })
 }
 
@@ -231,9 +239,10 @@ fn print(out: &mut impl Write, inspection: &Inspection) -> std::io::Result<()> {
     for note in &inspection.notes {
         writeln!(out, "note: {note}")?;
     }
-    match &inspection.sites {
-        Some(sites) => print_sites(out, sites),
-        None => print_ops(out, &inspection.ops),
+    match (&inspection.quantized, &inspection.sites) {
+        (Some(description), _) => description.print(out),
+        (None, Some(sites)) => print_sites(out, sites),
+        (None, None) => print_ops(out, &inspection.ops),
     }
 }
 

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 
+use super::measures::{self, Sizes};
 use super::progress::Display;
 use super::table;
 use crate::config::{Experiment, Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
-use crate::report::{Accuracy, Kind, Report};
+use crate::report::{Kind, Report};
 
 /// Quantize a model as a YAML file describes.
 #[derive(Debug, Args)]
@@ -125,40 +126,8 @@ fn print_worst_sites(out: &mut impl Write, report: &Report) -> std::io::Result<(
 
 /// Float beside quantized, one row per metric.
 fn result_table(plan: &Plan, report: &Report) -> comfy_table::Table {
-    let evaluation = &report.evaluation;
-    let title = format!("{} rows of {} data", evaluation.quantized.rows, evaluation.data);
-    let mut table = table::table(&[&title, "float", "quantized"], true);
-    let metrics = plan.evaluation.as_ref().map(|evaluation| evaluation.metrics.clone());
-    for metric in metrics.filter(|metrics| !metrics.is_empty()).unwrap_or_else(|| vec![Metric::Agreement, Metric::Sqnr])
-    {
-        let (name, float, quantized) = row(metric, report);
-        table.add_row([name, float.as_str(), quantized.as_str()]);
-    }
-    let (float, quantized) = (report.files.float_bytes, report.files.quantized_bytes);
-    table.add_row(["model file", &table::bytes(float), &table::bytes(quantized)]);
-    table
-}
-
-fn row(metric: Metric, report: &Report) -> (&'static str, String, String) {
-    let (float, quantized) = (&report.evaluation.float, &report.evaluation.quantized);
-    let percent = |share: Option<f64>| share.map_or_else(|| "–".to_owned(), |share| format!("{:.2}%", share * 100.0));
-    let both = |pick: fn(&Accuracy) -> Option<f64>| (percent(pick(float)), percent(pick(&quantized.accuracy)));
-    let nothing = String::new;
-    match metric {
-        Metric::Top1 => {
-            let (float, quantized) = both(|accuracy| accuracy.top1);
-            ("top-1 accuracy", float, quantized)
-        }
-        Metric::Top5 => {
-            let (float, quantized) = both(|accuracy| accuracy.top5);
-            ("top-5 accuracy", float, quantized)
-        }
-        Metric::Agreement => ("agreement with float", nothing(), percent(quantized.agreement)),
-        Metric::Sqnr => {
-            let sqnr = quantized.sqnr_db.map_or_else(|| "equal outputs".to_owned(), |db| format!("{db:.2} dB"));
-            ("output SQNR", nothing(), sqnr)
-        }
-        Metric::Cosine => ("cosine similarity", nothing(), format!("{:.6}", quantized.cosine)),
-        Metric::MaxAbsDiff => ("largest difference", nothing(), format!("{:.4e}", quantized.max_abs_diff)),
-    }
+    let metrics = plan.evaluation.as_ref().map(|evaluation| evaluation.metrics.as_slice());
+    let metrics = metrics.filter(|metrics| !metrics.is_empty()).unwrap_or(&[Metric::Agreement, Metric::Sqnr]);
+    let sizes = Sizes { float: report.files.float_bytes, quantized: report.files.quantized_bytes };
+    measures::compared(&report.evaluation, metrics, &sizes)
 }

@@ -71,6 +71,8 @@ pub(super) struct EvaluationKeys {
     pub(super) inputs: Option<InputsPlan>,
     /// A tensor of class indices, (N), or (N, K) with K accepted classes padded with -1.
     pub(super) labels: Option<String>,
+    /// The output that is ranked: its place among the outputs, or its path.
+    pub(super) output: Option<OutputName>,
     /// Measures to show; the first one ranks.
     pub(super) metrics: Option<Vec<Metric>>,
     /// Number of rows to use; all if it is not given.
@@ -180,6 +182,40 @@ impl TryFrom<f64> for Deviations {
             return Ok(Self(number));
         }
         Err(format!("expected a finite number of standard deviations above 0, found {number:?}"))
+    }
+}
+
+/// An output of the model, by path or by index.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct OutputName(pub(super) String);
+
+impl<'de> Deserialize<'de> for OutputName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(OutputNameVisitor)
+    }
+}
+
+struct OutputNameVisitor;
+
+impl Visitor<'_> for OutputNameVisitor {
+    type Value = OutputName;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the index of an output, or its path (in quotes where it reads as a number)")
+    }
+
+    fn visit_str<E: de::Error>(self, path: &str) -> Result<OutputName, E> {
+        if path.is_empty() {
+            return Err(E::custom("expected the index or path of an output, found an empty text"));
+        }
+        Ok(OutputName(path.to_owned()))
+    }
+
+    fn visit_i128<E: de::Error>(self, index: i128) -> Result<OutputName, E> {
+        match u32::try_from(index) {
+            Ok(index) => Ok(OutputName(index.to_string())),
+            Err(_) => Err(E::custom(format!("expected the index of an output, 0 or more, found {index}"))),
+        }
     }
 }
 

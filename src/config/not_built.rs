@@ -20,7 +20,6 @@ const NOT_BUILT: &[NotBuilt] = &[
     Key("output.engine"),
     Key("output.reduce_range"),
     Key("output.strict"),
-    Key("evaluation.output"),
     Value("quantization.weights_error_method", "HMSE"),
     Value("quantization.activation_error_method", "HMSE"),
     Value("output.format", "int8"),

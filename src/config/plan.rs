@@ -56,10 +56,26 @@ pub struct DataPlan {
 pub struct EvaluationPlan {
     /// The data set.
     pub data: DataPlan,
-    /// Name of the tensor with class indices: `(N)`, or `(N, K)` with K accepted classes padded with −1.
+    /// Name of the tensor with class indices: `(N)`, or `(N, K)` with K accepted classes padded with −1; `(N, T)` or
+    /// `(N, T, K)` where the ranked output is `(N, T, classes)`.
     pub labels: Option<String>,
+    /// The output whose arg-max counts, by its path or its index from 0; `None` for the first of floating point.
+    pub output: Option<String>,
     /// Metrics to show, in this order; the first one ranks.
     pub metrics: Vec<Metric>,
+}
+
+/// What `tsquant evaluate` needs to know to compare model files.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ComparisonPlan {
+    /// Absolute path of the float model; `None` measures the other one alone.
+    pub reference: Option<PathBuf>,
+    /// What the models run on, and what is measured.
+    pub evaluation: EvaluationPlan,
+    /// The section that the data came from: `evaluation`, or `calibration` where the former names none.
+    pub section: &'static str,
+    /// Absolute path of the run directory of the experiment.
+    pub run_dir: PathBuf,
 }
 
 /// A measure of one model, or of a quantized model against the float one.

@@ -8,12 +8,12 @@ use std::path::{Component, Path, PathBuf};
 use super::document::Node;
 use super::error::{Error, Problem, printable};
 use super::keys::{
-    CalibrationKeys, Count, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, OutputKeys, QuantizationKeys,
-    SiteKeys, TransformKeys,
+    CalibrationKeys, Count, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, OutputKeys, OutputName,
+    QuantizationKeys, SiteKeys, TransformKeys,
 };
 use super::plan::{
-    ActivationPlan, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric, OutputPlan, Plan,
-    Transform, WeightPlan,
+    ActivationPlan, ComparisonPlan, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
+    OutputPlan, Plan, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
@@ -31,6 +31,20 @@ pub(super) struct Resolver<'a> {
     pub(super) name: &'a str,
 }
 
+/// What evaluation takes from calibration where it has none of its own.
+struct Fallback {
+    inputs: Option<InputsPlan>,
+    batch_size: Option<NonZeroUsize>,
+    transform: Transform,
+}
+
+impl From<&DataPlan> for Fallback {
+    fn from(plan: &DataPlan) -> Self {
+        let (inputs, batch_size) = (Some(plan.inputs.clone()), Some(plan.batch_size));
+        Self { inputs, batch_size, transform: plan.transform.clone() }
+    }
+}
+
 impl Resolver<'_> {
     /// The plan of `keys`.
     ///
@@ -43,8 +57,56 @@ impl Resolver<'_> {
         let (weights, activations) = self.quantization(keys.quantization.unwrap_or_default())?;
         let device = keys.device.unwrap_or(DevicePlan::Auto);
         let output = self.output(keys.output.unwrap_or_default())?;
-        let evaluation = keys.evaluation.map(|keys| self.evaluation(keys, &calibration, seed)).transpose()?;
-        Ok(Plan { model, calibration, weights, activations, device, output, evaluation, seed })
+        let evaluation = keys.evaluation.map(|keys| {
+            let data = self.required_data("evaluation.data", keys.data.as_deref())?;
+            self.evaluation(keys, data, Fallback::from(&calibration), seed)
+        });
+        Ok(Plan { model, calibration, weights, activations, device, output, evaluation: evaluation.transpose()?, seed })
+    }
+
+    /// What `evaluate` does with `keys`: neither model nor calibration data need be there, and data that is not named
+    /// under `evaluation` is that of calibration, as in a run.
+    ///
+    /// # Errors
+    /// As those of [`plan`](Self::plan), and for metrics that compare where there is no float model.
+    pub(super) fn comparison(&self, keys: Keys) -> Result<ComparisonPlan, Error> {
+        let reference = keys.model.unwrap_or_default().path;
+        let reference = reference.map(|path| self.model(Some(path))).transpose()?;
+        let (calibration, mut evaluation) = (keys.calibration.unwrap_or_default(), keys.evaluation.unwrap_or_default());
+        let (section, data) = match (&evaluation.data, &calibration.data) {
+            (None, Some(data)) => ("calibration", self.required_data("calibration.data", Some(data))?),
+            (data, _) => ("evaluation", self.required_data("evaluation.data", data.as_deref())?),
+        };
+        if section == "calibration" {
+            evaluation.samples = evaluation.samples.or(calibration.samples);
+            evaluation.shuffle = evaluation.shuffle.or(calibration.shuffle);
+        }
+        let fallback = Fallback {
+            inputs: calibration.inputs,
+            batch_size: calibration.batch_size.map(|Count(count)| count),
+            transform: self.transform("calibration.transform", calibration.transform.unwrap_or_default())?,
+        };
+        let mut evaluation = self.evaluation(evaluation, data, fallback, keys.seed.unwrap_or(0))?;
+        if reference.is_none() {
+            self.check_alone(&mut evaluation)?;
+        }
+        let run_dir = self.output(keys.output.unwrap_or_default())?.dir;
+        Ok(ComparisonPlan { reference, evaluation, section, run_dir })
+    }
+
+    /// A model alone has no measures but its accuracy.
+    fn check_alone(&self, evaluation: &mut EvaluationPlan) -> Result<(), Error> {
+        if evaluation.labels.is_none() {
+            let key = "evaluation.labels".to_owned();
+            let expected = "the name of a tensor, or a float model to compare with (`model.path`)".to_owned();
+            return Err(self.error("evaluation.labels", Problem::Missing { key, expected }));
+        }
+        evaluation.metrics.retain(|metric| metric.needs_labels());
+        if evaluation.metrics.is_empty() {
+            let reason = "expected top1 or top5, since no float model (`model.path`) is given, found neither";
+            return Err(self.invalid("evaluation.metrics", reason));
+        }
+        Ok(())
     }
 
     fn error(&self, key: &str, problem: Problem) -> Error {
@@ -71,8 +133,7 @@ impl Resolver<'_> {
     }
 
     fn calibration(&self, keys: CalibrationKeys, seed: u64) -> Result<DataPlan, Error> {
-        let data = self.required("calibration.data", keys.data, "the path of a data file or a folder of images")?;
-        let path = self.existing("calibration.data", &data)?;
+        let path = self.required_data("calibration.data", keys.data.as_deref())?;
         let inputs = self.required("calibration.inputs", keys.inputs, "the tensors that the model takes")?;
         self.check_inputs("calibration.inputs", &inputs)?;
         Ok(DataPlan {
@@ -86,14 +147,23 @@ impl Resolver<'_> {
         })
     }
 
-    fn evaluation(&self, keys: EvaluationKeys, calibration: &DataPlan, seed: u64) -> Result<EvaluationPlan, Error> {
-        let data = self.required("evaluation.data", keys.data, "the path of a data file or a folder of images")?;
-        let path = self.existing("evaluation.data", &data)?;
-        let inputs = keys.inputs.unwrap_or_else(|| calibration.inputs.clone());
+    fn required_data(&self, key: &str, typed: Option<&Path>) -> Result<PathBuf, Error> {
+        self.existing(key, self.required(key, typed, "the path of a data file or a folder of images")?)
+    }
+
+    fn evaluation(
+        &self,
+        keys: EvaluationKeys,
+        path: PathBuf,
+        fallback: Fallback,
+        seed: u64,
+    ) -> Result<EvaluationPlan, Error> {
+        let inputs = keys.inputs.or(fallback.inputs);
+        let inputs = self.required("evaluation.inputs", inputs, "the tensors that the model takes")?;
         self.check_inputs("evaluation.inputs", &inputs)?;
         let transform = match keys.transform {
             Some(own) => self.transform("evaluation.transform", own)?,
-            None => calibration.transform.clone(),
+            None => fallback.transform,
         };
         let data = DataPlan {
             path,
@@ -101,14 +171,15 @@ impl Resolver<'_> {
             samples: keys.samples.map(|Count(count)| count),
             shuffle: keys.shuffle.unwrap_or(false),
             seed,
-            batch_size: keys.batch_size.map_or(calibration.batch_size, |Count(count)| count),
+            batch_size: keys.batch_size.map(|Count(count)| count).or(fallback.batch_size).unwrap_or(BATCH_SIZE),
             transform,
         };
         if keys.labels.as_deref() == Some("") {
             return Err(self.invalid("evaluation.labels", "expected the name of a tensor, found an empty text"));
         }
         let metrics = self.metrics(keys.metrics, keys.labels.is_some())?;
-        Ok(EvaluationPlan { data, labels: keys.labels, metrics })
+        let output = keys.output.map(|OutputName(name)| name);
+        Ok(EvaluationPlan { data, labels: keys.labels, output, metrics })
     }
 
     fn metrics(&self, typed: Option<Vec<Metric>>, labelled: bool) -> Result<Vec<Metric>, Error> {

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
-use super::keys::{Count, Crop, Deviations, Formats, Keys, LpValue, Pixels};
+use super::keys::{Count, Crop, Deviations, Formats, Keys, LpValue, OutputName, Pixels};
 use super::plan::{Format, InputSource, InputsPlan};
 use crate::quantizer::Bits;
 use crate::threshold::Exponent;
@@ -45,6 +45,9 @@ schema_of!(LpValue, "LpValue", _generator => json_schema!({
 schema_of!(Deviations, "Deviations", _generator => json_schema!({ "type": "number", "exclusiveMinimum": 0 }));
 schema_of!(Count, "Count", _generator => json_schema!({ "type": "integer", "minimum": 1, "maximum": u32::MAX }));
 schema_of!(Pixels, "Pixels", _generator => json_schema!({ "type": "integer", "minimum": 1, "maximum": u16::MAX }));
+schema_of!(OutputName, "OutputName", _generator => json_schema!({
+    "anyOf": [{ "type": "string", "minLength": 1 }, { "type": "integer", "minimum": 0, "maximum": u32::MAX }],
+}));
 schema_of!(Crop, "Crop", generator => {
     let side = generator.subschema_for::<Pixels>();
     json_schema!({ "anyOf": [side, { "type": "array", "items": side, "minItems": 2, "maxItems": 2 }] })

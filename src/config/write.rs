@@ -5,7 +5,7 @@ use serde::{Serialize, Serializer};
 use super::error::{Error, Origin, Place, Problem};
 use super::keys::{
     CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, ModelKeys, OutputKeys,
-    Pixels, QuantizationKeys, SiteKeys, TransformKeys,
+    OutputName, Pixels, QuantizationKeys, SiteKeys, TransformKeys,
 };
 use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, Plan, Transform, WeightPlan};
 use crate::quantizer::Granularity;
@@ -74,7 +74,8 @@ impl From<&EvaluationPlan> for EvaluationKeys {
     fn from(plan: &EvaluationPlan) -> Self {
         let CalibrationKeys { data, inputs, samples, shuffle, batch_size, transform } = (&plan.data).into();
         let (labels, metrics) = (plan.labels.clone(), Some(plan.metrics.clone()));
-        Self { data, inputs, labels, metrics, samples, shuffle, batch_size, transform }
+        let output = plan.output.clone().map(OutputName);
+        Self { data, inputs, labels, output, metrics, samples, shuffle, batch_size, transform }
     }
 }
 

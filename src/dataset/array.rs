@@ -109,7 +109,7 @@ impl Array {
         self.dtype.kind().ok_or_else(wrong)
     }
 
-    /// All chosen rows as class indices: int64 of shape (N) or (N, K).
+    /// All chosen rows as class indices: int64 of shape (N), (N, K), (N, T) or (N, T, K).
     ///
     /// # Errors
     /// Elements that are no integers, another rank, a failed read.
@@ -117,9 +117,9 @@ impl Array {
         const EXPECTED: &str = "class indices as integers that int64 holds";
         // Bytes of no element: asks for the type alone, before anything is read.
         self.dtype.integers(&[]).map_err(|found| Error::tensor(&self.place, EXPECTED, found))?;
-        if self.shape.len() > 2 {
+        if self.shape.len() > 3 {
             let found = format!("shape {}", shape_text(&self.shape));
-            return Err(Error::tensor(&self.place, "class indices of shape [N] or [N, K]", found));
+            return Err(Error::tensor(&self.place, "class indices of shape [N], [N, K], [N, T] or [N, T, K]", found));
         }
         let bytes = self.read_bytes(rows, 0..rows.len())?;
         let values = self.dtype.integers(&bytes).map_err(|found| Error::tensor(&self.place, EXPECTED, found))?;

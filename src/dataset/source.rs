@@ -151,7 +151,7 @@ impl Column {
         }
     }
 
-    /// Class indices of all chosen rows: int64, (N) or (N, K).
+    /// Class indices of all chosen rows: int64, (N), (N, K), (N, T) or (N, T, K).
     pub(super) fn labels(&self, rows: &Rows) -> Result<Tensor, Error> {
         match self {
             Self::Array(array) => array.labels(rows),

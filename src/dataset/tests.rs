@@ -304,7 +304,9 @@ fn plans_that_do_not_fit_the_data() -> Result {
     assert_eq!(say(&["ids"], &|plan| plan.transform.resize = Some(3)), "no error");
     let labels = |name: &str| message(Dataset::open(&plan(&path, &["ids"])).and_then(|data| data.labels(name)));
     assert!(labels("more").ends_with("expected 3 rows, as tensor `ids` has, found 4"));
-    assert!(labels("images").ends_with("class indices of shape [N] or [N, K], found shape [3, 2, 4, 4]"));
+    assert!(
+        labels("images").ends_with("class indices of shape [N], [N, K], [N, T] or [N, T, K], found shape [3, 2, 4, 4]")
+    );
     assert_eq!(labels("ids"), "no error");
     Ok(())
 }

@@ -90,6 +90,16 @@ pub enum Error {
         /// Its TorchScript type.
         found: String,
     },
+    /// A text file in the archive cannot be read.
+    #[error("{path}: cannot read `{name}` in the archive: {message}", path = path.display())]
+    ExtraFile {
+        /// The archive.
+        path: PathBuf,
+        /// The file in it.
+        name: String,
+        /// Why.
+        message: String,
+    },
     /// The emitted model cannot be written.
     #[error("{path}: cannot write the emitted model: {message}", path = path.display())]
     Emit {

@@ -39,6 +39,35 @@ pub(super) fn check(path: &Path) -> Result<(), Error> {
     }
 }
 
+/// Bytes beyond which an extra file is not read.
+const MOST_EXTRA_BYTES: u64 = 1 << 28;
+
+/// The text file `name` that a TorchScript archive holds beside its model; `None` where it has none.
+///
+/// # Errors
+/// Where the archive cannot be read, or the file is no text or larger than 256 MB.
+pub fn extra_file(path: &Path, name: &str) -> Result<Option<String>, Error> {
+    let file = std::fs::File::open(path).map_err(Error::io(path))?;
+    let damaged = |message: String| Error::ExtraFile { path: path.to_owned(), name: name.to_owned(), message };
+    let mut archive =
+        zip::ZipArchive::new(std::io::BufReader::new(file)).map_err(|error| damaged(error.to_string()))?;
+    let is_wanted = |entry: &str| {
+        let inside = entry.split_once('/').and_then(|(_, inside)| inside.strip_prefix("extra/"));
+        inside == Some(name)
+    };
+    let names: Result<Vec<_>, _> = archive.file_names().map(|entry| entry.map(String::from)).collect();
+    let names = names.map_err(|error| damaged(error.to_string()))?;
+    let Some(entry) = names.iter().find(|entry| is_wanted(entry)) else { return Ok(None) };
+    let entry = archive.by_name(entry).map_err(|error| damaged(error.to_string()))?;
+    let mut text = String::new();
+    let read = entry.take(MOST_EXTRA_BYTES + 1).read_to_string(&mut text);
+    let length = read.map_err(|error| damaged(error.to_string()))?;
+    if length as u64 > MOST_EXTRA_BYTES {
+        return Err(damaged(format!("expected at most {MOST_EXTRA_BYTES} bytes, found more")));
+    }
+    Ok(Some(text))
+}
+
 /// Reads everything once: libtorch itself does not look at the checksums.
 fn has_intact_entries<R: Read + Seek>(archive: &mut zip::ZipArchive<R>) -> bool {
     (0..archive.len()).all(|index| {

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Error, Simulation};
+use super::{Error, Simulation, check_rows};
 use crate::config::Plan;
 use crate::dataset::Dataset;
 use crate::evaluate::Evaluation;
@@ -14,14 +14,21 @@ use crate::report;
 pub(super) struct Data {
     evaluation: Option<Dataset>,
     labels: Option<Tensor>,
+    /// The output to rank.
+    output: Option<String>,
+    batch_size: usize,
 }
 
 impl Data {
     pub(super) fn open(plan: &Plan) -> Result<Self, Error> {
-        let Some(evaluation) = &plan.evaluation else { return Ok(Self { evaluation: None, labels: None }) };
+        let Some(evaluation) = &plan.evaluation else {
+            let batch_size = plan.calibration.batch_size.get();
+            return Ok(Self { evaluation: None, labels: None, output: None, batch_size });
+        };
         let data = Dataset::open(&evaluation.data)?;
         let labels = evaluation.labels.as_deref().map(|name| data.labels(name)).transpose()?;
-        Ok(Self { evaluation: Some(data), labels })
+        let (output, batch_size) = (evaluation.output.clone(), evaluation.data.batch_size.get());
+        Ok(Self { evaluation: Some(data), labels, output, batch_size })
     }
 
     /// The data itself; `calibration` stands in where there is no evaluation data.
@@ -33,6 +40,15 @@ impl Data {
         self.dataset(calibration).rows()
     }
 
+    /// Measures the float model on a few rows, so that a slip in the experiment is told before the work begins.
+    pub(super) fn check(&self, model: &Clean, calibration: &Dataset) -> Result<(), Error> {
+        let data = self.dataset(calibration);
+        let (arguments, rows) = check_rows(model.module(), data, self.batch_size)?;
+        let output = model.module().forward(&arguments)?;
+        let labels = self.labels.as_ref().map(|labels| rows_of(labels, 0, rows)).transpose()?;
+        Ok(Evaluation::new(self.output.clone()).add(rows, &output, &output, labels.as_ref())?)
+    }
+
     pub(super) fn run(
         &self,
         model: &Clean,
@@ -41,7 +57,7 @@ impl Data {
         mut advance: impl FnMut(usize),
     ) -> Result<report::Evaluation, Error> {
         let float = model.instrument(&[], &[])?;
-        let mut evaluation = Evaluation::default();
+        let mut evaluation = Evaluation::new(self.output.clone());
         for batch in self.dataset(calibration).batches() {
             let batch = batch?;
             let (first, rows) = (batch.first_row, batch.rows);
@@ -59,7 +75,7 @@ impl Data {
 }
 
 #[allow(clippy::cast_possible_wrap)]
-fn rows_of(labels: &Tensor, first: usize, rows: usize) -> Result<Tensor, tch::TchError> {
+pub(super) fn rows_of(labels: &Tensor, first: usize, rows: usize) -> Result<Tensor, tch::TchError> {
     // Row counts come from files that are addressed with i64.
     labels.f_narrow(0, first as i64, rows as i64)
 }

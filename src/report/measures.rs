@@ -19,7 +19,8 @@ pub struct Comparison {
     /// Against labels.
     #[serde(flatten)]
     pub accuracy: Accuracy,
-    /// Share of rows whose arg-max over the last axis of the first output is the float model's, from 0 to 1;
+    /// Share of rows (of positions, where the ranked output has more axes) whose arg-max over the last axis of the ranked
+    /// output, by default the first, is the float model's, from 0 to 1;
     /// `None` where that axis has no choice.
     pub agreement: Option<f64>,
     /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` for equal outputs, whose ratio is infinite.

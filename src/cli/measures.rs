@@ -1,0 +1,70 @@
+//! The table of measures: float beside quantized, or one model alone.
+
+use super::table;
+use crate::config::Metric;
+use crate::report::{Accuracy, Alone, Evaluation};
+
+/// Sizes of the model files in bytes.
+pub(super) struct Sizes {
+    pub(super) float: u64,
+    pub(super) quantized: u64,
+}
+
+/// One row per metric, and one for the sizes.
+pub(super) fn compared(evaluation: &Evaluation, metrics: &[Metric], sizes: &Sizes) -> comfy_table::Table {
+    let title = format!("{} rows of {} data", evaluation.quantized.rows, evaluation.data);
+    let mut table = table::table(&[&title, "float", "quantized"], true);
+    for metric in metrics {
+        let (float, quantized) = cells(*metric, evaluation);
+        table.add_row([name(*metric), float.as_str(), quantized.as_str()]);
+    }
+    table.add_row(["model file", &table::bytes(sizes.float), &table::bytes(sizes.quantized)]);
+    table
+}
+
+/// One row per metric that needs no other model, and one for the size in bytes.
+pub(super) fn alone(data: &str, measures: &Alone, metrics: &[Metric], size: u64) -> comfy_table::Table {
+    let title = format!("{} rows of {data} data", measures.rows);
+    let mut table = table::table(&[&title, "model"], true);
+    for metric in metrics {
+        let share = match metric {
+            Metric::Top1 => measures.accuracy.top1,
+            Metric::Top5 => measures.accuracy.top5,
+            Metric::Agreement | Metric::Sqnr | Metric::Cosine | Metric::MaxAbsDiff => continue,
+        };
+        table.add_row([name(*metric), &percent(share)]);
+    }
+    table.add_row(["model file", &table::bytes(size)]);
+    table
+}
+
+fn name(metric: Metric) -> &'static str {
+    match metric {
+        Metric::Top1 => "top-1 accuracy",
+        Metric::Top5 => "top-5 accuracy",
+        Metric::Agreement => "agreement with float",
+        Metric::Sqnr => "output SQNR",
+        Metric::Cosine => "cosine similarity",
+        Metric::MaxAbsDiff => "largest difference",
+    }
+}
+
+fn cells(metric: Metric, evaluation: &Evaluation) -> (String, String) {
+    let (float, quantized) = (&evaluation.float, &evaluation.quantized);
+    let both = |pick: fn(&Accuracy) -> Option<f64>| (percent(pick(float)), percent(pick(&quantized.accuracy)));
+    let nothing = String::new;
+    match metric {
+        Metric::Top1 => both(|accuracy| accuracy.top1),
+        Metric::Top5 => both(|accuracy| accuracy.top5),
+        Metric::Agreement => (nothing(), percent(quantized.agreement)),
+        Metric::Sqnr => {
+            (nothing(), quantized.sqnr_db.map_or_else(|| "equal outputs".to_owned(), |db| format!("{db:.2} dB")))
+        }
+        Metric::Cosine => (nothing(), format!("{:.6}", quantized.cosine)),
+        Metric::MaxAbsDiff => (nothing(), format!("{:.4e}", quantized.max_abs_diff)),
+    }
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "–".to_owned(), |share| format!("{:.2}%", share * 100.0))
+}
