@@ -9,6 +9,7 @@ mod error;
 mod inputs;
 mod keys;
 mod not_built;
+mod overrides;
 mod plan;
 mod resolve;
 mod write;
@@ -17,6 +18,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use error::{Error, Origin, Place, Problem, Spot};
+pub use keys::Method;
+pub use overrides::{At, Fields, LayerPattern, OpName, Override, Overrides, SiteOverride, Typed};
 pub use plan::{
     ActivationPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Layout, Metric,
     OutputPlan, Plan, Transform, WeightPlan,
@@ -498,7 +501,7 @@ quantization.z_threshold=1e999 => `quantization.z_threshold`: expected a finite 
 quantization.z_threshold=nan => `quantization.z_threshold` must be a number, found the text `nan`
 quantization.z_threshold=off => `quantization.z_threshold` must be a number, found the text `off`
 quantization.z_threshol=3 => unknown key `z_threshol` in `quantization`, did you mean `z_threshold`?
-overrides=[] => `overrides` is not built yet
+overrides={} => `overrides` must be a list, found a map
 device=cuda => `device: cuda` is not built yet
 device=cuda:1 => `device: cuda:1` is not built yet
 device=cuda:x => `device` must be one of `auto`, `cpu`, found `cuda:x`, did you mean `cuda:N`, which is not built yet?
@@ -557,7 +560,7 @@ seed => expected KEY=VALUE such as `quantization.weights.bits=4`, found no `=`
 =1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a..b=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a=[1 => not valid YAML: unclosed bracket '['
-a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `device`, `output`, `evaluation`, `seed`
+a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `device`, `output`, `evaluation`, `seed`
 calibration=5 => `calibration` must be a map of keys, found the number 5
 output.dir="a\0b" => `output.dir`: expected a path, found a\0b
 a=x: y: z => not valid YAML: mapping values are not allowed in this context

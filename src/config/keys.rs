@@ -10,9 +10,10 @@ use std::path::PathBuf;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::overrides::OverrideKeys;
 use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
-use crate::threshold::{Exponent, ExponentError};
+use crate::threshold::{ErrorMethod, Exponent, ExponentError};
 
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -20,6 +21,8 @@ pub(super) struct Keys {
     pub(super) model: Option<ModelKeys>,
     pub(super) calibration: Option<CalibrationKeys>,
     pub(super) quantization: Option<QuantizationKeys>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) overrides: Option<Vec<OverrideKeys>>,
     pub(super) device: Option<DevicePlan>,
     pub(super) output: Option<OutputKeys>,
     pub(super) evaluation: Option<EvaluationKeys>,
@@ -96,14 +99,32 @@ pub(super) struct OutputKeys {
 }
 
 /// The name of an error method; its parameters are other keys.
-#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
-pub(super) enum Method {
+pub enum Method {
+    /// [`ErrorMethod::NoClipping`].
     NoClipping,
+    /// [`ErrorMethod::Mse`].
     Mse,
+    /// [`ErrorMethod::Mae`].
     Mae,
+    /// [`ErrorMethod::Lp`].
     Lp,
+    /// [`ErrorMethod::Kl`].
     Kl,
+}
+
+impl Method {
+    /// The error method of this name; `p` is the exponent of LP.
+    pub(super) fn with_exponent(self, p: Exponent) -> ErrorMethod {
+        match self {
+            Self::NoClipping => ErrorMethod::NoClipping,
+            Self::Mse => ErrorMethod::Mse,
+            Self::Mae => ErrorMethod::Mae,
+            Self::Lp => ErrorMethod::Lp { p },
+            Self::Kl => ErrorMethod::Kl,
+        }
+    }
 }
 
 /// The exponent of LP, the same for weights and activations.

@@ -1,0 +1,1 @@
+//! Overrides as typed.
