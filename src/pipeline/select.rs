@@ -35,8 +35,9 @@ pub(super) fn select(
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
     for (site, settings) in sites.weights.iter().zip(&settings.weights) {
         let (tensor, selection) = weight(settings, model, site)?;
+        let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections.weights.push(tensor);
-        selections.reports.push(report([&site.name, &site.layer, &site.op], Kind::Weight, settings, &selection));
+        selections.reports.push(report(Kind::Weight, &named, settings, &selection));
     }
     let merged: Vec<Histogram> = sites
         .activations
@@ -56,8 +57,8 @@ pub(super) fn select(
         let selection =
             result.map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
         selections.activations.push(selection.as_ref().and_then(|selection| selection.params.first().copied()));
-        let names = [&site.name, &site.layer, &site.op];
-        selections.reports.extend(selection.map(|selection| report(names, Kind::Activation, settings, &selection)));
+        let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
+        selections.reports.extend(selection.map(|selection| report(Kind::Activation, &named, settings, &selection)));
     }
     Ok(selections)
 }
@@ -97,14 +98,19 @@ fn weight(settings: &SiteSettings, model: &Clean, site: &WeightSite) -> Result<(
     Ok((Tensor::f_from_slice(&quantized)?.f_reshape(&site.shape)?, selection))
 }
 
-/// The report of a site with this name, layer and op.
-fn report(names: [&String; 3], kind: Kind, settings: &SiteSettings, selection: &Selection) -> SiteReport {
-    let [name, layer, op] = names.map(Clone::clone);
+/// What a site of either kind is called.
+struct Named<'a> {
+    name: &'a str,
+    layer: &'a str,
+    op: &'a str,
+}
+
+fn report(kind: Kind, site: &Named<'_>, settings: &SiteSettings, selection: &Selection) -> SiteReport {
     SiteReport {
-        name,
+        name: site.name.to_owned(),
         kind,
-        layer,
-        op,
+        layer: site.layer.to_owned(),
+        op: site.op.to_owned(),
         bits: settings.scheme.bits,
         grid: settings.scheme.grid,
         granularity: settings.granularity,
