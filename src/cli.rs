@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{config, jit};
+use crate::{config, jit, pipeline};
 
 /// The run failed.
 const EXIT_FAILED: u8 = 1;
@@ -65,8 +65,7 @@ pub fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            let usage = error.chain().any(|cause| cause.is::<config::Error>() || cause.is::<UsageError>());
-            ExitCode::from(if usage { EXIT_USAGE } else { EXIT_FAILED })
+            ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { EXIT_FAILED })
         }
     }
 }
@@ -75,6 +74,14 @@ pub fn main() -> ExitCode {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct UsageError(String);
+
+/// Whether the command line or the YAML is to blame, also where only the model could tell.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let in_run = matches!(cause.downcast_ref(), Some(pipeline::Error::Config(_)));
+        in_run || cause.is::<config::Error>() || cause.is::<UsageError>()
+    })
+}
 
 /// A reader that has seen enough (`| head`) is no failure.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -10,6 +10,7 @@ mod flags;
 mod inputs;
 mod keys;
 mod not_built;
+mod overrides;
 mod plan;
 mod resolve;
 mod schema;
@@ -20,6 +21,8 @@ use std::path::{Path, PathBuf};
 
 pub use error::{Error, Origin, Place, Problem, Spot};
 pub use flags::Typed;
+pub use keys::Method;
+pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
     ActivationPlan, ComparisonPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan,
     Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
@@ -528,7 +531,7 @@ quantization.z_threshold=1e999 => `quantization.z_threshold`: expected a finite 
 quantization.z_threshold=nan => `quantization.z_threshold` must be a number, found the text `nan`
 quantization.z_threshold=off => `quantization.z_threshold` must be a number, found the text `off`
 quantization.z_threshol=3 => unknown key `z_threshol` in `quantization`, did you mean `z_threshold`?
-overrides=[] => `overrides` is not built yet
+overrides={} => `overrides` must be a list, found a map
 device=cuda => `device: cuda` is not built yet
 device=cuda:1 => `device: cuda:1` is not built yet
 device=cuda:x => `device` must be one of `auto`, `cpu`, found `cuda:x`, did you mean `cuda:N`, which is not built yet?
@@ -581,7 +584,7 @@ evaluation.metrics=[top1, top1] => `evaluation.metrics[1]`: expected each metric
 evaluation.metrics=[top2] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `top2`, did you mean `top5`?
 evaluation.metrics=[accuracy] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `accuracy`
 evaluation.metrics=[] => `evaluation.metrics`: expected at least one metric, found an empty list
-evaluation.labels= => /dir/e.yaml:48:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
+evaluation.labels= => /dir/e.yaml:53:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
 evaluation.labels=5 => `evaluation.labels` must be text (in quotes where it reads as a number), found the number 5
 evaluation.data= => `evaluation.data` is missing, expected the path of a data file or a folder of images
 evaluation.data=nope.npz => `evaluation.data`: expected a file that exists, found nothing at /dir/nope.npz
@@ -591,7 +594,7 @@ seed => expected KEY=VALUE such as `quantization.weights.bits=4`, found no `=`
 =1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a..b=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a=[1 => not valid YAML: unclosed bracket '['
-a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `device`, `output`, `evaluation`, `seed`
+a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `device`, `output`, `evaluation`, `seed`
 calibration=5 => `calibration` must be a map of keys, found the number 5
 output.dir="a\0b" => `output.dir`: expected a path, found a\0b
 a=x: y: z => not valid YAML: mapping values are not allowed in this context

@@ -1,7 +1,7 @@
 //! tsquant: post-training quantization of TorchScript models. TorchScript in, TorchScript out, no Python at run time.
 //!
 //! A run goes one way: a [`config::Plan`] names a model and data; [`jit`] loads and cleans the model; [`sites`] says what is
-//! quantized; [`observe`] collects [`statistics`] while the data runs; [`threshold`] chooses one [`quantizer`] per site;
+//! quantized, [`settings`] how; [`observe`] collects [`statistics`] while the data runs; [`threshold`] chooses one [`quantizer`] per site;
 //! [`emit`] writes the quantized model; [`evaluate`] compares it with the float one; [`report`] tells. [`pipeline`] holds
 //! that order. ARCHITECTURE.md is the map.
 
@@ -17,6 +17,7 @@ pub mod observe;
 pub mod pipeline;
 pub mod quantizer;
 pub mod report;
+pub mod settings;
 pub mod simulate;
 pub mod sites;
 pub mod statistics;

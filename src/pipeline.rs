@@ -23,6 +23,7 @@ use crate::jit::{self, Arguments, Clean, Instrumented, Module};
 use crate::observe::{self, observe};
 use crate::quantizer::QuantParams;
 use crate::report::{self, Report, SiteReport, Timings};
+use crate::settings;
 use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
 
@@ -79,7 +80,7 @@ pub enum Error {
         /// The model.
         model: PathBuf,
     },
-    /// The plan as YAML.
+    /// The plan as YAML, or an override that does not fit the model.
     #[error(transparent)]
     Config(#[from] crate::config::Error),
     /// The run directory.
@@ -152,11 +153,12 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let calibration = Dataset::open(&plan.calibration)?;
     let comparison = compare::Data::open(plan)?;
     let model = load_clean(plan, &calibration)?;
-    let mut sites = sites::find(model.listing());
+    let sites = sites::find(model.listing());
     if sites.weights.is_empty() && sites.activations.is_empty() {
         return Err(Error::NoSites { model: plan.model.clone() });
     }
     comparison.check(&model, &calibration)?;
+    let (mut sites, settings) = settings::settle(plan, sites)?;
     timings.load = lap(&mut clock);
 
     progress.stage("calibrate", calibration.rows());
@@ -164,7 +166,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     timings.calibrate = lap(&mut clock);
 
     progress.stage("search", 0);
-    let selections = select::select(plan, &model, &mut sites, &statistics)?;
+    let selections = select::select(&settings, &model, &mut sites, &statistics)?;
     let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, calibration.rows())?;
     timings.search = lap(&mut clock);
 

@@ -18,8 +18,12 @@ use crate::jit::{Listing, NodeId, ValueId};
 pub struct Sites {
     /// Ops with weights, in graph order.
     pub layers: Vec<Layer>,
+    /// All ops that compute with float tensors, in graph order, and the arguments of the model as one.
+    pub ops: Vec<Op>,
     /// Weights to quantize, in graph order; a shared weight once.
     pub weights: Vec<WeightSite>,
+    /// Weights that the user wants left float.
+    pub float_weights: Vec<WeightSite>,
     /// Values to quantize, in graph order.
     pub activations: Vec<ActivationSite>,
     /// What is not quantized though it computes with float tensors.
@@ -42,6 +46,18 @@ pub struct Layer {
     pub node: NodeId,
 }
 
+/// An op that computes with float tensors, or the arguments of the model.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Op {
+    /// The layer that it is, as in the names of its sites; `input` for the arguments.
+    pub name: String,
+    /// TorchScript name of the op: `aten::conv2d`; `argument` for the arguments.
+    pub op: String,
+}
+
+/// Index of an op in [`Sites::ops`].
+pub type OpId = usize;
+
 /// A constant weight.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WeightSite {
@@ -58,6 +74,9 @@ pub struct WeightSite {
     /// The constants of the graph that are this weight.
     #[serde(skip)]
     pub values: Vec<ValueId>,
+    /// The ops whose weight it is.
+    #[serde(skip)]
+    pub users: Vec<OpId>,
 }
 
 /// A value of the graph that gets one quantizer, together with all values that are the same numbers moved about.
@@ -75,6 +94,12 @@ pub struct ActivationSite {
     /// Where the quantizer goes: the values that are made, not moved. More than one where branches or loops meet.
     #[serde(skip)]
     pub anchors: Vec<Anchor>,
+    /// The ops whose results it is; a fused activation function counts as the op that it joins.
+    #[serde(skip)]
+    pub makers: Vec<OpId>,
+    /// The ops that compute with it.
+    #[serde(skip)]
+    pub readers: Vec<OpId>,
 }
 
 /// Along which axis an activation has its channels.

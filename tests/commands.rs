@@ -34,6 +34,8 @@ fn the_schema_takes_what_is_taken_and_refuses_what_is_refused() {
         "output: {format: [fake_quant]}",
         "evaluation: {data: e.npz, transform: {crop: [224, 200], resize: 256, mean: [1], layout: nhwc}}",
         "evaluation: null",
+        "evaluation: {data: e.npz, output: 1}",
+        "overrides: [{layers: fc, weights: {bits: 4, error_method: KL}}, {ops: [conv2d, add], activations: float}]",
         "seed: 18446744073709551615",
     ] {
         assert_eq!(misfits(&schema, &with("[x]", rest)), [""; 0], "{rest}");
@@ -51,6 +53,9 @@ fn the_schema_takes_what_is_taken_and_refuses_what_is_refused() {
         "evaluation: {metrics: [top2]}",
         "evaluation: {transform: {crop: [1, 2, 3]}}",
         "seed: -1",
+        "overrides: {layers: fc}",
+        "overrides: [{layers: fc, weights: floats}]",
+        "overrides: [{layers: fc, weights: {z_threshold: 4}}]",
     ] {
         let rest = rest.replace("calibration:", "evaluation:");
         wrong.push(with("[x]", &rest));

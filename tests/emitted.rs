@@ -72,6 +72,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
             error_method: ErrorMethod::NoClipping,
             z_threshold: None,
         },
+        overrides: tsquant::config::Overrides::default(),
         device: DevicePlan::Cpu,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,

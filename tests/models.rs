@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use tch::{Kind, Tensor};
-use tsquant::config::{ActivationPlan, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Plan, WeightPlan};
+use tsquant::config::{
+    ActivationPlan, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan, WeightPlan,
+};
 use tsquant::dataset::Dataset;
 use tsquant::feed;
 use tsquant::jit::{Instrumented, Module, NoVisit, Output};
@@ -320,6 +322,7 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
         calibration: model.data_plan(16, 8),
         weights: WeightPlan { scheme, granularity: Granularity::PerChannel, error_method: ErrorMethod::NoClipping },
         activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
+        overrides: Overrides::default(),
         device: DevicePlan::Cpu,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Modules of plain data: no tensor, no module that knows one.
-const PLAIN: &[&str] = &["config", "quantizer", "statistics", "threshold", "report"];
+const PLAIN: &[&str] = &["config", "settings", "quantizer", "statistics", "threshold", "report"];
 /// Modules that know tensors, and so may not be known to plain data.
 const WITH_TENSORS: &[&str] =
     &["jit", "dataset", "feed", "observe", "simulate", "hessian", "correct", "emit", "evaluate", "pipeline", "cli"];
@@ -177,10 +177,10 @@ fn plain_data_knows_no_tensors(source: &Source) -> Vec<String> {
     }
     let crates = source.tokens().into_iter().filter(|token| TENSOR_CRATES.contains(&token.as_str()));
     let siblings = source.siblings();
-    // A report repeats what is left float; `sites` itself reads the listing of `jit`.
-    let siblings = siblings
-        .into_iter()
-        .filter(|name| WITH_TENSORS.contains(&name.as_str()) || (name == "sites" && module != "report"));
+    // A report repeats what is left float, settings are those of sites; `sites` itself reads the listing of `jit`.
+    let siblings = siblings.into_iter().filter(|name| {
+        WITH_TENSORS.contains(&name.as_str()) || (name == "sites" && !matches!(module, "report" | "settings"))
+    });
     crates.chain(siblings).map(|name| format!("{}: plain data mentions {name}", source.path)).collect()
 }
 

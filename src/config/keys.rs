@@ -11,9 +11,10 @@ use schemars::JsonSchema;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::overrides::OverrideKeys;
 use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
-use crate::threshold::{Exponent, ExponentError};
+use crate::threshold::{ErrorMethod, Exponent, ExponentError};
 
 /// An experiment of tsquant.
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
@@ -25,6 +26,9 @@ pub(super) struct Keys {
     pub(super) calibration: Option<CalibrationKeys>,
     /// How weights and activations are quantized.
     pub(super) quantization: Option<QuantizationKeys>,
+    /// Settings of single layers, in order: later ones win.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) overrides: Option<Vec<OverrideKeys>>,
     /// Where the model runs.
     pub(super) device: Option<DevicePlan>,
     /// What is written, and where.
@@ -146,14 +150,32 @@ pub(super) struct OutputKeys {
 }
 
 /// The name of an error method; its parameters are other keys.
-#[derive(Debug, Clone, Copy, Deserialize, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
-pub(super) enum Method {
+pub enum Method {
+    /// [`ErrorMethod::NoClipping`].
     NoClipping,
+    /// [`ErrorMethod::Mse`].
     Mse,
+    /// [`ErrorMethod::Mae`].
     Mae,
+    /// [`ErrorMethod::Lp`].
     Lp,
+    /// [`ErrorMethod::Kl`].
     Kl,
+}
+
+impl Method {
+    /// The error method of this name; `p` is the exponent of LP.
+    pub(super) fn with_exponent(self, p: Exponent) -> ErrorMethod {
+        match self {
+            Self::NoClipping => ErrorMethod::NoClipping,
+            Self::Mse => ErrorMethod::Mse,
+            Self::Mae => ErrorMethod::Mae,
+            Self::Lp => ErrorMethod::Lp { p },
+            Self::Kl => ErrorMethod::Kl,
+        }
+    }
 }
 
 /// The exponent of LP, the same for weights and activations.

@@ -8,9 +8,8 @@ enum NotBuilt {
 
 use NotBuilt::{Key, Value};
 
-/// `cuda:N` stands for every N.
+/// `cuda:N` stands for every N, `[]` for every item of a list.
 const NOT_BUILT: &[NotBuilt] = &[
-    Key("overrides"),
     Key("mixed_precision"),
     Key("hessian"),
     Key("allow_tf32"),
@@ -22,6 +21,9 @@ const NOT_BUILT: &[NotBuilt] = &[
     Key("output.strict"),
     Value("quantization.weights_error_method", "HMSE"),
     Value("quantization.activation_error_method", "HMSE"),
+    Value("overrides[].weights.error_method", "HMSE"),
+    Value("overrides[].activations.error_method", "HMSE"),
+    Value("overrides[].inputs.error_method", "HMSE"),
     Value("output.format", "int8"),
     Value("device", "cuda"),
     Value("device", "cuda:N"),
@@ -48,12 +50,22 @@ pub(super) fn value(path: &str, name: &str) -> bool {
 
 /// The values of the key, or of an item of its list, that are yet to be built.
 pub(super) fn values(path: &str) -> Vec<&'static str> {
-    let path = path.split('[').next().unwrap_or(path);
+    let path = without_indices(path);
+    let key_of_list = path.strip_suffix("[]").unwrap_or(&path);
     let values = NOT_BUILT.iter().filter_map(|entry| match entry {
-        Value(key, value) if *key == path => Some(*value),
+        Value(key, value) if *key == path || *key == key_of_list => Some(*value),
         _ => None,
     });
     values.collect()
+}
+
+/// `overrides[].weights` of `overrides[3].weights`.
+fn without_indices(path: &str) -> String {
+    let mut parts = path.split('[');
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |path, part| {
+        path + "[]" + part.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start_matches(']')
+    })
 }
 
 #[cfg(test)]
@@ -73,11 +85,19 @@ mod tests {
                 Value(path, value) => (path, *value, format!("{path}: {value}")),
             };
             let place = Place::whole(Origin::Flag("here".to_owned()));
-            let path: Vec<&str> = path.split('.').collect();
-            let tree = Node::nested(&path, Node { place, value: Yaml::Text(text.to_owned()) });
+            let text = Node { place: place.clone(), value: Yaml::Text(text.to_owned()) };
+            let nested = |path: &str, inner| Node::nested(&path.split('.').collect::<Vec<_>>(), inner);
+            let tree = match path.split_once("[].") {
+                Some((list, rest)) => {
+                    let items = Yaml::List(vec![nested(rest, text)]);
+                    nested(list, Node { place, value: items })
+                }
+                None => nested(path, text),
+            };
+            let what = what.replace("[]", "[0]");
             let error = decode::<Keys>(&tree).unwrap_err().to_string();
             // `cuda:N` stands for numbers alone.
-            if text != "cuda:N" {
+            if !what.ends_with("cuda:N") {
                 assert_eq!(error, format!("here: `{what}` is not built yet"));
             }
         }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::overrides::Overrides;
 use crate::quantizer::{Granularity, Scheme};
 use crate::threshold::ErrorMethod;
 
@@ -22,6 +23,8 @@ pub struct Plan {
     pub weights: WeightPlan,
     /// How activations are quantized, always per tensor.
     pub activations: ActivationPlan,
+    /// What is different at some layers.
+    pub overrides: Overrides,
     /// Where the model runs.
     pub device: DevicePlan,
     /// What is written, and where.

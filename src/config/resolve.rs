@@ -11,6 +11,7 @@ use super::keys::{
     CalibrationKeys, Count, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, OutputKeys, OutputName,
     QuantizationKeys, SiteKeys, TransformKeys,
 };
+use super::overrides::Overrides;
 use super::plan::{
     ActivationPlan, ComparisonPlan, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
     OutputPlan, Plan, Transform, WeightPlan,
@@ -54,14 +55,18 @@ impl Resolver<'_> {
         let model = self.model(keys.model.unwrap_or_default().path)?;
         let seed = keys.seed.unwrap_or(0);
         let calibration = self.calibration(keys.calibration.unwrap_or_default(), seed)?;
-        let (weights, activations) = self.quantization(keys.quantization.unwrap_or_default())?;
+        let quantization = keys.quantization.unwrap_or_default();
+        let exponent = quantization.l_p_value.map(|LpValue(p)| p).unwrap_or_default();
+        let (weights, activations) = self.quantization(quantization, exponent)?;
+        let overrides = Overrides::resolve(self.root, keys.overrides.unwrap_or_default(), exponent)?;
         let device = keys.device.unwrap_or(DevicePlan::Auto);
         let output = self.output(keys.output.unwrap_or_default())?;
         let evaluation = keys.evaluation.map(|keys| {
             let data = self.required_data("evaluation.data", keys.data.as_deref())?;
             self.evaluation(keys, data, Fallback::from(&calibration), seed)
         });
-        Ok(Plan { model, calibration, weights, activations, device, output, evaluation: evaluation.transpose()?, seed })
+        let evaluation = evaluation.transpose()?;
+        Ok(Plan { model, calibration, weights, activations, overrides, device, output, evaluation, seed })
     }
 
     /// What `evaluate` does with `keys`: neither model nor calibration data need be there, and data that is not named
@@ -262,22 +267,21 @@ impl Resolver<'_> {
         Err(self.invalid(key, format!("expected {expected} in float32, found {number:?}")))
     }
 
-    fn quantization(&self, keys: QuantizationKeys) -> Result<(WeightPlan, ActivationPlan), Error> {
+    fn quantization(&self, keys: QuantizationKeys, exponent: Exponent) -> Result<(WeightPlan, ActivationPlan), Error> {
         let weights = keys.weights.unwrap_or_default();
         let activations = keys.activations.unwrap_or_default();
         if activations.granularity == Some(Granularity::PerChannel) {
             let reason = "activations are quantized per tensor, expected `per_tensor`, found `per_channel`";
             return Err(self.invalid("quantization.activations.granularity", reason));
         }
-        let exponent = keys.l_p_value.map(|LpValue(p)| p).unwrap_or_default();
         let weight_plan = WeightPlan {
             granularity: weights.granularity.unwrap_or(Granularity::PerChannel),
             scheme: self.scheme("quantization.weights", &weights, Grid::Symmetric)?,
-            error_method: error_method(keys.weights_error_method, exponent),
+            error_method: keys.weights_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
         };
         let activation_plan = ActivationPlan {
             scheme: self.scheme("quantization.activations", &activations, Grid::Uniform)?,
-            error_method: error_method(keys.activation_error_method, exponent),
+            error_method: keys.activation_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
             z_threshold: keys.z_threshold.map(|Deviations(z)| z),
         };
         if let Some(reason) = too_wide("weights", weight_plan.scheme, weight_plan.error_method) {
@@ -338,17 +342,6 @@ impl Resolver<'_> {
             return Err(self.invalid(key, format!("expected a path in UTF-8, found {shown}")));
         }
         Ok(path)
-    }
-}
-
-/// The error method typed, or MSE.
-fn error_method(typed: Option<Method>, exponent: Exponent) -> ErrorMethod {
-    match typed {
-        None | Some(Method::Mse) => ErrorMethod::Mse,
-        Some(Method::NoClipping) => ErrorMethod::NoClipping,
-        Some(Method::Mae) => ErrorMethod::Mae,
-        Some(Method::Lp) => ErrorMethod::Lp { p: exponent },
-        Some(Method::Kl) => ErrorMethod::Kl,
     }
 }
 

@@ -35,6 +35,8 @@ impl From<&Plan> for Keys {
         let methods = [plan.weights.error_method, plan.activations.error_method];
         // Where both are LP they share it.
         let exponent = methods.into_iter().find_map(ErrorMethod::exponent);
+        let exponent = exponent.or(plan.overrides.ask_for_lp().then_some(plan.overrides.exponent));
+        let overrides: Vec<_> = plan.overrides.entries.iter().map(Into::into).collect();
         Self {
             model: Some(ModelKeys { path: Some(plan.model.clone()) }),
             calibration: Some((&plan.calibration).into()),
@@ -46,6 +48,7 @@ impl From<&Plan> for Keys {
                 l_p_value: exponent.map(LpValue),
                 z_threshold: plan.activations.z_threshold.map(Deviations),
             }),
+            overrides: Some(overrides).filter(|overrides| !overrides.is_empty()),
             device: Some(plan.device),
             output: Some(OutputKeys {
                 dir: Some(plan.output.dir.clone()),

@@ -19,6 +19,8 @@ pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Resul
             quantized.insert(value, tensor);
         });
     }
+    let all_weights = sites.weights.iter().chain(&sites.float_weights);
+    let weights_of_model: BTreeSet<_> = all_weights.flat_map(|site| site.values.iter().copied()).collect();
     let mut parameters = Vec::new();
     let mut named = BTreeMap::<_, String>::new();
     let mut taken: BTreeSet<String> = model.attributes()?.into_iter().collect();
@@ -33,7 +35,7 @@ pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Resul
             Some(tensor) => tensor.shallow_clone(),
             None => model.constant(value)?,
         };
-        let is_buffer = !quantized.contains_key(&value) && !names.is_parameter(constant);
+        let is_buffer = !weights_of_model.contains(&value) && !names.is_parameter(constant);
         parameters.push(Parameter { value, name, is_buffer, tensor });
     }
     Ok(parameters)
@@ -71,7 +73,7 @@ impl Names {
                 by_layer.entry(value).or_insert_with(|| format!("{}.{name}", layer.name));
             }
         }
-        for site in &sites.weights {
+        for site in sites.weights.iter().chain(&sites.float_weights) {
             site.values.iter().for_each(|&value| {
                 by_layer.insert(value, site.name.clone());
             });

@@ -9,6 +9,7 @@ use crate::feed;
 use crate::jit::NoVisit;
 use crate::quantizer::Grid;
 use crate::report::{Hashes, Timings};
+use crate::settings::{self, SiteSettings};
 use crate::sites::{self, LeftFloat};
 use crate::threshold::ErrorMethod;
 
@@ -61,10 +62,12 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let calibration = Dataset::open(&plan.calibration)?;
     let comparison = compare::Data::open(plan)?;
     let model = load_clean(plan, &calibration)?;
+    comparison.check(&model, &calibration)?;
     let sites = sites::find(model.listing());
     if sites.weights.is_empty() && sites.activations.is_empty() {
         return Err(Error::NoSites { model: plan.model.clone() });
     }
+    let (sites, settings) = settings::settle(plan, sites)?;
     let load = start.elapsed().as_secs_f64();
 
     let batch_size = plan.calibration.batch_size.get().min(calibration.rows());
@@ -78,12 +81,14 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     }
 
     let elements = |shape: &[i64]| shape.iter().map(|size| size.unsigned_abs()).product::<u64>();
-    let weight_elements: u64 = sites.weights.iter().map(|site| elements(&site.shape)).sum();
+    let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
+    let weight_elements: u64 = weights.iter().sum();
+    let search: f64 = weights.iter().zip(&settings.weights).map(|(&count, site)| count as f64 * per_weight(site)).sum();
     let evaluation_rows = comparison.rows(&calibration);
     let mut timings = Timings {
         load,
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
-        search: weight_elements as f64 * per_weight(plan) + sites.activations.len() as f64 * SITE,
+        search: search + sites.activations.len() as f64 * SITE,
         emit: 0.0,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
         total: 0.0,
@@ -106,9 +111,9 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
 }
 
 /// Seconds of the search for one element of a weight, per channel, on two cores.
-fn per_weight(plan: &Plan) -> f64 {
-    let is_uniform = plan.weights.scheme.grid == Grid::Uniform;
-    let nanoseconds = match plan.weights.error_method {
+fn per_weight(settings: &SiteSettings) -> f64 {
+    let is_uniform = settings.scheme.grid == Grid::Uniform;
+    let nanoseconds = match settings.error_method {
         ErrorMethod::NoClipping => 5.0,
         ErrorMethod::Kl => 1300.0,
         _ if is_uniform => 160.0,

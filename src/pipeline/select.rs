@@ -4,10 +4,10 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use super::Error;
-use crate::config::{ActivationPlan, Plan};
 use crate::jit::{self, Clean};
 use crate::quantizer::{Granularity, QuantParams};
 use crate::report::{Kind, SiteReport};
+use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, LeftFloat, Sites, WeightSite};
 use crate::statistics::{Activation, Histogram};
 use crate::threshold::{self, Channels, Selection};
@@ -27,16 +27,17 @@ pub(super) struct Selections {
 
 /// Chooses all thresholds; sites that never ran join what is left float.
 pub(super) fn select(
-    plan: &Plan,
+    settings: &Settings,
     model: &Clean,
     sites: &mut Sites,
     statistics: &[Vec<Activation>],
 ) -> Result<Selections, Error> {
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
-    for site in &sites.weights {
-        let (tensor, selection) = weight(plan, model, site)?;
+    for (site, settings) in sites.weights.iter().zip(&settings.weights) {
+        let (tensor, selection) = weight(settings, model, site)?;
+        let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections.weights.push(tensor);
-        selections.reports.push(weight_report(plan, site, &selection));
+        selections.reports.push(report(Kind::Weight, &named, settings, &selection));
     }
     let merged: Vec<Histogram> = sites
         .activations
@@ -44,18 +45,20 @@ pub(super) fn select(
         .zip(statistics)
         .map(|(site, observed)| drop_unseen(site, observed, &mut sites.left_float))
         .collect();
-    let ActivationPlan { scheme, error_method, z_threshold } = plan.activations;
-    let choose = |(site, histogram): (&ActivationSite, &Histogram)| {
+    let choose = |((site, settings), histogram): ((&ActivationSite, &SiteSettings), &Histogram)| {
+        let SiteSettings { scheme, error_method, z_threshold, .. } = *settings;
         let seen = !site.anchors.is_empty();
         seen.then(|| threshold::select_activation(histogram, scheme, error_method, z_threshold)).transpose()
     };
     // All results first: the error that is told must not depend on which thread comes first.
-    let results: Vec<_> = sites.activations.par_iter().zip(&merged).map(choose).collect();
-    for (site, result) in sites.activations.iter().zip(results) {
+    let settled = sites.activations.par_iter().zip(&settings.activations);
+    let results: Vec<_> = settled.zip(&merged).map(choose).collect();
+    for ((site, settings), result) in sites.activations.iter().zip(&settings.activations).zip(results) {
         let selection =
             result.map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
         selections.activations.push(selection.as_ref().and_then(|selection| selection.params.first().copied()));
-        selections.reports.extend(selection.map(|selection| activation_report(plan, site, &selection)));
+        let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
+        selections.reports.extend(selection.map(|selection| report(Kind::Activation, &named, settings, &selection)));
     }
     Ok(selections)
 }
@@ -76,52 +79,43 @@ fn drop_unseen(site: &mut ActivationSite, observed: &[Activation], left_float: &
     merged
 }
 
-fn weight(plan: &Plan, model: &Clean, site: &WeightSite) -> Result<(Tensor, Selection), Error> {
+fn weight(settings: &SiteSettings, model: &Clean, site: &WeightSite) -> Result<(Tensor, Selection), Error> {
     let failed = |source| Error::Select { kind: "weight", site: site.name.clone(), source };
     let value = site.values.first().copied().unwrap_or_default();
     let tensor = model.constant(value)?.f_contiguous()?;
     let shape: Vec<usize> = site.shape.iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect();
-    let axis = match plan.weights.granularity {
+    let axis = match settings.granularity {
         Granularity::PerChannel => Some(site.channel_axis),
         Granularity::PerTensor => None,
     };
     let misfit = |source| Error::Channels { site: site.name.clone(), source };
     let quantize = |values: &[f32]| -> Result<(Vec<f32>, Selection), Error> {
         let channels = Channels::new(values, &shape, axis).map_err(misfit)?;
-        let selection =
-            threshold::select_weights(&channels, plan.weights.scheme, plan.weights.error_method).map_err(failed)?;
+        let selection = threshold::select_weights(&channels, settings.scheme, settings.error_method).map_err(failed)?;
         Ok((threshold::quantize_weights(&channels, &selection.params).map_err(misfit)?, selection))
     };
     let (quantized, selection) = jit::with_values(&tensor, quantize)??;
     Ok((Tensor::f_from_slice(&quantized)?.f_reshape(&site.shape)?, selection))
 }
 
-fn weight_report(plan: &Plan, site: &WeightSite, selection: &Selection) -> SiteReport {
-    SiteReport {
-        name: site.name.clone(),
-        kind: Kind::Weight,
-        layer: site.layer.clone(),
-        op: site.op.clone(),
-        bits: plan.weights.scheme.bits,
-        grid: plan.weights.scheme.grid,
-        granularity: plan.weights.granularity,
-        error_method: plan.weights.error_method,
-        l_p_value: plan.weights.error_method.exponent(),
-        quantizers: selection.into(),
-    }
+/// What a site of either kind is called.
+struct Named<'a> {
+    name: &'a str,
+    layer: &'a str,
+    op: &'a str,
 }
 
-fn activation_report(plan: &Plan, site: &ActivationSite, selection: &Selection) -> SiteReport {
+fn report(kind: Kind, site: &Named<'_>, settings: &SiteSettings, selection: &Selection) -> SiteReport {
     SiteReport {
-        name: site.name.clone(),
-        kind: Kind::Activation,
-        layer: site.layer.clone(),
-        op: site.op.clone(),
-        bits: plan.activations.scheme.bits,
-        grid: plan.activations.scheme.grid,
-        granularity: Granularity::PerTensor,
-        error_method: plan.activations.error_method,
-        l_p_value: plan.activations.error_method.exponent(),
+        name: site.name.to_owned(),
+        kind,
+        layer: site.layer.to_owned(),
+        op: site.op.to_owned(),
+        bits: settings.scheme.bits,
+        grid: settings.scheme.grid,
+        granularity: settings.granularity,
+        error_method: settings.error_method,
+        l_p_value: settings.error_method.exponent(),
         quantizers: selection.into(),
     }
 }

@@ -1,5 +1,7 @@
 //! From roles of ops to sites.
 
+mod reach;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::attention::{self, Scores};
@@ -21,6 +23,7 @@ pub(super) fn find(listing: &Listing) -> Sites {
         fused_from: BTreeMap::new(),
         demanded: BTreeSet::new(),
         weights: BTreeMap::new(),
+        weight_users: Vec::new(),
         sites: Sites::default(),
     };
     for id in 0..listing.nodes.len() {
@@ -28,6 +31,7 @@ pub(super) fn find(listing: &Listing) -> Sites {
     }
     finder.demand_arguments();
     finder.collect_activations();
+    finder.collect_ops();
     finder.collect_unknown_ops();
     finder.sites
 }
@@ -42,6 +46,8 @@ struct Finder<'a> {
     demanded: BTreeSet<ValueId>,
     /// Identity of a weight → its index among the sites.
     weights: BTreeMap<(usize, Vec<i64>, Vec<i64>), usize>,
+    /// The nodes that use each weight site.
+    weight_users: Vec<BTreeSet<NodeId>>,
     sites: Sites,
 }
 
@@ -296,7 +302,8 @@ impl Finder<'_> {
                 let anchors =
                     anchors.into_iter().map(|value| Anchor { value, name: self.name_value(value).0 }).collect();
                 let channel_axis = self.channel_axis(class);
-                self.sites.activations.push(ActivationSite { name, layer, op, channel_axis, anchors });
+                let (makers, readers) = (Vec::new(), Vec::new());
+                self.sites.activations.push(ActivationSite { name, layer, op, channel_axis, anchors, makers, readers });
             }
         }
         self.sites.activations.sort_by_key(|site| site.anchors.first().map(|anchor| anchor.value));
@@ -323,24 +330,47 @@ impl Finder<'_> {
 
     /// Site name, layer and op of a value.
     fn name_value(&self, value: ValueId) -> (String, String, String) {
+        let value = self.uncast(value);
+        let (layer, op) = self.layer(self.origin(value));
         let Some(maker) = self.classes.maker(value) else {
             let name = trim_suffix(&self.listing.values[value].name);
-            return (format!("input.{name}"), "input".to_owned(), "argument".to_owned());
+            return (format!("{layer}.{name}"), layer, op);
         };
         let node = &self.listing.nodes[maker];
-        if let ("prim::unchecked_cast", &[optional]) = (node.op.as_str(), node.inputs.as_slice()) {
-            // An optional argument where it is known to be there.
-            return self.name_value(optional);
-        }
-        let first = self.fused_from.get(&maker).copied().unwrap_or(maker);
-        let layer = self.names[first].clone();
         let outputs = node.outputs.iter().filter(|&&output| self.listing.values[output].is_tensor).count();
         let position = node.outputs.iter().position(|&output| output == value);
         let name = match position {
             Some(position) if outputs > 1 => format!("{layer}.output.{position}"),
             _ => format!("{layer}.output"),
         };
-        (name, layer, self.listing.nodes[first].op.clone())
+        (name, layer, op)
+    }
+
+    /// An optional argument, for the value that it is where it is known to be there.
+    fn uncast(&self, value: ValueId) -> ValueId {
+        let maker = self.classes.maker(value).map(|id| &self.listing.nodes[id]);
+        match maker.map(|node| (node.op.as_str(), node.inputs.as_slice())) {
+            Some(("prim::unchecked_cast", &[optional])) => self.uncast(optional),
+            _ => value,
+        }
+    }
+
+    /// The node that a value is named after; `None` for an argument of the model.
+    fn origin(&self, value: ValueId) -> Option<NodeId> {
+        self.classes.maker(self.uncast(value)).map(|id| self.owner(id))
+    }
+
+    /// The node itself, or the op that it joins.
+    fn owner(&self, id: NodeId) -> NodeId {
+        self.fused_from.get(&id).copied().unwrap_or(id)
+    }
+
+    /// Layer and op of a node, or of the model's arguments.
+    fn layer(&self, origin: Option<NodeId>) -> (String, String) {
+        match origin {
+            Some(id) => (self.names[id].clone(), self.listing.nodes[id].op.clone()),
+            None => ("input".to_owned(), "argument".to_owned()),
+        }
     }
 
     /// Adds a weight site for a constant; a tensor that is computed is an activation like any other.
@@ -372,9 +402,11 @@ impl Finder<'_> {
             if !site.values.contains(&candidate.value) {
                 site.values.push(candidate.value);
             }
+            self.weight_users[index].insert(id);
             return true;
         }
         self.weights.insert(key, self.sites.weights.len());
+        self.weight_users.push(BTreeSet::from([id]));
         let name = self.unique_weight_name(name);
         self.sites.weights.push(WeightSite {
             name,
@@ -383,6 +415,7 @@ impl Finder<'_> {
             shape: constant.shape.clone(),
             channel_axis: candidate.axis,
             values: vec![candidate.value],
+            users: Vec::new(),
         });
         true
     }

@@ -576,3 +576,74 @@ fn a_value_that_only_decides_a_branch_is_not_called_an_output() {
     assert_ne!(reason(&sites, "mean_0.output"), "an output of the model");
     assert_eq!(reason(&sites, "head.output"), "an output of the model");
 }
+
+/// Names of ops by their numbers.
+fn layers<'a>(sites: &'a Sites, ops: &[super::OpId]) -> Vec<&'a str> {
+    ops.iter().map(|&op| sites.ops[op].name.as_str()).collect()
+}
+
+/// Makers and readers of a site.
+#[track_caller]
+fn around<'a>(sites: &'a Sites, name: &str) -> (Vec<&'a str>, Vec<&'a str>) {
+    let site = sites.activations.iter().find(|site| site.name == name);
+    let site = site.unwrap_or_else(|| panic!("no site `{name}` among {:?}", names(sites)));
+    (layers(sites, &site.makers), layers(sites, &site.readers))
+}
+
+#[test]
+fn a_site_knows_what_makes_and_what_reads_it() {
+    let mut graph = Graph::new();
+    let x = graph.argument("x.1");
+    let conv = graph.conv("stem", x);
+    let relu = graph.op("aten::relu", &[conv]);
+    let pooled = graph.op("aten::max_pool2d", &[relu]);
+    let left = graph.conv("left", pooled);
+    let norm = graph.op("aten::layer_norm", &[relu]);
+    let list = graph.node("prim::ListConstruct", &[left, norm, pooled], &["Tensor[]"]);
+    let list = graph.listing.nodes[list].outputs[0];
+    let joined = graph.op("aten::cat", &[list]);
+    graph.op("aten::argmax", &[relu]);
+    let head = graph.conv("head", joined);
+    let sites = graph.returning(&[head]);
+    let ops: Vec<(&str, &str)> = sites.ops.iter().map(|op| (op.name.as_str(), op.op.as_str())).collect();
+    let expected = [
+        ("input", "argument"),
+        ("stem", "aten::conv2d"),
+        ("left", "aten::conv2d"),
+        ("layer_norm_0", "aten::layer_norm"),
+        ("cat_0", "aten::cat"),
+        ("head", "aten::conv2d"),
+    ];
+    assert_eq!(ops, expected);
+    assert_eq!(around(&sites, "input.x"), (vec!["input"], vec!["stem"]));
+    assert_eq!(around(&sites, "stem.output"), (vec!["stem"], vec!["left", "layer_norm_0", "cat_0"]));
+    assert_eq!(around(&sites, "layer_norm_0.output"), (vec!["layer_norm_0"], vec!["cat_0"]));
+    assert_eq!(around(&sites, "cat_0.output"), (vec!["cat_0"], vec!["head"]));
+    assert_eq!(
+        sites.weights.iter().map(|site| layers(&sites, &site.users)).collect::<Vec<_>>(),
+        [["stem"], ["left"], ["head"]]
+    );
+}
+
+#[test]
+fn a_shared_site_knows_all_its_layers() {
+    let mut graph = Graph::new();
+    let x = graph.argument("x");
+    let weight = graph.tensor("shared.weight", &[8, 8]);
+    let none = graph.plain("None");
+    let once = graph.op("aten::linear", &[x, weight, none]);
+    let condition = graph.plain("condition");
+    let branch = graph.node("prim::If", &[condition], &["Tensor"]);
+    graph.block(branch, &[]);
+    let bright = graph.op("aten::linear", &[once, weight, none]);
+    graph.close(&[bright]);
+    graph.block(branch, &[]);
+    let dark = graph.conv("dark", once);
+    graph.close(&[dark]);
+    let result = graph.listing.nodes[branch].outputs[0];
+    let head = graph.conv("head", result);
+    let sites = graph.returning(&[head]);
+    assert_eq!(layers(&sites, &sites.weights[0].users), ["shared", "shared#2"]);
+    assert_eq!(around(&sites, "shared#2.output"), (vec!["shared#2", "dark"], vec!["head"]));
+    assert_eq!(around(&sites, "shared.output"), (vec!["shared"], vec!["shared#2", "dark"]));
+}

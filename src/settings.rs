@@ -1,0 +1,115 @@
+//! How each site is quantized: what the plan says of all sites, with what its overrides say of some.
+//!
+//! Plain data. It knows which layers touch which site, from [`sites`](crate::sites); it refuses to know tensors and how a
+//! threshold is found.
+
+mod merge;
+mod select;
+
+use crate::config::{At, Error, Plan};
+use crate::quantizer::{Granularity, Scheme};
+use crate::sites::{LeftFloat, Sites};
+use crate::threshold::ErrorMethod;
+
+use merge::Merger;
+use select::Role;
+
+/// The settings of one site.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SiteSettings {
+    /// Bits and grid.
+    pub scheme: Scheme,
+    /// One threshold or one per output channel; activations have one.
+    pub granularity: Granularity,
+    /// How thresholds are chosen.
+    pub error_method: ErrorMethod,
+    /// Standard deviations beyond which values of an activation do not count.
+    pub z_threshold: Option<f64>,
+}
+
+/// The settings of all sites.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Settings {
+    /// In the order of `sites.weights`.
+    pub weights: Vec<SiteSettings>,
+    /// In the order of `sites.activations`.
+    pub activations: Vec<SiteSettings>,
+}
+
+/// What is settled about a site.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Settled<'a> {
+    /// It stays float, because of what was typed there.
+    Float(&'a At),
+    /// It is quantized.
+    Quantized(SiteSettings),
+}
+
+/// Settles how each site is quantized. A site that an override leaves float moves from the sites to what is left float, a
+/// weight to `float_weights` too.
+///
+/// # Errors
+/// An override that selects no layer or no site, that disagrees with another about a site which both reach through different
+/// layers, or that makes an impossible combination; overrides that leave nothing to quantize. Each names key and place in the
+/// experiment.
+pub fn settle(plan: &Plan, sites: Sites) -> Result<(Sites, Settings), Error> {
+    let selected = select::select(&plan.overrides.entries, &sites)?;
+    let merger = Merger::of_weights(plan);
+    let weights = sites.weights.iter().map(|site| {
+        let reaching = site.users.iter().map(|&op| (op, Role::Weights));
+        merger.settle(&site.name, &select::told(&selected, &sites.ops, reaching))
+    });
+    let weights: Vec<Settled<'_>> = weights.collect::<Result<_, _>>()?;
+    let merger = Merger::of_activations(plan);
+    let activations = sites.activations.iter().map(|site| {
+        let makers = site.makers.iter().map(|&op| (op, Role::Activations));
+        let reaching = makers.chain(site.readers.iter().map(|&op| (op, Role::Inputs)));
+        merger.settle(&site.name, &select::told(&selected, &sites.ops, reaching))
+    });
+    let activations: Vec<Settled<'_>> = activations.collect::<Result<_, _>>()?;
+
+    let float = |settled: &Settled<'_>| matches!(settled, Settled::Float(_));
+    if let Some(last) = plan.overrides.entries.last()
+        && weights.iter().chain(&activations).all(float)
+    {
+        return Err(last
+            .at
+            .error("expected at least one site left to quantize, found that the overrides leave all float"));
+    }
+    Ok(divide(sites, &weights, &activations))
+}
+
+/// Takes what stays float out of the sites.
+fn divide(mut sites: Sites, weights: &[Settled<'_>], activations: &[Settled<'_>]) -> (Sites, Settings) {
+    let mut settings = Settings::default();
+    let left_float = |name: &str, op: &str, at: &At| LeftFloat {
+        name: name.to_owned(),
+        op: op.to_owned(),
+        reason: format!("`{}` says `float`", at.key()),
+    };
+    for (site, settled) in std::mem::take(&mut sites.weights).into_iter().zip(weights) {
+        match settled {
+            Settled::Quantized(own) => {
+                settings.weights.push(*own);
+                sites.weights.push(site);
+            }
+            Settled::Float(at) => {
+                sites.left_float.push(left_float(&site.name, &site.op, at));
+                sites.float_weights.push(site);
+            }
+        }
+    }
+    for (site, settled) in std::mem::take(&mut sites.activations).into_iter().zip(activations) {
+        match settled {
+            Settled::Quantized(own) => {
+                settings.activations.push(*own);
+                sites.activations.push(site);
+            }
+            Settled::Float(at) => sites.left_float.push(left_float(&site.name, &site.op, at)),
+        }
+    }
+    (sites, settings)
+}
+
+#[cfg(test)]
+mod tests;
