@@ -23,7 +23,7 @@ use crate::report::{self, Report, SiteReport, Timings};
 use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
 
-pub use run_dir::RunDirError;
+pub use run_dir::{RunDirError, abandon_unfinished_runs};
 
 /// Rows that the clean-up is checked on.
 const CHECK_ROWS: usize = 4;
