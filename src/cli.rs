@@ -8,10 +8,12 @@ mod progress;
 mod provenance;
 mod quantize;
 mod schema;
+mod signals;
 mod table;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use crate::{config, jit, pipeline};
@@ -27,7 +29,8 @@ const EXIT_USAGE: u8 = 2;
     version,
     about,
     arg_required_else_help = true,
-    after_help = "Exit codes: 0 done, 1 the run failed, 2 the command line or the YAML is wrong."
+    after_help = "Exit codes: 0 done, 1 the run failed, 2 the command line or the YAML is wrong. A run that is interrupted \
+        (Ctrl-C, SIGTERM) removes what it has written and ends by that signal, which shells show as 130 and 143."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -53,21 +56,33 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     jit::keep_freed_memory();
-    let result = match cli.command {
+    let watched = signals::watch().context("signals cannot be watched");
+    let result = watched.and_then(|()| match cli.command {
         Command::Quantize(command) => command.run(),
         Command::Evaluate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Schema(command) => command.run(),
         Command::Completions(command) => command.run(),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(&error));
             ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { EXIT_FAILED })
         }
     }
+}
+
+/// What was tried and why it failed. Many errors repeat their cause in their own text.
+fn one_line(error: &anyhow::Error) -> String {
+    let text = error
+        .chain()
+        .map(ToString::to_string)
+        .reduce(|text, cause| if text.ends_with(&cause) { text } else { format!("{text}: {cause}") });
+    // Names of files may hold line breaks.
+    let escaped = |sign: char| if sign.is_control() { sign.escape_default().to_string() } else { sign.to_string() };
+    text.unwrap_or_default().chars().map(escaped).collect()
 }
 
 /// A flag whose value is wrong in a way that clap cannot see.

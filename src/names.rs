@@ -3,7 +3,10 @@
 /// `, did you mean `x`?` for the candidate nearest to `name`, or nothing where none is near.
 #[must_use]
 pub fn did_you_mean<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
-    nearest(name, candidates).map(|found| format!(", did you mean `{found}`?")).unwrap_or_default()
+    // Names come from files too, and belong on one line.
+    let on_one_line =
+        |found: &str| found.chars().map(|sign| if sign.is_control() { ' ' } else { sign }).collect::<String>();
+    nearest(name, candidates).map(|found| format!(", did you mean `{}`?", on_one_line(found))).unwrap_or_default()
 }
 
 /// The candidate nearest to `name`, if one is near enough to be meant.

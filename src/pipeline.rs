@@ -29,7 +29,7 @@ use crate::threshold::{ChannelsError, SelectError};
 
 pub use estimate::{Estimate, estimate};
 pub use files::evaluate;
-pub use run_dir::RunDirError;
+pub use run_dir::{RunDirError, abandon_unfinished_runs};
 
 /// Rows that the clean-up is checked on.
 const CHECK_ROWS: usize = 4;

@@ -272,7 +272,32 @@ fn a_row_with_a_negative_label_alone_is_refused() {
     assert_says(&line, &["-1"]);
 }
 
+#[test]
+fn pipes_are_refused_instead_of_waited_for() {
+    let folder = Folder::new();
+    for name in ["model.pt", "data.safetensors", "images/a.png"] {
+        fs_err::create_dir_all(folder.path().join("images")).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(folder.path().join(name)).status().unwrap();
+        assert!(made.success());
+    }
+    for (setting, name) in
+        [("model.path=model.pt", "model.pt"), ("calibration.data=data.safetensors", "data.safetensors")]
+    {
+        let line = folder.refuses(1, &good(), &[setting]);
+        assert_says(&line, &[folder.path().join(name).to_str().unwrap(), "a pipe or device"]);
+    }
+    let line = folder.refuses(1, &good(), &["calibration.data=images", "calibration.inputs=[images]"]);
+    assert_says(&line, &["images/a.png: expected a file, found a pipe or device"]);
+}
+
 // Experiments and command lines.
+
+#[test]
+fn a_line_break_in_a_name_and_a_repeated_cause_make_no_longer_error() {
+    let folder = Folder::new();
+    let line = tsquant(folder.path(), ["inspect", "a\nb.pt"]).refused(1).to_owned();
+    assert_eq!(line, "a\\nb.pt: No such file or directory (os error 2)");
+}
 
 #[test]
 fn a_wrong_experiment_exits_with_2() {
@@ -365,6 +390,9 @@ fn a_place_that_cannot_be_written_is_refused() {
         assert_says(&line, &[folder.path().join("file").to_str().unwrap(), "cannot write the run directory"]);
     }
     assert_eq!(fs_err::read_to_string(folder.path().join("file")).unwrap(), "kept");
+    // Nor there, whoever it is.
+    let line = folder.refuses(1, &good(), &["output.dir=/proc/none/run"]);
+    assert_says(&line, &["/proc/none: cannot write the run directory"]);
     let line = folder.refuses(1, &good(), &["output.dir=."]);
     assert_says(&line, &["found a directory that no run of tsquant made"]);
 }

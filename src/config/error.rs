@@ -1,7 +1,7 @@
 //! What can be wrong with an experiment, and where it was typed. It refuses to know how it was found.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// One thing wrong with an experiment. Its Display is one readable line.
@@ -179,8 +179,16 @@ pub(super) fn printable(text: &str) -> String {
 
 /// [`printable`], cut to a length that leaves a message readable.
 pub(super) fn shortened(text: &str) -> String {
-    const LONGEST: usize = 80;
-    match text.char_indices().nth(LONGEST) {
+    cut(text, 80)
+}
+
+/// A path on one line, cut where no system takes a longer one.
+pub(super) fn path_text(path: &Path) -> String {
+    cut(&path.to_string_lossy(), 4096)
+}
+
+fn cut(text: &str, longest: usize) -> String {
+    match text.char_indices().nth(longest) {
         Some((end, _)) => format!("{}…", printable(text.get(..end).unwrap_or_default())),
         None => printable(text),
     }

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
 
 use super::document::Node;
-use super::error::{Error, Problem, printable};
+use super::error::{Error, Problem, path_text};
 use super::keys::{
     CalibrationKeys, Count, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, OutputKeys, OutputName,
     QuantizationKeys, SiteKeys, TransformKeys,
@@ -131,7 +131,7 @@ impl Resolver<'_> {
         let key = "model.path";
         let path = self.existing(key, &self.required(key, typed, "the path of a TorchScript file")?)?;
         if path.is_dir() {
-            let shown = printable(&path.to_string_lossy());
+            let shown = path_text(&path);
             return Err(self.invalid(key, format!("expected a TorchScript file, found the folder {shown}")));
         }
         Ok(path)
@@ -320,7 +320,7 @@ impl Resolver<'_> {
 
     fn existing(&self, key: &str, typed: &Path) -> Result<PathBuf, Error> {
         let path = self.absolute(key, typed)?;
-        let shown = printable(&path.to_string_lossy());
+        let shown = path_text(&path);
         match path.metadata() {
             Ok(_) => Ok(path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -333,12 +333,12 @@ impl Resolver<'_> {
     fn absolute(&self, key: &str, typed: &Path) -> Result<PathBuf, Error> {
         let text = typed.to_string_lossy();
         if text.is_empty() || text.contains('\0') {
-            let found = if text.is_empty() { "an empty text".to_owned() } else { printable(&text) };
+            let found = if text.is_empty() { "an empty text".to_owned() } else { path_text(typed) };
             return Err(self.invalid(key, format!("expected a path, found {found}")));
         }
         let path = normal(&self.base.join(typed));
         if path.to_str().is_none() {
-            let shown = printable(&path.to_string_lossy());
+            let shown = path_text(&path);
             return Err(self.invalid(key, format!("expected a path in UTF-8, found {shown}")));
         }
         Ok(path)

@@ -20,6 +20,8 @@ use crate::config::Transform;
 /// Files with other extensions are no images, but these are images that would be missed.
 const UNREADABLE: [&str; 9] = ["avif", "bmp", "gif", "heic", "jp2", "pgm", "ppm", "tif", "tiff"];
 const READABLE: [&str; 4] = ["jpeg", "jpg", "png", "webp"];
+/// Bytes of a decoded image, and of a file, beyond which it is a mistake or an attack: 178 million pixels.
+const MAX_BYTES: u64 = 1 << 29;
 
 /// The images of a folder, as paths.
 #[derive(Debug, Clone)]
@@ -117,6 +119,10 @@ impl Walk {
             if metadata.is_dir() {
                 self.visit(&path, &below_root)?;
             } else if READABLE.contains(&extension.as_str()) {
+                if !metadata.is_file() {
+                    // Reading a pipe would wait for its writer.
+                    return Err(Error::damaged(&path, "expected an image, found a pipe or device"));
+                }
                 self.files.push(below_root);
             } else if UNREADABLE.contains(&extension.as_str()) {
                 let expected = "png, jpeg or webp images".to_owned();
@@ -145,6 +151,13 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
 }
 
 fn decode(path: &Path) -> Result<RgbImage, Error> {
+    let too_large = |what: &str, found: u64| {
+        Error::damaged(path, format_args!("expected an image of at most {MAX_BYTES} bytes{what}, found {found}"))
+    };
+    let file_size = fs::metadata(path).map_err(Error::io(path))?.len();
+    if file_size > MAX_BYTES {
+        return Err(too_large("", file_size));
+    }
     let bytes = fs::read(path).map_err(Error::io(path))?;
     // By content: a jpeg that is called .png is common, and no reason to stop.
     let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format().map_err(Error::io(path))?;
@@ -158,6 +171,9 @@ fn decode(path: &Path) -> Result<RgbImage, Error> {
         Error::damaged(path, format_args!("expected a png, jpeg or webp image, found one that cannot be read: {error}"))
     };
     let mut decoder = reader.into_decoder().map_err(failed)?;
+    if decoder.total_bytes() > MAX_BYTES {
+        return Err(too_large(" when decoded", decoder.total_bytes()));
+    }
     let orientation = decoder.orientation().map_err(failed)?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(failed)?;
     image.apply_orientation(orientation);

@@ -45,6 +45,11 @@ impl Source {
         if path.is_dir() {
             return Folder::open(path).map(Self::Folder);
         }
+        if !path.metadata().map_err(Error::io(path))?.is_file() {
+            // Opening a pipe would wait for its writer.
+            let (expected, found) = (SUPPORTED.to_owned(), "a pipe or device".to_owned());
+            return Err(Error::Format { path: path.to_owned(), expected, found });
+        }
         let file = File::open(path).map_err(Error::io(path))?;
         let head = head(path, &file)?;
         let extension = path.extension().map(|text| text.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();

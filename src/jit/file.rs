@@ -7,14 +7,20 @@ use super::Error;
 
 const SAVE_TORCHSCRIPT: &str =
     "save the model with torch.jit.trace(model, example).save(path) or torch.jit.script(model).save(path)";
+/// A TorchScript file stores its tensors as they are; its code, packed, unpacks to ten times as much at most.
+const MOST_UNPACKED: u128 = 50;
+/// What any archive may unpack to, however small it is.
+const ALWAYS_UNPACKED: u128 = 1 << 24;
 const SAVE_AGAIN: &str = "the file is damaged or only part of it was copied: save or copy it again";
 
 /// Succeeds if the file looks like a TorchScript archive.
 pub(super) fn check(path: &Path) -> Result<(), Error> {
     let refuse =
         |found: &str, advice| Err(Error::NotTorchScript { path: path.to_owned(), found: found.to_owned(), advice });
-    if std::fs::metadata(path).map_err(Error::io(path))?.is_dir() {
-        return refuse("a folder", SAVE_TORCHSCRIPT);
+    let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+    if !metadata.is_file() {
+        // Opening a pipe would wait for its writer.
+        return refuse(if metadata.is_dir() { "a folder" } else { "a pipe or device" }, SAVE_TORCHSCRIPT);
     }
     let mut file = std::fs::File::open(path).map_err(Error::io(path))?;
     let mut start = Vec::new();
@@ -33,6 +39,11 @@ pub(super) fn check(path: &Path) -> Result<(), Error> {
         return refuse("a damaged zip archive", SAVE_AGAIN);
     };
     match name_archive(&entries) {
+        // libtorch would read another one of them than was checked.
+        None if archive.has_duplicate_names() => refuse("a zip archive that holds one name twice", SAVE_AGAIN),
+        None if is_bomb(&mut archive, metadata.len()) => {
+            refuse("a zip archive that unpacks to far more than TorchScript does", SAVE_AGAIN)
+        }
         None if has_intact_entries(&mut archive) => Ok(()),
         None => refuse("a damaged TorchScript archive: what it holds does not fit its checksums", SAVE_AGAIN),
         Some((found, advice)) => refuse(found, advice),
@@ -68,10 +79,21 @@ pub fn extra_file(path: &Path, name: &str) -> Result<Option<String>, Error> {
     Ok(Some(text))
 }
 
+/// Whether loading would take far more memory than the file has bytes.
+fn is_bomb<R: Read + Seek>(archive: &mut zip::ZipArchive<R>, bytes: u64) -> bool {
+    let sizes = (0..archive.len()).map(|index| archive.by_index_raw(index).map_or(0, |entry| u128::from(entry.size())));
+    sizes.sum::<u128>() > ALWAYS_UNPACKED + u128::from(bytes) * MOST_UNPACKED
+}
+
 /// Reads everything once: libtorch itself does not look at the checksums.
 fn has_intact_entries<R: Read + Seek>(archive: &mut zip::ZipArchive<R>) -> bool {
     (0..archive.len()).all(|index| {
-        archive.by_index(index).is_ok_and(|mut entry| std::io::copy(&mut entry, &mut std::io::sink()).is_ok())
+        archive.by_index(index).is_ok_and(|entry| {
+            let size = entry.size();
+            // One more byte than the directory says: finds an entry that holds more, and reaches the checksum.
+            let mut entry = entry.take(size.saturating_add(1));
+            std::io::copy(&mut entry, &mut std::io::sink()).is_ok_and(|read| read == size)
+        })
     })
 }
 

@@ -39,6 +39,10 @@ fn of_path(path: &Path) -> Result<String, Error> {
             hash.update(of_path(&file)?.as_bytes());
         }
     } else {
+        if !path.metadata().map_err(read_error(path))?.is_file() {
+            // Opening a pipe would wait for its writer, and a device may never end.
+            return Err(read_error(path)(std::io::Error::other("expected a file, found a pipe or device")));
+        }
         let mut file = std::fs::File::open(path).map_err(read_error(path))?;
         let mut buffer = vec![0; 1 << 16];
         loop {

@@ -1,8 +1,12 @@
 //! A run directory appears whole or not at all: it is filled under a temporary name beside its place and renamed.
 
+mod place;
+mod unfinished;
+
 use std::path::{Path, PathBuf};
 
-use tempfile::TempDir;
+use place::{exchange, place};
+use unfinished::Unfinished;
 
 /// A file that marks a directory as a run of ours.
 const MARK: &str = "report.json";
@@ -35,13 +39,15 @@ impl RunDirError {
     }
 }
 
+/// Removes what the unfinished runs of this process have written; for a process that is about to end by a signal.
+pub fn abandon_unfinished_runs() {
+    unfinished::abandon();
+}
+
 /// A run directory that is being filled; gone again if it is dropped before [`RunDir::keep`].
 pub(super) struct RunDir {
     target: PathBuf,
-    filling: TempDir,
-    /// Parents that did not exist before, outermost first.
-    made: Vec<PathBuf>,
-    kept: bool,
+    filling: Unfinished,
 }
 
 impl RunDir {
@@ -49,15 +55,8 @@ impl RunDir {
     pub(super) fn open(target: &Path) -> Result<Self, RunDirError> {
         refuse_occupied(target)?;
         let parent = target.parent().unwrap_or(Path::new("/"));
-        let made: Vec<_> = parent.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
-        std::fs::create_dir_all(parent).map_err(RunDirError::io(parent))?;
-        let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let filling = tempfile::Builder::new()
-            .prefix(&format!(".{name}."))
-            .tempdir_in(parent)
-            .map_err(RunDirError::io(parent))?;
-        let made = made.into_iter().rev().collect();
-        Ok(Self { target: target.to_owned(), filling, made, kept: false })
+        let filling = Unfinished::new(parent).map_err(RunDirError::io(parent))?;
+        Ok(Self { target: target.to_owned(), filling })
     }
 
     /// Where files go until the run is kept.
@@ -71,45 +70,40 @@ impl RunDir {
         std::fs::write(&path, text).map_err(RunDirError::io(&path))
     }
 
-    /// Puts the directory in its place, instead of an earlier run if there is one.
-    pub(super) fn keep(mut self) -> Result<PathBuf, RunDirError> {
-        refuse_occupied(&self.target)?;
-        let (target, filled) = (self.target.clone(), self.filling.path().to_owned());
-        open_to_readers(&filled).map_err(RunDirError::io(&filled))?;
-        let mut earlier = filled.clone().into_os_string();
-        earlier.push(".earlier");
-        let earlier = PathBuf::from(earlier);
-        let replaces = target.exists();
-        if replaces {
-            std::fs::rename(&target, &earlier).map_err(RunDirError::io(&target))?;
+    /// Puts the directory in its place, instead of an earlier run if there is one, which is deleted then.
+    pub(super) fn keep(self) -> Result<PathBuf, RunDirError> {
+        let (target, filled) = (self.target, self.filling.path());
+        flush(filled)?;
+        open_to_readers(filled).map_err(RunDirError::io(filled))?;
+        let uninterrupted = unfinished::hold();
+        refuse_occupied(&target)?;
+        let earlier = place(filled, &target).map_err(RunDirError::io(&target))?;
+        // What was exchanged stands under the name of the unfinished run. It may have come after the look at it.
+        if filled.exists()
+            && let Err(error) = refuse_occupied(filled)
+        {
+            exchange(filled, &target).map_err(RunDirError::io(&target))?;
+            return Err(match error {
+                RunDirError::Occupied { found, .. } => RunDirError::Occupied { path: target, found },
+                other => other,
+            });
         }
-        if let Err(error) = std::fs::rename(&filled, &target) {
-            if replaces {
-                // Best effort: the error that is told is the first one.
-                let _ = std::fs::rename(&earlier, &target);
-            }
-            return Err(RunDirError::Io { path: target, source: error });
-        }
-        self.kept = true;
-        if replaces {
+        drop(uninterrupted);
+        if let Some(earlier) = earlier {
             // The run is in its place; that an old one cannot be deleted does not undo it.
-            let _ = std::fs::remove_dir_all(&earlier);
+            let _ = std::fs::remove_dir_all(earlier);
         }
         Ok(target)
     }
 }
 
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        if self.kept {
-            return;
-        }
-        // Nothing half-written stays, nor a parent that only this run needed. Errors cannot be told from here.
-        let _ = std::fs::remove_dir_all(self.filling.path());
-        for folder in self.made.iter().rev() {
-            let _ = std::fs::remove_dir(folder);
-        }
+/// Hands all files to the disk: some systems tell only then that it is full.
+fn flush(folder: &Path) -> Result<(), RunDirError> {
+    for entry in std::fs::read_dir(folder).map_err(RunDirError::io(folder))? {
+        let path = entry.map_err(RunDirError::io(folder))?.path();
+        std::fs::File::open(&path).and_then(|file| file.sync_all()).map_err(RunDirError::io(&path))?;
     }
+    Ok(())
 }
 
 /// Temporary folders are closed to other users; a run directory is an ordinary one.

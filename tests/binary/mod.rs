@@ -44,16 +44,26 @@ impl Ran {
     }
 }
 
-/// Runs the binary in `folder`. Backtraces are asked for, so that one which reaches a user is seen here.
+/// Runs the binary in `folder`.
 pub(crate) fn tsquant<I: AsRef<std::ffi::OsStr>>(folder: &Path, arguments: impl IntoIterator<Item = I>) -> Ran {
-    let output = Command::new(env!("CARGO_BIN_EXE_tsquant"))
-        .args(arguments)
-        .current_dir(folder)
-        .env("RUST_BACKTRACE", "1")
-        // Tests run side by side: threads that wait for each other by spinning would only steal from the next test.
-        .env("OMP_NUM_THREADS", "1")
-        .output()
-        .expect("the built binary runs");
+    ran(in_folder(folder, BINARY).args(arguments))
+}
+
+/// The built binary.
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_tsquant");
+
+/// A program to be run in `folder`, the built binary or one that starts it. Backtraces are asked for, so that one which
+/// reaches a user is seen here.
+pub(crate) fn in_folder(folder: &Path, program: &str) -> Command {
+    let mut command = Command::new(program);
+    // Tests run side by side: threads that wait for each other by spinning would only steal from the next test.
+    command.current_dir(folder).env("RUST_BACKTRACE", "1").env("OMP_NUM_THREADS", "1");
+    command
+}
+
+/// Runs it to its end.
+pub(crate) fn ran(command: &mut Command) -> Ran {
+    let output = command.output().expect("the built binary runs");
     let text = |bytes| String::from_utf8(bytes).expect("the binary prints UTF-8");
     Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }

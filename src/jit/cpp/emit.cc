@@ -1,7 +1,12 @@
 // Writing an edited graph as a TorchScript file of its own.
 #include "shim.h"
 
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+
 #include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/serialization/export.h>
 
 #include "tsquant/src/jit/ffi.rs.h"
 
@@ -81,6 +86,34 @@ void drop_attributes(torch::jit::Module &module) {
   }
 }
 
+// libtorch's archive writer throws out of its destructor once a write has failed, which ends the process. So it is told that
+// all goes well, and the first failure is thrown when it is done.
+void save(const torch::jit::Module &module, const torch::jit::ExtraFilesMap &extra, const std::string &path) {
+  int failure = 0;
+  errno = 0;
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  const auto note_failure = [&] {
+    if (!file && failure == 0)
+      failure = errno != 0 ? errno : EIO;
+  };
+  note_failure();
+  torch::jit::ExportModule(
+      module,
+      [&](const void *bytes, std::size_t count) {
+        if (failure == 0) {
+          errno = 0;
+          file.write(static_cast<const char *>(bytes), static_cast<std::streamsize>(count));
+          note_failure();
+        }
+        return count;
+      },
+      extra);
+  errno = 0;
+  file.close();
+  note_failure();
+  TORCH_CHECK(failure == 0, std::strerror(failure));
+}
+
 } // namespace
 
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
@@ -107,7 +140,7 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
   torch::jit::ExtraFilesMap extra;
   for (const auto &file : files)
     extra.emplace(std::string(file.name), std::string(file.text));
-  module.save(std::string(path.data(), path.size()), extra);
+  save(module, extra, std::string(path.data(), path.size()));
 }
 
 } // namespace tsquant

@@ -6,7 +6,6 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/jit/passes/inliner.h>
-#include <torch/csrc/jit/serialization/import.h>
 #include <torch/version.h>
 
 #include "tsquant/src/jit/ffi.rs.h"
@@ -109,7 +108,7 @@ rust::String value_key(const Value &v, std::size_t index) {
 }
 
 std::unique_ptr<Module> load_module(rust::Str path) {
-  return std::make_unique<Module>(Module{torch::jit::load(owned(path), at::Device(at::kCPU))});
+  return std::make_unique<Module>(Module{load_within_bounds(owned(path))});
 }
 
 // A handle to the same module.

@@ -32,6 +32,9 @@ static void trycatch(Try &&attempt, Fail &&fail) noexcept try {
 
 namespace tsquant {
 
+// The module in the file, on the CPU; throws where one of its tensors reaches out of the bytes that the file has for it.
+torch::jit::Module load_within_bounds(const std::string &path);
+
 struct Visitor;
 struct Work;
 struct ArgumentRow;
