@@ -38,7 +38,7 @@ impl Quantize {
         let plan = self.plan()?;
         if self.dry_run {
             let estimate = pipeline::estimate(&plan)?;
-            return Ok(print_estimate(&mut std::io::stdout().lock(), &plan, &estimate)?);
+            return print_estimate(&mut std::io::stdout().lock(), &plan, &estimate);
         }
         let mut display = Display::new(self.quiet);
         let outcome = pipeline::quantize(&plan, &mut display);
