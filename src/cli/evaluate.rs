@@ -55,7 +55,7 @@ pub(super) struct Evaluate {
     /// Rows per batch; 32 if nothing else is said.
     #[arg(long, value_name = "ROWS")]
     batch_size: Option<String>,
-    /// From stored values to the model's: the map `transform` of an experiment, '{scale: 0.5, mean: [1], std: [2]}'.
+    /// From stored values to the model's: the map `transform` of an experiment, `{scale: 0.5, mean: [1], std: [2]}`.
     #[arg(long, value_name = "YAML")]
     transform: Option<String>,
     /// Print JSON instead of a table.
