@@ -398,6 +398,15 @@ output.dir='a "b": #c'"#;
     }
 
     #[test]
+    fn a_run_does_not_replace_its_own_model_or_data() {
+        for dir in ["models", ".", "models/mnist_resnet.pt"] {
+            let error = refusal(SHIPPED, &[&format!("output.dir={dir}")]);
+            assert!(error.contains("`output.dir`: expected a folder without model and data"), "{error}");
+            assert!(error.ends_with("found /dir/models/mnist_resnet.pt in it"), "{error}");
+        }
+    }
+
+    #[test]
     fn names_file_line_column_and_key() {
         let calibration = "calibration: {data: c.npz, inputs: [x]}";
         let with = |from: &str, to: &str| SHORTEST.replace(from, to);

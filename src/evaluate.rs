@@ -28,6 +28,16 @@ pub enum Error {
         /// Shape of the float model's.
         expected: String,
     },
+    /// The quantized model makes NaN or infinity out of what is finite in the float model.
+    #[error(
+        "evaluation: expected finite outputs where the float model has them, found {broken} of {count} NaN or infinite"
+    )]
+    Broken {
+        /// How many, in one batch of one output.
+        broken: i64,
+        /// Values of that output.
+        count: usize,
+    },
     /// There is no output to compare.
     #[error("evaluation: expected a floating-point tensor among the model's outputs, found none")]
     NoOutput,
@@ -178,7 +188,12 @@ impl Evaluation {
         if f.numel() == 0 {
             return Ok(());
         }
-        let finite = f.f_isfinite()?.f_logical_and(&q.f_isfinite()?)?;
+        let (f_finite, q_finite) = (f.f_isfinite()?, q.f_isfinite()?);
+        let broken = f_finite.f_logical_and(&q_finite.f_logical_not()?)?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        if broken > 0 {
+            return Err(Error::Broken { broken, count: f.numel() });
+        }
+        let finite = f_finite.f_logical_and(&q_finite)?;
         let finite_count = finite.f_sum(Kind::Int64)?.f_int64_value(&[])?;
         self.not_finite += f.numel() as u64 - u64::try_from(finite_count).unwrap_or(0);
         let zero = Tensor::from(0.0f64);

@@ -316,10 +316,12 @@ fn warnings(
     warnings
 }
 
-/// A word on outputs that count in no measure, if there are any.
+/// A word on outputs that measures leave out, if there are any.
 fn not_finite(evaluation: &report::Evaluation) -> Option<String> {
     let count = evaluation.quantized.not_finite;
-    (count > 0).then(|| format!("{count} output values are NaN or infinite; they count in no measure"))
+    (count > 0).then(|| {
+        format!("{count} output values are NaN or infinite; SQNR, cosine and the largest difference leave them out")
+    })
 }
 
 fn versions() -> report::Versions {

@@ -66,6 +66,15 @@ impl Resolver<'_> {
             self.evaluation(keys, data, Fallback::from(&calibration), seed)
         });
         let evaluation = evaluation.transpose()?;
+        let data = evaluation.as_ref().map(|evaluation| &evaluation.data.path);
+        for path in [&model, &calibration.path].into_iter().chain(data) {
+            if path.starts_with(&output.dir) {
+                let found = path_text(path);
+                let reason =
+                    format!("expected a folder without model and data, as a run replaces it, found {found} in it");
+                return Err(self.invalid("output.dir", reason));
+            }
+        }
         Ok(Plan { model, calibration, weights, activations, overrides, device, output, evaluation, seed })
     }
 

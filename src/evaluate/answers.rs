@@ -45,12 +45,15 @@ impl Answers {
         if fewest < 0 && places.len() == 1 {
             return Err(Error::NoClass { found: fewest });
         }
-        let (_, best) = output.f_reshape([positions, classes])?.f_topk(classes.min(5), 1, true, true)?;
+        let output = output.f_reshape([positions, classes])?;
+        // Of equal outputs the first, as agreement has it; topk promises no order of those.
+        let first = output.f_argmax(1, true)?.f_eq_tensor(&accepted)?.f_any_dim(1, false)?;
+        let (_, best) = output.f_topk(classes.min(5), 1, true, true)?;
         // (positions, 1, 5) against (positions, K, 1): no index is negative, so padding matches nothing.
         let matches = best.f_unsqueeze(1)?.f_eq_tensor(&accepted.f_unsqueeze(2)?)?.f_any_dim(1, false)?;
         let count = |tensor: Tensor| tensor.f_sum(Kind::Double)?.f_double_value(&[]);
-        self.top1 += count(matches.f_select(1, 0)?)?;
-        self.top5 += count(matches.f_any_dim(1, false)?)?;
+        self.top1 += count(first.shallow_clone())?;
+        self.top5 += count(matches.f_any_dim(1, false)?.f_logical_or(&first)?)?;
         self.positions += count(best_labels.f_ge(0)?)?;
         Ok(())
     }
@@ -78,6 +81,13 @@ mod tests {
         let mut answers = Answers::default();
         answers.add(output, labels).map_err(|error| error.to_string())?;
         Ok(answers.accuracy())
+    }
+
+    #[test]
+    fn of_equal_outputs_the_first_is_the_answer() {
+        let output = tensor(&[3.0; 9], &[1, 9]);
+        assert_eq!(accuracy(&output, &labels(&[0], &[1])).unwrap(), Accuracy { top1: Some(1.0), top5: Some(1.0) });
+        assert_eq!(accuracy(&output, &labels(&[8], &[1])).unwrap().top1, Some(0.0));
     }
 
     #[test]

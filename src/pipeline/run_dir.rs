@@ -123,27 +123,47 @@ pub(super) fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
     let found = match std::fs::symlink_metadata(target) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(RunDirError::Io { path: target.to_owned(), source: error }),
+        Ok(metadata) if metadata.is_symlink() => "a symbolic link",
         Ok(metadata) if !metadata.is_dir() => "a file",
-        Ok(_) if is_ours(target) => return Ok(()),
-        Ok(_) => "a directory that no run of tsquant made",
+        Ok(_) => match foreign(target).map_err(RunDirError::io(target))? {
+            None => return Ok(()),
+            Some(found) => found,
+        },
     };
     Err(RunDirError::Occupied { path: target.to_owned(), found })
 }
 
-/// True for a directory with a report of ours, or an empty one.
-fn is_ours(target: &Path) -> bool {
-    let has_report = std::fs::read(target.join(MARK)).is_ok_and(|bytes| {
-        serde_json::from_slice::<serde_json::Value>(&bytes)
-            .is_ok_and(|report| report["versions"]["tsquant"].is_string())
-    });
-    has_report || std::fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none())
+/// What keeps a directory from being replaced; nothing does if it is empty or holds the files of a run and no others.
+fn foreign(target: &Path) -> std::io::Result<Option<&'static str>> {
+    let mut is_empty = true;
+    let mut has_others = false;
+    for entry in std::fs::read_dir(target)? {
+        let entry = entry?;
+        is_empty = false;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_of_a_run =
+            name == MARK || name == "experiment.yaml" || (name.starts_with("quantized") && name.ends_with(".pt"));
+        has_others |= !is_of_a_run || entry.file_type()?.is_dir();
+    }
+    if is_empty {
+        return Ok(None);
+    }
+    let report = std::fs::read(target.join(MARK)).ok();
+    let report = report.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    let is_run = report.is_some_and(|report| report["versions"]["tsquant"].is_string() && report["sites"].is_array());
+    Ok(match (is_run, has_others) {
+        (false, _) => Some("a directory that no run of tsquant made"),
+        (true, true) => Some("an earlier run with other files in it"),
+        (true, false) => None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const REPORT: &str = r#"{"versions": {"tsquant": "0.1.0"}}"#;
+    const REPORT: &str = r#"{"versions": {"tsquant": "0.1.0"}, "sites": []}"#;
 
     #[test]
     fn a_kept_run_replaces_an_earlier_one() {
@@ -152,9 +172,9 @@ mod tests {
         for text in ["first", "second"] {
             let run = RunDir::open(&target).unwrap();
             run.write("report.json", REPORT).unwrap();
-            run.write("text", text).unwrap();
+            run.write("quantized.pt", text).unwrap();
             run.keep().unwrap();
-            assert_eq!(std::fs::read_to_string(target.join("text")).unwrap(), text);
+            assert_eq!(std::fs::read_to_string(target.join("quantized.pt")).unwrap(), text);
         }
         assert_eq!(std::fs::read_dir(target.parent().unwrap()).unwrap().count(), 1, "nothing else is left beside it");
     }
@@ -178,5 +198,23 @@ mod tests {
         assert!(error.contains("found a directory that no run of tsquant made"), "{error}");
         assert!(RunDir::open(&target.join("cat.png")).err().unwrap().to_string().contains("found a file"));
         assert_eq!(std::fs::read_to_string(target.join("cat.png")).unwrap(), "meow");
+    }
+
+    #[test]
+    fn a_run_with_other_files_in_it_is_refused_and_so_is_a_report_of_something_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("run");
+        let run = RunDir::open(&target).unwrap();
+        run.write("report.json", REPORT).unwrap();
+        run.keep().unwrap();
+        std::fs::write(target.join("notes.txt"), "mine").unwrap();
+        let error = RunDir::open(&target).err().unwrap().to_string();
+        assert!(error.contains("found an earlier run with other files in it"), "{error}");
+        assert_eq!(std::fs::read_to_string(target.join("notes.txt")).unwrap(), "mine");
+        std::fs::remove_file(target.join("notes.txt")).unwrap();
+        assert!(RunDir::open(&target).is_ok());
+        // What `evaluate --json` prints, in a folder of the user's own.
+        std::fs::write(target.join("report.json"), r#"{"versions": {"tsquant": "0.1.0"}}"#).unwrap();
+        assert!(RunDir::open(&target).err().unwrap().to_string().contains("no run of tsquant made"));
     }
 }

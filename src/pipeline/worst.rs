@@ -176,6 +176,9 @@ impl Cause {
             Self::Outliers { .. } if site.error_method == ErrorMethod::NoClipping => "error_method: MSE".to_owned(),
             Self::WideRange { .. } if site.kind == Kind::Weight => "granularity: per_channel".to_owned(),
             _ => match MORE_BITS.into_iter().find(|&bits| bits > current) {
+                Some(bits) if site.error_method == ErrorMethod::Kl && bits > ErrorMethod::KL_MAX_BITS => {
+                    format!("bits: {bits}, error_method: MSE")
+                }
                 Some(bits) => format!("bits: {bits}"),
                 None => return format!("overrides: [{{layers: \"{}\", {sites}: float}}]", site.layer),
             },
@@ -240,6 +243,8 @@ mod tests {
             guess(&even, 64, &activation),
             ["few levels: 8 bits", "overrides: [{layers: \"conv1\", activations: {bits: 16}}]"]
         );
+        let [_, line] = guess(&even, 64, &site(Kind::Activation, 8, ErrorMethod::Kl));
+        assert!(line.ends_with("activations: {bits: 16, error_method: MSE}}]"), "{line}");
         let widest = site(Kind::Activation, 16, ErrorMethod::Mse);
         assert!(guess(&even, 64, &widest)[1].ends_with("activations: float}]"));
 

@@ -29,7 +29,7 @@ pub struct Comparison {
     pub cosine: f64,
     /// Largest absolute difference of an output.
     pub max_abs_diff: f64,
-    /// Output values of either model that are NaN or infinite; they count in no measure.
+    /// Output values of either model that are NaN or infinite; SQNR, cosine and the largest difference leave them out.
     pub not_finite: u64,
     /// Rows compared.
     pub rows: u64,
