@@ -312,7 +312,7 @@ fn a_wrong_experiment_exits_with_2() {
             with("inputs: [x]", "inputs: [x], batchsize: 4"),
             &["e.yaml:2:", "unknown key `batchsize`", "did you mean `batch_size`?"],
         ),
-        (good() + "overrides: []\n", &["e.yaml:5:1: `overrides` is not built yet"]),
+        (good() + "mixed_precision: {}\n", &["e.yaml:5:1: `mixed_precision` is not built yet"]),
         (
             with("weights_error_method: NOCLIPPING", "weights_error_method: HMSE"),
             &["e.yaml:3:38: `quantization.weights_error_method: HMSE` is not built yet"],
