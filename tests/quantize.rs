@@ -329,7 +329,10 @@ fn an_earlier_run_is_replaced_and_anything_else_is_not() {
     let yaml = experiment(&test_model("frozen_cnn"), &test_data("frozen_cnn"), "[x]");
     let files = ["e.yaml", "run", "run/experiment.yaml", "run/quantized.pt", "run/report.json"];
     folder.quantize(&yaml, &[]).succeeded();
-    fs_err::write(folder.path().join("run/left over"), "").unwrap();
+    let notes = folder.write("run/notes.txt", "mine");
+    let line = folder.refuses(1, &yaml, &["quantization.weights.bits=5"]);
+    assert!(line.contains("found an earlier run with other files in it"), "{line}");
+    fs_err::remove_file(notes).unwrap();
     folder.quantize(&yaml, &["quantization.weights.bits=5"]).succeeded();
     assert_eq!(folder.listing(), files);
     assert_eq!(sites(&folder.report("run"), "weight").next().unwrap()["bits"], json!(5));
