@@ -15,8 +15,10 @@ use crate::statistics::{Bin, Histogram, Observed};
 /// Share by which a coarse step of a histogram's error may at least be worse than the best and still hide a better fine one.
 const MARGIN: f64 = 0.15;
 
-/// The same for p of 3 and more, whose errors are steeper.
+/// The same for p of 3 and more, whose errors are steeper, and fine steps in one coarse step: a few outliers make so much of
+/// these errors that the valleys are as narrow as those of few values.
 const HIGH_POWER_MARGIN: f64 = 0.6;
+const HIGH_POWER_FINE_STEPS: i32 = 100;
 
 /// What a threshold is chosen for.
 #[derive(Clone, Copy)]
@@ -74,11 +76,11 @@ pub(super) fn choose(
 /// The effort for a histogram: smooth, unless much of its mass is in few bins.
 fn effort(histogram: &Histogram, exponent: u8) -> Effort {
     let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
-    let counts = || negative.iter().chain(&positive).map(|bin| bin.count as f64);
-    // As many equally filled bins would have the same Σ count².
-    let bins = counts().sum::<f64>().powi(2) / counts().map(|count| count * count).sum::<f64>();
+    // As many equally filled bins would make as much noise.
+    let bins = values::equal_parts(negative.iter().chain(&positive).map(|bin| bin.count as f64));
     let effort = Effort::for_noise(exponent, bins);
-    Effort { margin: effort.margin.max(if exponent > 2 { HIGH_POWER_MARGIN } else { MARGIN }), ..effort }
+    let (margin, fine_steps) = if exponent > 2 { (HIGH_POWER_MARGIN, HIGH_POWER_FINE_STEPS) } else { (MARGIN, 0) };
+    Effort { margin: effort.margin.max(margin), fine_steps: effort.fine_steps.max(fine_steps), ..effort }
 }
 
 struct Chooser<'a> {

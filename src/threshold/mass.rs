@@ -15,6 +15,8 @@ pub(super) struct Mass {
     /// Number of the first bin.
     first: u64,
     least: f64,
+    /// Where the last bin begins, which may be its end.
+    last: f64,
     greatest: f64,
     pub(super) per_unit: f64,
 }
@@ -31,12 +33,12 @@ impl Mass {
     pub(super) fn new(bins: &[Bin], unit: f64) -> Self {
         let per_unit = 1.0 / unit;
         let (Some(first_bin), Some(last_bin)) = (bins.first(), bins.last()) else {
-            return Self { beyond: vec![Beyond::default()], first: 0, least: 0.0, greatest: 0.0, per_unit };
+            return Self { beyond: vec![Beyond::default()], first: 0, least: 0.0, last: 0.0, greatest: 0.0, per_unit };
         };
-        let (least, greatest) = (first_bin.lo * per_unit, last_bin.hi * per_unit);
+        let [least, last, greatest] = [first_bin.lo, last_bin.lo, last_bin.hi].map(|x| x * per_unit);
         let first = number(least);
         // A last bin may end where the next would begin.
-        let count = (number(last_bin.lo * per_unit) - first) as usize + 1;
+        let count = (number(last) - first) as usize + 1;
         let mut beyond = vec![Beyond::default(); count + 1];
         for bin in bins {
             let (lo, hi, mass) = (bin.lo * per_unit, bin.hi * per_unit, bin.count as f64);
@@ -55,7 +57,7 @@ impl Mass {
             beyond[index].sum += next.sum;
             beyond[index].squares += next.squares;
         }
-        Self { beyond, first, least, greatest, per_unit }
+        Self { beyond, first, least, last, greatest, per_unit }
     }
 
     /// The greatest magnitude, in units.
@@ -103,7 +105,11 @@ impl Mass {
         }
         let index = (number(t) - self.first) as usize;
         let (own, next) = (self.beyond.get(index)?, self.beyond.get(index + 1)?);
-        let lo = edge(self.first + index as u64).max(self.least);
+        let is_last = index + 2 == self.beyond.len();
+        let lo = if is_last { self.last } else { edge(self.first + index as u64).max(self.least) };
+        if t <= lo {
+            return Some((*own, Beyond::default()));
+        }
         let hi = edge(self.first + index as u64 + 1).min(self.greatest);
         let (width, part) = (hi - lo, hi - t);
         let count = (own.count - next.count) * part / width;

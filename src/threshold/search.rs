@@ -11,12 +11,12 @@ use crate::quantizer::{MIN_SCALE, QuantParams};
 /// Ratio of neighbouring scales of the sweep.
 const COARSE_STEP: f64 = 1.06;
 
-/// Fine steps in one coarse step: 0.15% each, and 0.06% where few values or high powers make the valleys narrow.
+/// Fine steps in one coarse step: 0.15% each, and 0.03% where few values make the valleys many and narrow.
 const FINE_STEPS: i32 = 40;
-const FINER_STEPS: i32 = 100;
+const FINER_STEPS: i32 = 200;
 
 /// Independent values below which every scale is tried.
-pub(super) const FEW: f64 = 128.0;
+const FEW: f64 = 128.0;
 
 /// Independent values from which the error is so smooth that few local minima have to be polished.
 const MANY: f64 = 1024.0;
@@ -87,13 +87,7 @@ impl Effort {
         };
         let is_discrete = values < FEW;
         let margin = if is_discrete { f64::INFINITY } else { 0.03 + 6.0 * noise / values.sqrt() };
-        let finalists = match (values < MANY, exponent) {
-            (true, 3..) => 24,
-            (true, _) if is_discrete => 24,
-            (true, _) => 12,
-            (false, _) => 6,
-        };
-        let fine_steps = if values < MANY && exponent > 2 { FINER_STEPS } else { FINE_STEPS };
+        let (finalists, fine_steps) = if values < MANY { (24, FINER_STEPS) } else { (6, FINE_STEPS) };
         Self { margin, fine_steps, finalists, is_discrete, has_few_values: values < MANY }
     }
 }

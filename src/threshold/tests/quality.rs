@@ -106,10 +106,36 @@ impl Worst {
     }
 }
 
-/// Every kind of data with every grid, and with one in three of the widths on each: all of them would take minutes. A full
-/// run of all met the same bounds.
-fn is_sampled(kind: Kind, grid: Grid, bits: u64) -> bool {
-    (kind as u64 + grid as u64 + bits / 2).is_multiple_of(3)
+/// Every kind of data with every grid, and with one in three of the widths in each turn: all of them would take minutes.
+fn is_sampled(kind: Kind, grid: Grid, bits: u64, turn: usize) -> bool {
+    (kind as usize + grid as usize + bits as usize / 2 + turn).is_multiple_of(3)
+}
+
+/// The largest ratio to the best of brute force that raw values may have.
+fn bound_of_weights(grid: Grid) -> f64 {
+    if grid == Grid::Uniform { 1.005 } else { 1.001 }
+}
+
+impl Worst {
+    /// Chooses for raw values, and compares with the best of one in `stride` of the brute force.
+    fn check_weights(
+        &mut self,
+        values: &[f32],
+        scheme: Scheme,
+        (method, p): (ErrorMethod, i32),
+        stride: usize,
+        case: &str,
+    ) {
+        let no_clipping = of_weights(values, scheme, ErrorMethod::NoClipping);
+        let unit = f64::from(no_clipping.params[0].scale());
+        let found = raw_error(values, &of_weights(values, scheme, method).params[0], p, unit);
+        let all = candidates(no_clipping.thresholds[0], extremes(values), scheme);
+        let all = all.iter().step_by(stride).chain(&no_clipping.params);
+        let best = all.map(|params| raw_error(values, params, p, unit)).fold(f64::INFINITY, f64::min);
+        self.check(found, best, bound_of_weights(scheme.grid), SLACK.powi(p), || {
+            format!("{case}, {} values, {} bits", values.len(), scheme.bits)
+        });
+    }
 }
 
 /// Raw values: within 1.001 of the best on symmetric grids, 1.005 on uniform ones.
@@ -118,25 +144,11 @@ fn weights_are_near_the_optimum() {
     for (method, p) in methods() {
         for grid in GRIDS {
             let mut worst = Worst::default();
-            let bound = if grid == Grid::Uniform { 1.005 } else { 1.001 };
             for kind in KINDS {
-                for (count, salt) in [(9, 0), (9, 1), (64, 0), (128, 0), (300, 0)] {
-                    for bits in [2, 3, 4, 6, 8].into_iter().filter(|&bits| is_sampled(kind, grid, bits)) {
+                for (turn, (count, salt)) in [(9, 0), (9, 1), (64, 0), (128, 0), (300, 0)].into_iter().enumerate() {
+                    for bits in [2, 3, 4, 6, 8].into_iter().filter(|&bits| is_sampled(kind, grid, bits, turn)) {
                         let values = kind.values(count, bits + count as u64 + 1000 * salt);
-                        let scheme = scheme(bits, grid);
-                        let no_clipping = of_weights(&values, scheme, ErrorMethod::NoClipping);
-                        let unit = f64::from(no_clipping.params[0].scale());
-                        let found = of_weights(&values, scheme, method);
-                        let found = raw_error(&values, &found.params[0], p, unit);
-                        let all = candidates(no_clipping.thresholds[0], extremes(&values), scheme);
-                        let best = all
-                            .iter()
-                            .chain(&no_clipping.params)
-                            .map(|params| raw_error(&values, params, p, unit))
-                            .fold(f64::INFINITY, f64::min);
-                        worst.check(found, best, bound, SLACK.powi(p), || {
-                            format!("{kind:?} {count} values {bits} bits")
-                        });
+                        worst.check_weights(&values, scheme(bits, grid), (method, p), 1, &format!("{kind:?}"));
                     }
                 }
             }
@@ -145,11 +157,35 @@ fn weights_are_near_the_optimum() {
     }
 }
 
+/// Kinds and counts of values of which a search that looked less closely missed the optimum.
+#[test]
+fn weights_with_many_narrow_valleys_are_near_the_optimum() {
+    for (method, p) in methods() {
+        for grid in [Grid::Symmetric, Grid::Uniform] {
+            let mut worst = Worst::default();
+            for (kind, count) in [
+                (Kind::Relu6, 300),
+                (Kind::Sigmoid, 300),
+                (Kind::Bimodal, 30),
+                (Kind::Uniform, 30),
+                (Kind::Relu6, 700),
+                (Kind::Bimodal, 700),
+            ] {
+                for salt in [0, 10, 11] {
+                    let values = kind.values(count, 8 + count as u64 + 1000 * salt);
+                    worst.check_weights(&values, scheme(8, grid), (method, p), 1, &format!("{kind:?}"));
+                }
+            }
+            worst.finish("narrow valleys", method, p, grid);
+        }
+    }
+}
+
 /// The same for as many values as real layers have, and many zeros.
 #[test]
 fn weights_of_large_layers_are_near_the_optimum() {
     for (method, p) in methods() {
-        for (grid, bound) in [(Grid::Symmetric, 1.001), (Grid::Uniform, 1.005)] {
+        for grid in [Grid::Symmetric, Grid::Uniform] {
             let mut worst = Worst::default();
             for (kind, count, bits) in [
                 (Kind::Normal, 1152, 8),
@@ -159,14 +195,7 @@ fn weights_of_large_layers_are_near_the_optimum() {
                 (Kind::StudentT, 1024, 3),
             ] {
                 let values = kind.values(count, 53);
-                let scheme = scheme(bits, grid);
-                let no_clipping = of_weights(&values, scheme, ErrorMethod::NoClipping);
-                let unit = f64::from(no_clipping.params[0].scale());
-                let found = raw_error(&values, &of_weights(&values, scheme, method).params[0], p, unit);
-                let all = candidates(no_clipping.thresholds[0], extremes(&values), scheme);
-                let all = all.iter().step_by(4).chain(&no_clipping.params);
-                let best = all.map(|params| raw_error(&values, params, p, unit)).fold(f64::INFINITY, f64::min);
-                worst.check(found, best, bound, SLACK.powi(p), || format!("{kind:?} {count} values {bits} bits"));
+                worst.check_weights(&values, scheme(bits, grid), (method, p), 4, &format!("{kind:?}"));
             }
             worst.finish("large weights", method, p, grid);
         }
@@ -246,7 +275,7 @@ fn activations_are_near_the_optimum_of_their_histogram() {
             let bound = if grid == Grid::Uniform { 1.002 } else { 1.0005 };
             for kind in KINDS {
                 let histogram = histogram(&kind.values(4096, 11));
-                for bits in [2, 3, 4, 6, 8].into_iter().filter(|&bits| is_sampled(kind, grid, bits)) {
+                for bits in [2, 3, 4, 6, 8].into_iter().filter(|&bits| is_sampled(kind, grid, bits, 0)) {
                     let scheme = scheme(bits, grid);
                     let no_clipping = select_activation(&histogram, scheme, ErrorMethod::NoClipping, None).unwrap();
                     let unit = power_of_two_near(&no_clipping.params[0]);
@@ -265,19 +294,22 @@ fn activations_are_near_the_optimum_of_their_histogram() {
     }
 }
 
-/// The choice on a histogram measured on the raw data: within 1.005 of the best for smooth data, 1.01 for other, and what
-/// half a bin of a lone outlier costs.
+/// The choice on a histogram measured on the raw data: within 1.005 of the best for smooth data, 1.01 for other and for high
+/// powers, much of whose error is made by a few outliers that are known to a bin, and what half a bin of a lone outlier costs.
 #[test]
 fn activations_are_near_the_optimum_of_their_values() {
     for (method, p) in methods() {
         for grid in GRIDS {
             let mut worst = Worst::default();
             // What counts as zero in a histogram does not in this measure.
-            for kind in KINDS.into_iter().filter(|&kind| kind != Kind::Denormal) {
-                let values = kind.values(4096, 17);
+            let kinds = || KINDS.into_iter().filter(|&kind| kind != Kind::Denormal);
+            for (turn, (seed, kind)) in
+                [17, 917].into_iter().flat_map(|seed| kinds().map(move |kind| (seed, kind))).enumerate()
+            {
+                let values = kind.values(4096, seed);
                 let histogram = histogram(&values);
-                let bound = if kind.is_spiky() { 1.01 } else { 1.005 };
-                for bits in [2, 4, 8].into_iter().filter(|&bits| is_sampled(kind, grid, bits)) {
+                let bound = if kind.is_spiky() || p > 2 { 1.01 } else { 1.005 };
+                for bits in [2, 4, 8].into_iter().filter(|&bits| is_sampled(kind, grid, bits, turn)) {
                     let scheme = scheme(bits, grid);
                     let no_clipping = select_activation(&histogram, scheme, ErrorMethod::NoClipping, None).unwrap();
                     let unit = f64::from(no_clipping.params[0].scale());
@@ -289,7 +321,7 @@ fn activations_are_near_the_optimum_of_their_values() {
                     let best = all.map(|params| raw_error(&values, params, p, unit)).fold(f64::INFINITY, f64::min);
                     let slack =
                         (range.hi.max(-range.lo) / unit / 4096.0).powi(p) / if kind.is_spiky() { 1.0 } else { 4096.0 };
-                    worst.check(found, best, bound, slack, || format!("{kind:?} {bits} bits"));
+                    worst.check(found, best, bound, slack, || format!("{kind:?} {bits} bits, seed {seed}"));
                 }
             }
             worst.finish("measured", method, p, grid);
@@ -342,7 +374,7 @@ fn never_worse_than_no_clipping() {
             for kind in KINDS {
                 let values = kind.values(200, 31);
                 let histogram = histogram(&values);
-                for bits in (2..=16).filter(|&bits| is_sampled(kind, grid, bits)) {
+                for bits in [2, 5, 8, 11, 14, 16].into_iter().filter(|&bits| is_sampled(kind, grid, bits, 0)) {
                     let scheme = scheme(bits, grid);
                     let no_clipping = of_weights(&values, scheme, ErrorMethod::NoClipping).params[0];
                     let error = |params| raw_error(&values, params, p, no_clipping.scale().into());
