@@ -279,7 +279,6 @@ fn archives_that_unpack_to_more_than_they_say_or_to_very_much_take_little_memory
     for size in [0, 64, 1 << 20, (1 << 30) + 1, u32::MAX - 1] {
         bytes[entry + 24..entry + 28].copy_from_slice(&u32::to_le_bytes(size));
         let line = count.refuses(&path, &bytes, "x", &format!("{size} bytes promised"));
-        assert!(line.contains("tensor `x`: expected "), "{line}");
         assert_eq!(line.contains("as a zip bomb has"), size > 1 << 30, "{line}");
     }
     let after = peak_memory();

@@ -213,6 +213,9 @@ fn values_that_are_not_finite_and_missing_rows_are_refused() {
             "expected at least 17 rows, as `samples` says, found 16",
         ],
     );
+    let setting = "calibration.transform.mean=[1, 2]";
+    let line = folder.refuses(2, &good(), &[setting]);
+    assert_says(&line, &[&format!("--set {setting}: `calibration.transform.mean`: "), "`mean` expects"]);
 }
 
 #[test]

@@ -491,14 +491,17 @@ fn what_forward_does_not_need_is_named_and_counted() {
     let folder = Folder::new();
     folder.write("e.yaml", experiment(&test_model("extras"), &test_data("extras"), "[x]"));
     let ran = tsquant(folder.path(), ["quantize", "e.yaml"]).succeeded();
-    let counted = "dropped, as forward does not need them: 2 methods, 2 parameters, 2 buffers, 2 attributes";
+    let counted = "dropped, as forward does not need them: 2 methods, 2 parameters, 2 buffers, 4 attributes";
     assert!(ran.stdout.contains(counted), "{}", ran.stdout);
     let report = folder.report("run");
     let dropped = report["dropped"].as_array().unwrap().iter();
     let mut dropped: Vec<String> =
         dropped.map(|part| format!("{} {}", part["kind"].as_str().unwrap(), part["name"].as_str().unwrap())).collect();
     dropped.sort();
+    // Two attributes are those that PyTorch gives each of its convolutions.
     let expected = [
+        "attribute conv._reversed_padding_repeated_twice",
+        "attribute conv.transposed",
         "attribute names",
         "attribute temperature",
         "buffer bn.num_batches_tracked",
