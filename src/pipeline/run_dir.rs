@@ -207,6 +207,17 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_of_something_else_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("run");
+        let _lock = unfinished::lock_parent(&target).unwrap();
+        let run = RunDir::open(&target).unwrap();
+        run.write("report.json", REPORT).unwrap();
+        run.keep().unwrap();
+        assert!(target.join("report.json").exists());
+    }
+
+    #[test]
     fn a_dropped_run_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::open(&folder.path().join("a/b/run")).unwrap();

@@ -2,7 +2,7 @@
 //! run beside them where their process was killed. Knows nothing of what is written into them.
 
 use std::ffi::OsStr;
-use std::fs::{File, Metadata, Permissions};
+use std::fs::{File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -13,6 +13,10 @@ use super::place::ASIDE;
 
 /// Signs at the end of a folder's name that tell it from others.
 const RANDOM: usize = 6;
+
+/// Tries, ten milliseconds apart, to lock a folder. Runs hold it for moments; whoever holds it longer is something else, such as
+/// `flock FOLDER tsquant …`, which must not be waited for.
+const TRIES: usize = 300;
 
 /// The unfinished runs of this process.
 static UNFINISHED: Mutex<Vec<Traces>> = Mutex::new(Vec::new());
@@ -102,15 +106,21 @@ pub(super) fn hold() -> impl Drop {
 }
 
 /// The folder that `target` is in, locked while it is held: no other run removes or puts back what it finds there. `None` where
-/// folders cannot be locked.
+/// it cannot be locked.
 pub(super) fn lock_parent(target: &Path) -> Option<File> {
     lock_folder(target.parent().unwrap_or(Path::new("/")))
 }
 
 fn lock_folder(folder: &Path) -> Option<File> {
     let folder = File::open(folder).ok()?;
-    folder.lock().ok()?;
-    Some(folder)
+    for _ in 0..TRIES {
+        match folder.try_lock() {
+            Ok(()) => return Some(folder),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::Error(_)) => return None,
+        }
+    }
+    None
 }
 
 fn lock() -> MutexGuard<'static, Vec<Traces>> {
