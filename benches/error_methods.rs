@@ -12,7 +12,7 @@ use clap::Parser;
 use clap::builder::PossibleValuesParser;
 use tsquant::config::Experiment;
 use tsquant::names::did_you_mean;
-use tsquant::pipeline::{self, Progress};
+use tsquant::pipeline::{self, Progress, Work};
 use tsquant::report::{Report, Versions};
 use tsquant::threshold::ErrorMethod;
 
@@ -128,9 +128,9 @@ fn model_file(text: &str) -> Result<ModelFile, String> {
 struct Silent;
 
 impl Progress for Silent {
-    fn stage(&mut self, _name: &'static str, _total: usize) {}
+    fn stage(&mut self, _name: &'static str, _work: Work) {}
 
-    fn advance(&mut self, _rows: usize) {}
+    fn advance(&mut self, _count: usize) {}
 }
 
 fn main() -> ExitCode {

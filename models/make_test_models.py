@@ -392,6 +392,34 @@ def dimension_inputs() -> dict[str, Tensor]:
     return {"signal": torch.randn(ROWS, 3, 32), "volume": torch.randn(ROWS, 1, 4, 8, 8)}
 
 
+class Extras(nn.Module):
+    """More than forward needs: a method, a buffer, a parameter, numbers and names that only that method or nothing reads."""
+
+    names: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+        self.head = nn.Linear(8, 2)
+        self.register_buffer("palette", torch.randn(3))
+        self.names = ["a", "b"]
+        self.temperature = 0.5
+        self.gain = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(x)) * self.gain
+
+    @torch.jit.export
+    def pool(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x))).mean([2, 3])
+
+    @torch.jit.export
+    def other_answer(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(x)) * self.temperature
+
+
 CASES = [
     Case("control_flow", ControlFlow, images(3, 8, offset=0.5), script),
     Case("frozen_cnn", SmallCnn, images(3, 8), script_and_freeze),
@@ -416,6 +444,7 @@ CASES = [
     Case("in_place", InPlace, images(3, 8), script),
     Case("traps", Traps, lambda: {"x": torch.randn(ROWS, 8)}, script),
     Case("packed", Packed, packed_inputs, script),
+    Case("extras", Extras, images(3, 8), script),
 ]
 
 

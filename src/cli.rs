@@ -74,6 +74,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Where relative paths start.
+fn working_dir() -> anyhow::Result<std::path::PathBuf> {
+    std::env::current_dir().context("the working directory cannot be read")
+}
+
 /// What was tried and why it failed. Many errors repeat their cause in their own text.
 fn one_line(error: &anyhow::Error) -> String {
     let text = error
@@ -93,9 +98,17 @@ struct UsageError(String);
 /// Whether the command line or the YAML is to blame, also where only the model could tell.
 fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        let in_run = matches!(cause.downcast_ref(), Some(pipeline::Error::Config(_)));
+        let in_run = matches!(cause.downcast_ref(), Some(pipeline::Error::Config(_) | pipeline::Error::Key { .. }));
         in_run || cause.is::<config::Error>() || cause.is::<UsageError>()
     })
+}
+
+/// The error of a command that `experiment` was typed for: what it says of a key gets the place where that was typed.
+fn located(experiment: &config::Experiment, error: pipeline::Error) -> anyhow::Error {
+    match error {
+        pipeline::Error::Key { key, source } => experiment.error_at(&key, &source.to_string()).into(),
+        other => other.into(),
+    }
 }
 
 /// A reader that has seen enough (`| head`) is no failure.

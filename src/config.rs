@@ -133,6 +133,27 @@ impl Experiment {
         resolver.comparison(decode::decode(&self.root)?)
     }
 
+    /// The data of `calibration`, for a command that looks at a model with it: only data and inputs are required.
+    ///
+    /// # Errors
+    /// The first thing wrong, as those of [`resolve`](Self::resolve).
+    pub fn resolve_calibration(&self, base: &Path) -> Result<DataPlan, Error> {
+        let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
+        let resolver = resolve::Resolver { root: &self.root, base: &base, name: "" };
+        let keys = decode::decode::<keys::Keys>(&self.root)?;
+        resolver.calibration(keys.calibration.unwrap_or_default(), keys.seed.unwrap_or(0))
+    }
+
+    /// An error about the value of `key`, a full path such as `calibration.inputs[0]`, that only model or data could show:
+    /// it names the place where that was typed. What evaluation takes from calibration is looked for there.
+    #[must_use]
+    pub fn error_at(&self, key: &str, reason: &str) -> Error {
+        let inherited = key.strip_prefix("evaluation.").map(|rest| format!("calibration.{rest}"));
+        let inherited = inherited.filter(|inherited| !self.root.says(key) && self.root.says(inherited));
+        let key = inherited.unwrap_or_else(|| key.to_owned());
+        self.root.place_of(&key).error(Problem::Invalid { key, reason: error::printable(reason) })
+    }
+
     fn lay(&mut self, over: Node) {
         self.root.lay(over, &["inputs"]);
     }
@@ -404,6 +425,13 @@ output.dir='a "b": #c'"#;
             assert!(error.contains("`output.dir`: expected a folder without model and data"), "{error}");
             assert!(error.ends_with("found /dir/models/mnist_resnet.pt in it"), "{error}");
         }
+        // Whose hash and classes would change with each run.
+        for dir in ["run", "a/run"] {
+            let settings = ["calibration.data=models", &format!("output.dir=models/{dir}")];
+            let error = refusal(SHIPPED, &settings);
+            assert!(error.contains("`output.dir`: expected a folder outside of the data"), "{error}");
+            assert!(error.ends_with("found /dir/models around it"), "{error}");
+        }
     }
 
     #[test]
@@ -549,7 +577,7 @@ output.format=int8 => `output.format: int8` is not built yet
 output.format=[fake_quant, int8] => `output.format[1]: int8` is not built yet
 output.format=[fake_quant, fake_quant] => `output.format: a list of several` is not built yet
 output.format=[] => `output.format`: expected the name of a format, found an empty list
-output.format={} => `output.format` must be the name of a format, or a list of names, found a map
+output.format={} => `output.format` must be a name, or a list of names, found a map
 output.format=fakequant => `output.format` must be `fake_quant`, found `fakequant`, did you mean `fake_quant`?
 output.strict=true => `output.strict` is not built yet
 evaluation.output=-1 => `evaluation.output`: expected the index of an output, 0 or more, found -1

@@ -114,6 +114,12 @@ impl Dataset {
         self.rows.len()
     }
 
+    /// Number of rows that the file has, chosen or not.
+    #[must_use]
+    pub fn stored_rows(&self) -> usize {
+        self.total
+    }
+
     /// All chosen rows in batches of the plan's size, the last one smaller where they do not divide.
     #[must_use]
     pub fn batches(&self) -> Batches<'_> {

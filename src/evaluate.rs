@@ -42,7 +42,7 @@ pub enum Error {
     #[error("evaluation: expected a floating-point tensor among the model's outputs, found none")]
     NoOutput,
     /// The output to rank is not there.
-    #[error("`evaluation.output`: the model has no output `{output}`{hint}; expected one of {known}")]
+    #[error("the model has no output `{output}`{hint}; expected one of {known}")]
     UnknownOutput {
         /// What was asked for.
         output: String,
@@ -52,7 +52,7 @@ pub enum Error {
         known: String,
     },
     /// The output to rank holds no floats.
-    #[error("`evaluation.output`: expected an output of floating-point numbers, found `{output}` of {found}")]
+    #[error("expected an output of floating-point numbers, found `{output}` of {found}")]
     NotFloat {
         /// What was asked for.
         output: String,
@@ -61,7 +61,7 @@ pub enum Error {
     },
     /// Labels that do not fit.
     #[error(
-        "evaluation: labels of shape {labels:?} do not fit an output of shape {output:?}: expected (rows) or (rows, K) for \
+        "labels of shape {labels:?} do not fit an output of shape {output:?}: expected (rows) or (rows, K) for \
          (rows, classes), (rows, T) or (rows, T, K) for (rows, T, classes)"
     )]
     Labels {
@@ -71,13 +71,13 @@ pub enum Error {
         output: Vec<i64>,
     },
     /// A row without a label.
-    #[error("evaluation: expected at least one label from 0 on for each row, found a row with none but {found}")]
+    #[error("expected at least one label from 0 on for each row, found a row with none but {found}")]
     NoClass {
         /// The largest label of that row.
         found: i64,
     },
     /// Labels beyond the classes.
-    #[error("evaluation: expected labels below {classes}, the number of classes, found {found}")]
+    #[error("expected labels below {classes}, the number of classes, found {found}")]
     LabelRange {
         /// Last axis of the output.
         classes: i64,
@@ -132,7 +132,7 @@ pub struct Evaluation {
     noise: f64,
     quantized_power: f64,
     product: f64,
-    max_abs_diff: f64,
+    max_abs_diff: Option<f64>,
     not_finite: u64,
     rows: u64,
 }
@@ -196,6 +196,9 @@ impl Evaluation {
         let finite = f_finite.f_logical_and(&q_finite)?;
         let finite_count = finite.f_sum(Kind::Int64)?.f_int64_value(&[])?;
         self.not_finite += f.numel() as u64 - u64::try_from(finite_count).unwrap_or(0);
+        if finite_count == 0 {
+            return Ok(());
+        }
         let zero = Tensor::from(0.0f64);
         let (f, q) = (f.f_where_self(&finite, &zero)?, q.f_where_self(&finite, &zero)?);
         let difference = f.f_sub(&q)?;
@@ -204,8 +207,16 @@ impl Evaluation {
         self.noise += sum(difference.f_square()?)?;
         self.quantized_power += sum(q.f_square()?)?;
         self.product += sum(f.f_mul(&q)?)?;
-        self.max_abs_diff = self.max_abs_diff.max(difference.f_abs()?.f_max()?.f_double_value(&[])?);
+        let largest = difference.f_abs()?.f_max()?.f_double_value(&[])?;
+        self.max_abs_diff = Some(self.max_abs_diff.unwrap_or_default().max(largest));
         Ok(())
+    }
+
+    fn cosine(&self) -> Option<f64> {
+        if self.noise == 0.0 {
+            return Some(1.0);
+        }
+        Some(self.product / (self.signal * self.quantized_power).sqrt()).filter(|cosine| cosine.is_finite())
     }
 
     /// The measures of the float and of the quantized model.
@@ -214,22 +225,14 @@ impl Evaluation {
         let comparison = Comparison {
             accuracy: self.quantized.accuracy(),
             agreement: (self.positions > 0.0).then(|| self.agreeing / self.positions),
-            sqnr_db: (self.noise > 0.0).then(|| 10.0 * (self.signal / self.noise).log10()),
-            cosine: if self.signal == self.quantized_power && self.noise == 0.0 {
-                1.0
-            } else {
-                ratio(self.product, (self.signal * self.quantized_power).sqrt())
-            },
+            sqnr_db: Some(10.0 * (self.signal / self.noise).log10()).filter(|db| db.is_finite()),
+            cosine: self.max_abs_diff.and_then(|_| self.cosine()),
             max_abs_diff: self.max_abs_diff,
             not_finite: self.not_finite,
             rows: self.rows,
         };
         (self.float.accuracy(), comparison)
     }
-}
-
-fn ratio(part: f64, whole: f64) -> f64 {
-    if whole == 0.0 { f64::NAN } else { part / whole }
 }
 
 /// The outputs of both models, side by side: equal paths, and equal shapes of those of floating point.
@@ -261,6 +264,7 @@ fn pair_outputs<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Sqnr;
 
     fn rows(values: &[f32], columns: i64) -> Output {
         Output::Tensor(Tensor::from_slice(values).reshape([-1, columns]))
@@ -278,8 +282,8 @@ mod tests {
         // The quantized first row is a tie between classes 1 and 2; libtorch's arg-max takes the first.
         assert_eq!(comparison.agreement, Some(0.5));
         assert!((comparison.sqnr_db.unwrap() - 10.0 * (30.0f64 / 2.0).log10()).abs() < 1e-12);
-        assert!((comparison.cosine - 27.0 / (30.0f64 * 26.0).sqrt()).abs() < 1e-12);
-        assert_eq!(comparison.max_abs_diff, 1.0);
+        assert!((comparison.cosine.unwrap() - 27.0 / (30.0f64 * 26.0).sqrt()).abs() < 1e-12);
+        assert_eq!(comparison.max_abs_diff, Some(1.0));
     }
 
     #[test]
@@ -290,7 +294,7 @@ mod tests {
         evaluation.add(2, &output, &output, Some(&labels)).unwrap();
         let (accuracy, comparison) = evaluation.finish();
         assert_eq!(accuracy.top1, Some(0.5));
-        assert_eq!((comparison.sqnr_db, comparison.cosine, comparison.agreement), (None, 1.0, Some(1.0)));
+        assert_eq!((comparison.sqnr_db, comparison.cosine, comparison.agreement), (None, Some(1.0), Some(1.0)));
     }
 
     #[test]
@@ -311,7 +315,25 @@ mod tests {
         let mut evaluation = Evaluation::default();
         evaluation.add(1, &float, &quantized, None).unwrap();
         let (_, comparison) = evaluation.finish();
-        assert_eq!((comparison.not_finite, comparison.max_abs_diff, comparison.sqnr_db), (1, 0.0, None));
+        assert_eq!((comparison.not_finite, comparison.max_abs_diff, comparison.sqnr_db), (1, Some(0.0), None));
+    }
+
+    #[test]
+    fn measures_that_are_no_numbers_say_why() {
+        let measured = |float: &[f32], quantized: &[f32]| {
+            let mut evaluation = Evaluation::default();
+            evaluation.add(1, &rows(float, 2), &rows(quantized, 2), None).unwrap();
+            let (_, comparison) = evaluation.finish();
+            (comparison.sqnr(), comparison.cosine, comparison.max_abs_diff)
+        };
+        assert_eq!(measured(&[1.0, 2.0], &[1.0, 2.0]), (Sqnr::Equal, Some(1.0), Some(0.0)));
+        assert_eq!(measured(&[0.0, 0.0], &[0.0, 0.0]), (Sqnr::Equal, Some(1.0), Some(0.0)));
+        assert_eq!(measured(&[0.0, 0.0], &[0.0, 3.0]), (Sqnr::NoSignal, None, Some(3.0)));
+        assert_eq!(measured(&[0.0, 3.0], &[0.0, 0.0]), (Sqnr::Db(0.0), None, Some(3.0)));
+        let (nan, infinite) = ([f32::NAN; 2], [f32::INFINITY; 2]);
+        assert_eq!(measured(&nan, &nan), (Sqnr::NothingCompared, None, None));
+        assert_eq!(measured(&infinite, &nan), (Sqnr::NothingCompared, None, None));
+        assert_eq!(measured(&[f32::NAN, 1.0], &[f32::NAN, 1.0]), (Sqnr::Equal, Some(1.0), Some(0.0)));
     }
 
     fn several(parts: &[(&str, Tensor)]) -> Output {
@@ -336,7 +358,7 @@ mod tests {
             assert_eq!((accuracy.top1, alone.finish()), (Some(1.0), comparison.accuracy));
             assert_eq!(comparison.accuracy.top1, comparison.agreement);
             // Over both outputs of floats, whichever is ranked.
-            assert_eq!((comparison.max_abs_diff, comparison.cosine), (1.0, 0.5));
+            assert_eq!((comparison.max_abs_diff, comparison.cosine), (Some(1.0), Some(0.5)));
             comparison.agreement
         };
         assert_eq!([None, Some("a"), Some("1")].map(agreement), [Some(1.0); 3]);

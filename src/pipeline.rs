@@ -1,5 +1,6 @@
 //! The order of the stages, and nothing else that a stage could do itself.
 
+mod blame;
 mod compare;
 mod estimate;
 mod files;
@@ -8,13 +9,14 @@ mod run_dir;
 mod select;
 mod worst;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
 use tch::Tensor;
 
-use crate::config::{DevicePlan, Plan};
+use crate::config::{DataPlan, DevicePlan, Plan};
 use crate::dataset::{self, Dataset};
 use crate::emit::{self, Emission};
 use crate::evaluate;
@@ -22,7 +24,7 @@ use crate::feed;
 use crate::jit::{self, Arguments, Clean, Instrumented, Module};
 use crate::observe::{self, observe};
 use crate::quantizer::QuantParams;
-use crate::report::{self, Report, SiteReport, Timings};
+use crate::report::{self, Report, SiteReport, Sqnr, Timings};
 use crate::settings;
 use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
@@ -83,6 +85,14 @@ pub enum Error {
     /// The plan as YAML, or an override that does not fit the model.
     #[error(transparent)]
     Config(#[from] crate::config::Error),
+    /// A value of the experiment that does not fit the model or the data.
+    #[error("`{key}`: {source}")]
+    Key {
+        /// Its full path, such as `evaluation.output`.
+        key: String,
+        /// Why.
+        source: Box<Error>,
+    },
     /// The run directory.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
@@ -111,11 +121,22 @@ pub enum Error {
 }
 
 /// What a run tells while it goes on.
-pub trait Progress {
-    /// A stage of `total` rows begins; 0 where there is nothing to count.
-    fn stage(&mut self, name: &'static str, total: usize);
-    /// Rows of the stage are done.
-    fn advance(&mut self, rows: usize);
+pub trait Progress: Send {
+    /// A stage begins.
+    fn stage(&mut self, name: &'static str, work: Work);
+    /// So many rows or sites of the stage are done.
+    fn advance(&mut self, count: usize);
+}
+
+/// What a stage has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Nothing that can be counted.
+    Uncounted,
+    /// Rows of data.
+    Rows(usize),
+    /// Weights and activations.
+    Sites(usize),
 }
 
 /// A finished run.
@@ -147,10 +168,10 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let run_dir = run_dir::RunDir::open(&plan.output.dir)?;
     let mut timings = Timings::default();
 
-    progress.stage("load", 0);
+    progress.stage("load", Work::Uncounted);
     let mut clock = Instant::now();
     let hashes = hash::of_plan(plan)?;
-    let calibration = Dataset::open(&plan.calibration)?;
+    let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;
     let model = load_clean(plan, &calibration)?;
     let sites = sites::find(model.listing());
@@ -161,16 +182,17 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let (mut sites, settings) = settings::settle(plan, sites)?;
     timings.load = lap(&mut clock);
 
-    progress.stage("calibrate", calibration.rows());
+    progress.stage("calibrate", Work::Rows(calibration.rows()));
     let statistics = observe(&model, &sites.activations, &calibration, |rows| progress.advance(rows))?;
     timings.calibrate = lap(&mut clock);
 
-    progress.stage("search", 0);
-    let selections = select::select(&settings, &model, &mut sites, &statistics)?;
-    let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, calibration.rows())?;
+    progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
+    let selections = select::select(&settings, &model, &mut sites, &statistics, |count| progress.advance(count))?;
+    let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
+    let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, rows)?;
     timings.search = lap(&mut clock);
 
-    progress.stage("emit", 0);
+    progress.stage("emit", Work::Uncounted);
     let versions = versions();
     let description = serde_json::to_string(&Description {
         schema: report::SCHEMA,
@@ -186,9 +208,15 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     emit::fake_quant(&model, &emission, &file)?;
     timings.emit = lap(&mut clock);
 
-    progress.stage("evaluate", comparison.rows(&calibration));
+    progress.stage("check", Work::Rows(comparison.checked_rows(&calibration)));
     let simulation = Simulation::new(&model, &sites, &selections)?;
-    simulation.check_against(&file, comparison.dataset(&calibration))?;
+    let emitted = Module::load(&file)?;
+    simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows))?;
+    let dropped = dropped(model.module(), &emitted)?;
+    drop(emitted);
+    timings.check = lap(&mut clock);
+
+    progress.stage("evaluate", Work::Rows(comparison.rows(&calibration)));
     let evaluation = comparison.run(&model, &simulation, &calibration, |rows| progress.advance(rows))?;
     timings.evaluate = lap(&mut clock);
 
@@ -207,6 +235,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         sites: selections.reports,
         worst_sites,
         left_float: sites.left_float,
+        dropped,
         evaluation,
         files: report::Files { float_bytes: size(&plan.model)?, quantized_bytes: size(&file)? },
     };
@@ -222,24 +251,34 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 /// Where the model cannot be loaded, fed or cleaned.
 pub fn load_clean(plan: &Plan, calibration: &Dataset) -> Result<Clean, Error> {
     let module = Module::load(&plan.model)?;
-    let sample = check_sample(&module, calibration, plan.calibration.batch_size.get())?;
+    let batch_size = plan.calibration.batch_size.get();
+    let (sample, _) = check_rows(&module, calibration, batch_size, "calibration")?;
     Ok(module.clean(Some(&sample))?)
 }
 
-/// A few rows that the model runs on; a model that was traced for one batch size gets a whole batch.
+/// The data of `calibration` and a few of its rows that the model runs on.
 ///
 /// # Errors
 /// Where the rows cannot be read or the model fails on them.
-pub fn check_sample(module: &Module, data: &Dataset, batch_size: usize) -> Result<Arguments, Error> {
-    Ok(check_rows(module, data, batch_size)?.0)
+pub fn check_sample(module: &Module, plan: &DataPlan) -> Result<Arguments, Error> {
+    let data = blame::open(plan, "calibration")?;
+    let (sample, _) = check_rows(module, &data, plan.batch_size.get(), "calibration")?;
+    // Data that the model does not run on is an error of the command, not a fault of the model.
+    module.forward(&sample)?;
+    Ok(sample)
 }
 
-/// [`check_sample`], and how many rows it is.
-fn check_rows(module: &Module, data: &Dataset, batch_size: usize) -> Result<(Arguments, usize), Error> {
+/// A few rows that the model runs on, and how many; a model that was traced for one batch size gets a whole batch.
+fn check_rows(
+    module: &Module,
+    data: &Dataset,
+    batch_size: usize,
+    section: &'static str,
+) -> Result<(Arguments, usize), Error> {
     let bind = |rows| -> Result<_, Error> {
         let batch = data.first(rows)?;
         let rows = batch.rows;
-        Ok((feed::bind(module, batch)?, rows))
+        Ok((blame::bind(module, batch, section)?, rows))
     };
     let few = bind(CHECK_ROWS.min(batch_size))?;
     if batch_size <= CHECK_ROWS || module.forward(&few.0).is_ok() {
@@ -276,21 +315,34 @@ impl Simulation {
         self.instrumented.run(arguments, &mut crate::simulate::Simulate { params: &self.params })
     }
 
-    /// Loads the written file and runs it op by op on the first batches: it has to compute what was simulated, bit for bit.
-    fn check_against(&self, file: &std::path::Path, data: &Dataset) -> Result<(), Error> {
-        let emitted = Module::load(file)?;
-        let by_op = Instrumented::of_module(&emitted)?;
+    /// Runs the written file, loaded again, op by op on the first batches: it has to compute what was simulated, bit for bit.
+    fn check_against(&self, emitted: &Module, data: &Dataset, mut advance: impl FnMut(usize)) -> Result<(), Error> {
+        let by_op = Instrumented::of_module(emitted)?;
         for batch in data.batches().take(CHECK_BATCHES) {
-            let arguments = feed::bind(&emitted, batch?)?;
+            let batch = batch?;
+            let rows = batch.rows;
+            let arguments = feed::bind(emitted, batch)?;
             let found = by_op.run(&arguments, &mut jit::NoVisit)?;
             let expected = self.run(&arguments)?;
             let difference = compare::largest_difference(&expected, &found)?;
             if difference != 0.0 {
-                return Err(Error::Differs { path: file.to_owned(), difference });
+                return Err(Error::Differs { path: emitted.path().to_owned(), difference });
             }
+            advance(rows);
         }
         Ok(())
     }
+}
+
+/// What `emitted` is without, of the methods of `float` and of the attributes that its forward does not use.
+fn dropped(float: &Module, emitted: &Module) -> Result<Vec<report::Dropped>, Error> {
+    let kept_methods = emitted.other_methods()?;
+    let methods = float.other_methods()?.into_iter().filter(|name| !kept_methods.contains(name));
+    let methods = methods.map(|name| report::Dropped { name, kind: "method".to_owned() });
+    let kept: BTreeSet<String> = emitted.attributes()?.into_iter().map(|attribute| attribute.name).collect();
+    let attributes = float.attributes()?.into_iter().filter(|item| !item.is_used && !kept.contains(&item.name));
+    let attributes = attributes.map(|item| report::Dropped { name: item.name, kind: item.kind });
+    Ok(methods.chain(attributes).collect())
 }
 
 fn warnings(
@@ -319,9 +371,15 @@ fn warnings(
 /// A word on outputs that measures leave out, if there are any.
 fn not_finite(evaluation: &report::Evaluation) -> Option<String> {
     let count = evaluation.quantized.not_finite;
-    (count > 0).then(|| {
-        format!("{count} output values are NaN or infinite; SQNR, cosine and the largest difference leave them out")
-    })
+    match evaluation.quantized.sqnr() {
+        _ if count == 0 => None,
+        Sqnr::NothingCompared => {
+            Some(format!("all {count} output values are NaN or infinite: no finite value could be compared"))
+        }
+        _ => Some(format!(
+            "{count} output values are NaN or infinite; SQNR, cosine and the largest difference leave them out"
+        )),
+    }
 }
 
 fn versions() -> report::Versions {
@@ -352,4 +410,24 @@ fn peak_memory_bytes() -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_that_are_not_finite_get_a_word() {
+        let note = |not_finite, max_abs_diff| {
+            let accuracy = report::Accuracy::default();
+            let (sqnr_db, cosine) = (None, None);
+            let quantized =
+                report::Comparison { accuracy, agreement: None, sqnr_db, cosine, max_abs_diff, not_finite, rows: 1 };
+            super::not_finite(&report::Evaluation { data: "calibration", float: accuracy, quantized })
+        };
+        assert_eq!(note(0, Some(0.0)), None);
+        assert!(note(3, Some(0.0)).is_some_and(|note| note.ends_with("the largest difference leave them out")));
+        let all = "all 3 output values are NaN or infinite: no finite value could be compared";
+        assert_eq!(note(3, None).as_deref(), Some(all));
+    }
 }

@@ -13,7 +13,7 @@ use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
 
 pub use files::{Alone, FilesReport, Measures};
-pub use measures::{Accuracy, Comparison};
+pub use measures::{Accuracy, Comparison, Sqnr};
 pub use provenance::{NotQuantized, Provenance, QuantizedSite};
 
 /// Version of the report's form; grows when a field changes its meaning or goes.
@@ -46,6 +46,8 @@ pub struct Report {
     pub worst_sites: Vec<WorstSite>,
     /// What was not.
     pub left_float: Vec<LeftFloat>,
+    /// What the float model's file holds and the emitted one does not, though `forward` does not need it.
+    pub dropped: Vec<Dropped>,
     /// What a reader should know.
     pub warnings: Vec<String>,
     /// Float against quantized.
@@ -87,6 +89,8 @@ pub struct Timings {
     pub search: f64,
     /// Write the model.
     pub emit: f64,
+    /// Compare the written model with its simulation.
+    pub check: f64,
     /// Compare float and quantized.
     pub evaluate: f64,
     /// All of it.
@@ -206,9 +210,18 @@ pub struct WorstSite {
     pub sqnr_db: f64,
     /// A guess at the cause.
     pub cause: String,
-    /// A line of YAML to try.
+    /// A line of YAML to try; `None` where no setting can help.
     #[serde(rename = "try")]
-    pub line: String,
+    pub line: Option<String>,
+}
+
+/// A part of the float model that the emitted one is without.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    /// Its dotted name.
+    pub name: String,
+    /// `method`, `parameter`, `buffer` or `attribute`.
+    pub kind: String,
 }
 
 /// Float against quantized.

@@ -12,7 +12,7 @@ use tsquant::dataset::Dataset;
 use tsquant::emit::EXTRA_FILE;
 use tsquant::feed;
 use tsquant::jit::{self, BoxError, Clean, Constant, Instrumented, Listing, Module, NoVisit, Node, Tap, Visit};
-use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress};
+use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress, Work};
 use tsquant::quantizer::{Bits, Granularity, Grid, Levels, QuantParams, Scheme};
 use tsquant::report::{Kind as SiteKind, Provenance, SiteReport, Thresholds};
 use tsquant::simulate::{self, Simulate};
@@ -35,7 +35,7 @@ macro_rules! each_model {
 }
 
 each_model! {
-    bfloat16 control_flow conv_dimensions conv_zoo frozen_cnn fused_encoder half_precision in_place multi_io packed recurrent
+    bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place multi_io packed recurrent
     scripted_encoder sdpa stateful tiny_encoder training_mode traps mnist_resnet
 }
 
@@ -51,7 +51,7 @@ fn every_model_is_checked() {
 struct Silent;
 
 impl Progress for Silent {
-    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn stage(&mut self, _: &'static str, _: Work) {}
 
     fn advance(&mut self, _: usize) {}
 }

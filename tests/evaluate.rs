@@ -101,7 +101,8 @@ fn a_model_alone_has_an_accuracy() {
     assert!(refused.refused(2).starts_with("tsquant evaluate: `evaluation.labels` is missing"));
     let refused = evaluate(folder.path(), &[&flags[..], &["--labels", "label"]].concat());
     let line = refused.stderr.lines().last().unwrap();
-    assert!(refused.code == Some(1) && line.contains("tensor `label` is missing, did you mean `labels`?"), "{line}");
+    assert!(line.starts_with("error: --labels label: `evaluation.labels`: "), "{line}");
+    assert!(refused.code == Some(2) && line.contains("tensor `label` is missing, did you mean `labels`?"), "{line}");
 }
 
 #[test]
@@ -111,8 +112,10 @@ fn any_output_is_ranked_by_quantize_and_evaluate() {
     let section = |output: &str| {
         format!("evaluation={{data: {}, output: {output}}}", serde_json::to_string(&test_data("multi_io")).unwrap())
     };
-    let refusal = folder.refuses(1, &yaml, &[&section("no_such_output")]);
-    assert!(refusal.starts_with("`evaluation.output`: the model has no output `no_such_output`"), "{refusal}");
+    let setting = section("no_such_output");
+    let refusal = folder.refuses(2, &yaml, &[&setting]);
+    let expected = ": `evaluation.output`: the model has no output `no_such_output`";
+    assert!(refusal.starts_with("--set evaluation=") && refusal.contains(expected), "{refusal}");
     let (_, known) = refusal.split_once("expected one of ").unwrap();
     let names: Vec<_> = known.split(", ").map(|name| name.trim_matches('`').to_owned()).collect();
     assert!(names.len() > 1, "{names:?}");
@@ -120,7 +123,7 @@ fn any_output_is_ranked_by_quantize_and_evaluate() {
     for (index, name) in names.iter().enumerate() {
         let quoted = section(&format!("'{name}'"));
         let ran = folder.quantize(&yaml, &[&quoted]);
-        if ran.code == Some(1) {
+        if ran.code == Some(2) {
             assert!(ran.error_line().contains("expected an output of floating-point numbers"), "{ran:?}");
             continue;
         }
@@ -135,7 +138,7 @@ fn any_output_is_ranked_by_quantize_and_evaluate() {
     }
     assert!(ranked > 1, "{ranked}");
     let refused = evaluate(folder.path(), &["run", "--output", "nothing", "--quiet"]);
-    assert!(refused.refused(1).contains("the model has no output `nothing`"));
+    assert!(refused.refused(2).starts_with("--output nothing: `evaluation.output`: the model has no output `nothing`"));
 }
 
 #[test]

@@ -145,9 +145,11 @@ fn data_files_that_cannot_be_read_are_refused() {
 fn the_nearest_tensor_name_is_suggested() {
     let folder = Folder::new();
     let data = folder.write("data.safetensors", floats("images", &[4, 3, 8, 8], &ramp(768)));
-    let line = folder.refuses(1, &experiment(&test_model("frozen_cnn"), &data, "[image]"), &[]);
+    let line = folder.refuses(2, &experiment(&test_model("frozen_cnn"), &data, "[image]"), &[]);
+    let (place, problem) = line.split_once(": ").unwrap();
+    assert!(place.contains("/e.yaml:2:"), "{line}");
     let expected = format!("{}: tensor `image` is missing, did you mean `images`?; there are `images`", data.display());
-    assert_eq!(line, expected);
+    assert_eq!(problem, format!("`calibration.inputs[0]`: {expected}"));
 }
 
 #[test]
@@ -203,32 +205,55 @@ fn values_that_are_not_finite_and_missing_rows_are_refused() {
     let line = folder.refuses(1, &experiment(&test_model("frozen_cnn"), &data, "[x]"), &[]);
     assert_says(&line, &["tensor `x`: expected at least one element, found shape [0, 3, 8, 8]"]);
 
-    let line = folder.refuses(1, &good(), &["calibration.samples=17"]);
-    assert_says(&line, &["expected at least 17 rows, as `samples` says, found 16"]);
+    let line = folder.refuses(2, &good(), &["calibration.samples=17"]);
+    assert_says(
+        &line,
+        &[
+            "--set calibration.samples=17: `calibration.samples`: ",
+            "expected at least 17 rows, as `samples` says, found 16",
+        ],
+    );
+    let setting = "calibration.transform.mean=[1, 2]";
+    let line = folder.refuses(2, &good(), &[setting]);
+    assert_says(&line, &[&format!("--set {setting}: `calibration.transform.mean`: "), "`mean` expects"]);
 }
 
 #[test]
 fn inputs_that_the_model_does_not_take_are_refused() {
     let folder = Folder::new();
     let inputs = |model: &str, inputs: &str| experiment(&test_model(model), &test_data(model), inputs);
-    let line = folder.refuses(1, &inputs("tiny_encoder", "{ids: ids, maks: mask}"), &[]);
-    assert_says(&line, &["`maks`", "did you mean `mask`?"]);
-    let line = folder.refuses(1, &inputs("frozen_cnn", "[x, x]"), &[]);
-    assert_says(&line, &["1", "2"]);
-    let line = folder.refuses(1, &inputs("tiny_encoder", "[ids]"), &[]);
-    assert_says(&line, &["mask"]);
-    let line = folder.refuses(1, &inputs("control_flow", "{x: x, steps: {const: 1.5}}"), &[]);
-    assert_says(&line, &["steps", "int", "float"]);
-    let line = folder.refuses(1, &inputs("control_flow", "{x: x, steps: x}"), &[]);
-    assert_says(&line, &["steps", "int"]);
-    let line = folder.refuses(1, &inputs("tiny_encoder", "{ids: ids, mask: {const: 1}}"), &[]);
-    assert_says(&line, &["mask", "Tensor"]);
+    let refused = |model: &str, given: &str, parts: &[&str]| {
+        let line = folder.refuses(2, &inputs(model, given), &[]);
+        assert_says(&line, &["/e.yaml:2:", ": `calibration.inputs`: "]);
+        assert_says(&line, parts);
+    };
+    refused("tiny_encoder", "{ids: ids, maks: mask}", &["`maks`", "did you mean `mask`?"]);
+    refused("frozen_cnn", "[x, x]", &["1", "2"]);
+    refused("tiny_encoder", "[ids]", &["mask"]);
+    refused("control_flow", "{x: x, steps: {const: 1.5}}", &["steps", "int", "float"]);
+    refused("control_flow", "{x: x, steps: x}", &["steps", "int"]);
+    refused("tiny_encoder", "{ids: ids, mask: {const: 1}}", &["mask", "Tensor"]);
+    // What evaluation takes from calibration was typed there, what it has of its own here.
+    let evaluated = |inputs: &str| {
+        let data = serde_json::to_string(&test_data("multi_io")).unwrap();
+        format!("evaluation={{data: {data}{inputs}}}")
+    };
+    let line = folder.refuses(2, &inputs("tiny_encoder", "[ids, mask]"), &[&evaluated("")]);
+    assert_says(&line, &["/e.yaml:2:", "`calibration.inputs[0]`: ", "multi_io.safetensors: tensor `ids` is missing"]);
+    let line = folder.refuses(2, &inputs("tiny_encoder", "[ids, mask]"), &[&evaluated(", inputs: {ids: z}")]);
+    assert_says(&line, &["--set evaluation=", ": `evaluation.inputs.ids`: ", "tensor `z` is missing"]);
 
     let (model, data) = (text(test_model("tiny_encoder")), text(test_data("tiny_encoder")));
     let with = |inputs: &str| tsquant(folder.path(), ["inspect", &model, "--data", &data, "--inputs", inputs]);
-    assert_says(with("ids=ids,maks=mask").refused(1), &["`maks`", "did you mean `mask`?"]);
-    assert_says(with("ids,maks").refused(1), &["tensor `maks` is missing", "did you mean `mask`?"]);
-    assert_says(with("ids,mask=mask").refused(2), &["--inputs: expected ARGUMENT=TENSOR for all or for none"]);
+    assert_says(
+        with("ids=ids,maks=mask").refused(2),
+        &["--inputs ids=ids,maks=mask: `calibration.inputs`: ", "`maks`", "did you mean `mask`?"],
+    );
+    assert_says(
+        with("ids,maks").refused(2),
+        &["--inputs ids,maks: ", "tensor `maks` is missing", "did you mean `mask`?"],
+    );
+    assert_says(with("ids,mask=mask").refused(2), &["--inputs ids,mask=mask: ", "expected ARGUMENT=TENSOR for all"]);
 }
 
 /// Four images for the shipped network.
@@ -253,10 +278,12 @@ fn labels_that_do_not_fit_are_refused() {
     let yaml = experiment(&shipped("models/mnist_resnet.pt"), &data, "[images]");
     for (dtype, shape, bytes, parts) in cases {
         folder.write("labelled.safetensors", safetensors_file(&[images, ("labels", dtype, &shape, &bytes)]));
-        let line = folder.refuses(1, &yaml, &["evaluation={data: labelled.safetensors, labels: labels}"]);
+        let setting = "evaluation={data: labelled.safetensors, labels: labels}";
+        let line = folder.refuses(2, &yaml, &[setting]);
+        assert_says(&line, &[&format!("--set {setting}: `evaluation.labels`: ")]);
         assert_says(&line, &parts);
-        let line = folder.refuses(1, &yaml, &["evaluation={data: labelled.safetensors, labels: label}"]);
-        assert_says(&line, &["tensor `label` is missing, did you mean `labels`?"]);
+        let line = folder.refuses(2, &yaml, &["evaluation={data: labelled.safetensors, labels: label}"]);
+        assert_says(&line, &["`evaluation.labels`: ", "tensor `label` is missing, did you mean `labels`?"]);
     }
 }
 
@@ -268,8 +295,8 @@ fn a_row_with_a_negative_label_alone_is_refused() {
     let tensors = [("images", Dtype::U8, &[4, 1, 28, 28][..], &pixels[..]), ("labels", Dtype::I64, &[4], &labels)];
     let data = folder.write("labelled.safetensors", safetensors_file(&tensors));
     let yaml = experiment(&shipped("models/mnist_resnet.pt"), &data, "[images]");
-    let line = folder.refuses(1, &yaml, &["evaluation={data: labelled.safetensors, labels: labels}"]);
-    assert_says(&line, &["-1"]);
+    let line = folder.refuses(2, &yaml, &["evaluation={data: labelled.safetensors, labels: labels}"]);
+    assert_says(&line, &["`evaluation.labels`: ", "-1"]);
 }
 
 #[test]
@@ -358,8 +385,9 @@ fn a_wrong_command_line_exits_with_2() {
     let missing = tsquant(folder.path(), ["quantize", "none.yaml"]);
     assert_says(missing.refused(2), &["none.yaml: cannot be read: "]);
     let data = text(test_data("frozen_cnn"));
-    let scale = tsquant(folder.path(), ["inspect", &model, "--data", &data, "--inputs", "x", "--scale", "nan"]);
-    assert_says(scale.refused(2), &["--scale: expected a finite number, found NaN"]);
+    let flags = ["inspect", &model, "--data", &data, "--inputs", "x", "--transform", "{scale: .nan}"];
+    let expected = "--transform {scale: .nan}: `calibration.transform.scale`: expected a finite number";
+    assert_says(tsquant(folder.path(), flags).refused(2), &[expected]);
     // The words of these are clap's, and more than one line.
     let lines: [&[&str]; 7] = [
         &[],
@@ -400,13 +428,13 @@ fn a_place_that_cannot_be_written_is_refused() {
 #[test]
 fn a_failing_run_leaves_no_folder_that_it_made() {
     let folder = Folder::new();
-    folder.refuses(1, &good(), &["calibration.samples=17", "output.dir=a/b/run"]);
+    folder.refuses(2, &good(), &["calibration.samples=17", "output.dir=a/b/run"]);
     fs_err::create_dir_all(folder.path().join("a")).unwrap();
-    folder.refuses(1, &good(), &["calibration.inputs=[y]", "output.dir=a/b/run"]);
+    folder.refuses(2, &good(), &["calibration.inputs=[y]", "output.dir=a/b/run"]);
     // An earlier run stays as it was.
     folder.quantize(&good(), &[]).succeeded();
     let before = fs_err::read(folder.path().join("run/report.json")).unwrap();
-    folder.refuses(1, &good(), &["calibration.samples=17"]);
+    folder.refuses(2, &good(), &["calibration.samples=17"]);
     assert_eq!(fs_err::read(folder.path().join("run/report.json")).unwrap(), before);
 }
 
@@ -417,7 +445,7 @@ fn an_error_is_the_last_line_after_the_progress() {
     let ran = tsquant(folder.path(), ["quantize", "e.yaml", "--set", "calibration.samples=17"]);
     let lines: Vec<&str> = ran.stderr.lines().collect();
     assert!(
-        ran.code == Some(1) && lines[0] == "load" && lines[1].starts_with("error: ") && lines.len() == 2,
+        ran.code == Some(2) && lines[0] == "load" && lines[1].starts_with("error: ") && lines.len() == 2,
         "{ran:?}"
     );
     assert_eq!((folder.listing(), ran.stdout.as_str()), (vec!["e.yaml".to_owned()], ""));

@@ -92,6 +92,16 @@ fn names_reach_inputs_in_any_order() {
 }
 
 #[test]
+fn constants_and_a_transform_are_written_as_for_evaluate() {
+    for inputs in ["x,const:null,const:0.5", "x=x,scale=const:2.0,shift=const:-1"] {
+        let flags = data_flags(&test_data("multi_io"), inputs);
+        let flags = [&flags.each_ref().map(String::as_str)[..], &["--transform", "{scale: 0.5}"]].concat();
+        let text = inspect(&test_model("multi_io"), &flags);
+        assert!(text.contains("clean-up: checked on the data given"), "{text}");
+    }
+}
+
+#[test]
 fn dtypes_that_nothing_tells_are_marked_without_data() {
     // Both masks are only cast or compared before anything computes with them.
     for (name, argument) in [("tiny_encoder", "mask"), ("sdpa", "mask")] {

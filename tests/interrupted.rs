@@ -5,15 +5,16 @@ mod binary;
 mod damage;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use binary::{BINARY, Folder, experiment, in_folder, listing, ran, test_data, test_model};
+use binary::{BINARY, Folder, experiment, in_folder, listing, ran, shipped, test_data, test_model};
 use damage::Random;
 
 /// The stages as they are told where standard error is no terminal.
-const STAGES: [&str; 5] = ["load", "calibrate", "search", "emit", "evaluate"];
+const STAGES: [&str; 6] = ["load", "calibrate", "search", "emit", "check", "evaluate"];
 const FILES: [&str; 3] = ["experiment.yaml", "quantized.pt", "report.json"];
 /// Two runs that write different models.
 const FOUR_BITS: &str = "quantization.weights.bits=4";
@@ -173,6 +174,63 @@ fn a_full_disk_is_one_error_and_leaves_nothing() {
         }
         if !had_earlier {
             limited(4096).succeeded();
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_once_the_model_is_written_leaves_nothing_either() {
+    let folder = folder();
+    let mut command = in_folder(&shipped(""), BINARY);
+    let dir = format!("output.dir={}", folder.path().join("run").display());
+    command.args(["quantize", "configs/mnist_resnet.yaml", "--set", "calibration.samples=16", "--set", &dir]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    // The model is there by now, and 1500 rows are to be run before the report is written.
+    assert!(stderr.by_ref().lines().map(Result::unwrap).any(|line| line.starts_with("evaluate")));
+    let limit = ["--pid", &child.id().to_string(), "--fsize=100"];
+    let limited = Command::new("prlimit").args(limit).output().unwrap();
+    assert!(limited.status.success(), "{limited:?}");
+    let mut rest = String::new();
+    stderr.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1), "{rest}");
+    assert!(rest.contains("report.json: cannot write the run directory: File too large"), "{rest}");
+    assert_eq!(folder.listing(), ["e.yaml"]);
+}
+
+#[test]
+fn a_read_only_folder_is_refused_before_anything_is_done() {
+    let folder = folder();
+    let read_only = folder.path().join("kept");
+    fs_err::create_dir(&read_only).unwrap();
+    fs_err::set_permissions(&read_only, PermissionsExt::from_mode(0o555)).unwrap();
+    // No permission holds root back unless it gives up its capabilities.
+    let is_root = fs_err::metadata(&read_only).unwrap().uid() == 0;
+    let powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", BINARY];
+    let program = if is_root { &powerless[..] } else { &[BINARY] };
+    for dry in [&["--dry-run"][..], &[]] {
+        for dir in ["output.dir=kept/run", "output.dir=kept/a/b/run"] {
+            let mut command = in_folder(folder.path(), program[0]);
+            command.args(&program[1..]).args(["quantize", "e.yaml", "--quiet", "--set", dir]).args(dry);
+            let line = ran(&mut command).refused(1).to_owned();
+            assert!(line.contains("/kept") && line.contains("cannot write the run directory: "), "{line}");
+            assert!(line.contains("Permission denied"), "{line}");
+            assert_eq!(folder.listing(), ["e.yaml", "kept"]);
+        }
+    }
+}
+
+#[test]
+fn a_run_is_as_open_to_others_as_the_user_has_it() {
+    for (mask, folder_mode, file_mode) in [("002", 0o775, 0o664), ("027", 0o750, 0o640)] {
+        let folder = folder();
+        let mut command = in_folder(folder.path(), "sh");
+        let script = format!("umask {mask}; exec \"$0\" quantize e.yaml --quiet");
+        ran(command.args(["-c", &script, BINARY])).succeeded();
+        let mode = |path: &str| fs_err::metadata(folder.path().join(path)).unwrap().mode() & 0o7777;
+        assert_eq!(mode("run"), folder_mode);
+        for file in FILES {
+            assert_eq!(mode(&format!("run/{file}")), file_mode, "{file}");
         }
     }
 }

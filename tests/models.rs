@@ -13,7 +13,7 @@ use tsquant::config::{
 use tsquant::dataset::Dataset;
 use tsquant::feed;
 use tsquant::jit::{Instrumented, Module, NoVisit, Output};
-use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress};
+use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress, Work};
 use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
 use tsquant::sites::{self, Sites};
 use tsquant::threshold::ErrorMethod;
@@ -31,7 +31,7 @@ const EXECUTORS: f64 = 1e-4;
 macro_rules! for_each_model {
     ($($check:ident)*) => {
         $(for_each_model!(@ $check
-            bfloat16 control_flow conv_dimensions conv_zoo frozen_cnn fused_encoder half_precision in_place multi_io
+            bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place multi_io
             packed recurrent scripted_encoder sdpa stateful tiny_encoder training_mode traps mnist_resnet);)*
     };
     (@ $check:ident $($name:ident)*) => {
@@ -309,7 +309,7 @@ fn the_trained_network_is_named_like_its_modules() {
 struct Silent;
 
 impl Progress for Silent {
-    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn stage(&mut self, _: &'static str, _: Work) {}
 
     fn advance(&mut self, _: usize) {}
 }
@@ -370,8 +370,10 @@ fn emitted_files_hold_no_float64() {
 
 fn assert_keeps_weight_names(model: Model, float: &Module, emitted: &Module) {
     let emitted = emitted.tensors().expect("its tensors");
-    let weights = float.tensors().expect("its tensors");
-    let weights = weights.into_iter().filter(|tensor| !tensor.is_buffer && tensor.shape.len() >= 2);
+    let attributes = float.attributes().expect("its attributes");
+    let is_used = |name: &str| attributes.iter().any(|attribute| attribute.name == name && attribute.is_used);
+    let weights = float.tensors().expect("its tensors").into_iter();
+    let weights = weights.filter(|tensor| !tensor.is_buffer && tensor.shape.len() >= 2 && is_used(&tensor.name));
     let mut expected: Vec<_> = weights.map(|tensor| (tensor.name, tensor.shape)).collect();
     if expected.is_empty() {
         // A frozen file has no names; then they are those of the sites.

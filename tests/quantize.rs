@@ -70,7 +70,7 @@ fn the_shipped_experiment_keeps_its_accuracy() {
     }
     assert!(ran.stdout.contains("16 weights and 23 activations quantized"), "{}", ran.stdout);
     assert!(ran.stdout.contains(&format!("written to {}", folder.path().join("run").display())), "{}", ran.stdout);
-    assert_eq!(ran.stderr, "load\ncalibrate: 256 rows\nsearch\nemit\nevaluate: 1500 rows\n");
+    assert_eq!(ran.stderr, "load\ncalibrate: 256 rows\nsearch: 39 sites\nemit\ncheck: 64 rows\nevaluate: 1500 rows\n");
     assert_eq!(folder.listing(), ["run", "run/experiment.yaml", "run/quantized.pt", "run/report.json"]);
 
     let report = folder.report("run");
@@ -99,7 +99,7 @@ fn check_fields(report: &Value) {
     assert_eq!(report["seed"], json!(0));
     assert!(report["versions"]["torch"].as_str().unwrap().starts_with("2.11"), "{}", report["versions"]);
     assert_eq!(report["versions"]["tsquant"], json!(env!("CARGO_PKG_VERSION")));
-    let stages = ["load", "calibrate", "search", "emit", "evaluate"];
+    let stages = ["load", "calibrate", "search", "emit", "check", "evaluate"];
     let times = stages.map(|stage| number(&report["timings_s"][stage]));
     assert!(times.iter().all(|&time| time >= 0.0), "{times:?}");
     assert!(times.iter().sum::<f64>() <= number(&report["timings_s"]["total"]) + 1e-6, "{}", report["timings_s"]);
@@ -366,6 +366,7 @@ const MODELS: &[(&str, &[&str])] = &[
     ("control_flow", &["[x]", "{steps: {const: 1}, x: x}", "[x, {const: 0}]"]),
     ("conv_dimensions", &["[signal, volume]", "{volume: volume, signal: signal}"]),
     ("conv_zoo", &["[x]"]),
+    ("extras", &["[x]"]),
     ("frozen_cnn", &["[x]", "{x: x}"]),
     ("fused_encoder", &["[x]"]),
     ("half_precision", &["[x]"]),
@@ -483,4 +484,35 @@ fn what_was_changed_on_loading_is_told() {
         let warnings = report_of(name, "[x]")["warnings"].to_string();
         assert!(warnings.contains(note), "{name}: {warnings}");
     }
+}
+
+#[test]
+fn what_forward_does_not_need_is_named_and_counted() {
+    let folder = Folder::new();
+    folder.write("e.yaml", experiment(&test_model("extras"), &test_data("extras"), "[x]"));
+    let ran = tsquant(folder.path(), ["quantize", "e.yaml"]).succeeded();
+    let counted = "dropped, as forward does not need them: 2 methods, 2 parameters, 2 buffers, 4 attributes";
+    assert!(ran.stdout.contains(counted), "{}", ran.stdout);
+    let report = folder.report("run");
+    let dropped = report["dropped"].as_array().unwrap().iter();
+    let mut dropped: Vec<String> =
+        dropped.map(|part| format!("{} {}", part["kind"].as_str().unwrap(), part["name"].as_str().unwrap())).collect();
+    dropped.sort();
+    // Two attributes are those that PyTorch gives each of its convolutions.
+    let expected = [
+        "attribute conv._reversed_padding_repeated_twice",
+        "attribute conv.transposed",
+        "attribute names",
+        "attribute temperature",
+        "buffer bn.num_batches_tracked",
+        "buffer palette",
+        "method other_answer",
+        "method pool",
+        "parameter head.bias",
+        "parameter head.weight",
+    ];
+    assert_eq!(dropped, expected);
+    // Everything of a model with state that its forward reads is kept.
+    assert_eq!(report_of("stateful", "[x]")["dropped"], json!([]));
+    assert_eq!(report_of("frozen_cnn", "[x]")["dropped"], json!([]));
 }

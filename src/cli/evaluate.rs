@@ -3,13 +3,12 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::Args;
 
-use super::UsageError;
 use super::measures::{self, Sizes};
 use super::progress::Display;
-use crate::config::{ComparisonPlan, Experiment, Typed};
+use super::{UsageError, located, working_dir};
+use crate::config::{self, ComparisonPlan, Experiment, Typed};
 use crate::pipeline::{self, EXPERIMENT_FILE, MODEL_FILE};
 use crate::report::{FilesReport, Measures};
 
@@ -68,12 +67,13 @@ pub(super) struct Evaluate {
 
 impl Evaluate {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let plan = self.plan()?;
+        let experiment = self.experiment()?;
+        let plan = experiment.resolve_comparison(&working_dir()?)?;
         let model = self.model(&plan)?;
         let mut display = Display::new(self.quiet);
         let report = pipeline::evaluate(&plan, &model, &mut display);
         display.finish();
-        let report = report?;
+        let report = report.map_err(|error| located(&experiment, error))?;
         let out = &mut std::io::stdout().lock();
         if self.json {
             write!(out, "{}", report.to_json()?)?;
@@ -83,9 +83,8 @@ impl Evaluate {
         Ok(())
     }
 
-    fn plan(&self) -> anyhow::Result<ComparisonPlan> {
-        let base = std::env::current_dir().context("the working directory cannot be read")?;
-        let mut experiment = match &self.source {
+    fn experiment(&self) -> Result<Experiment, config::Error> {
+        let experiment = match &self.source {
             Some(source) if source.is_dir() => Experiment::read(&source.join(EXPERIMENT_FILE))?,
             Some(source) => Experiment::read(source)?,
             None => Experiment::of_flags("tsquant evaluate"),
@@ -101,12 +100,7 @@ impl Evaluate {
             ("--batch-size", "evaluation.batch_size", self.batch_size.as_deref().map(Typed::Yaml)),
             ("--transform", "evaluation.transform", self.transform.as_deref().map(Typed::Yaml)),
         ];
-        for (flag, key, typed) in flags {
-            if let Some(typed) = typed {
-                experiment = experiment.with_flag(flag, key, typed)?;
-            }
-        }
-        Ok(experiment.resolve_comparison(&base)?)
+        experiment.with_flags(flags)
     }
 
     /// The file to measure.

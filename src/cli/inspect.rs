@@ -1,16 +1,14 @@
 //! `tsquant inspect`.
 
 use std::io::Write;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
 
 use super::provenance::Description;
-use super::{UsageError, table};
-use crate::config::{DataPlan, InputSource, InputsPlan, Layout, Transform};
-use crate::dataset::Dataset;
+use super::{located, table, working_dir};
+use crate::config::{self, Experiment, Typed};
 use crate::jit::{ArgumentType, Clean, Module};
 use crate::pipeline;
 use crate::sites::{self, Sites};
@@ -25,18 +23,16 @@ pub(super) struct Inspect {
     /// Print JSON instead of tables.
     #[arg(long)]
     json: bool,
-    /// Run the model on the first rows of this data set and check the clean-up on it.
+    /// Run the model on the first rows of this data and check the clean-up on them: .safetensors, .npz, .npy or a folder of
+    /// images.
     #[arg(long, value_name = "FILE", requires = "inputs")]
-    data: Option<PathBuf>,
-    /// Names of tensors in the data set, in the order of forward's arguments, or ARGUMENT=TENSOR for each.
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "data")]
-    inputs: Vec<String>,
-    /// Images in the data set are stored as (N, H, W, C).
-    #[arg(long, requires = "data")]
-    nhwc: bool,
-    /// Factor for the values of images and floats, for instance 0.00392156862745098.
-    #[arg(long, value_name = "FACTOR", requires = "data")]
-    scale: Option<f64>,
+    data: Option<String>,
+    /// What forward takes: tensors of the data (x,mask), by name (ids=x,mask=m), constants among them (x,const:16000).
+    #[arg(long, value_name = "NAMES", requires = "data")]
+    inputs: Option<String>,
+    /// From stored values to the model's: the map `transform` of an experiment, `{scale: 0.5, mean: [1], std: [2]}`.
+    #[arg(long, value_name = "YAML", requires = "data")]
+    transform: Option<String>,
     /// Print the cleaned graph in TorchScript's notation too.
     #[arg(long, conflicts_with = "json")]
     graph: bool,
@@ -106,9 +102,15 @@ struct SitesReport {
 
 impl Inspect {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let plan = self.data_plan()?;
+        let experiment = self.experiment()?;
+        let plan = match self.data {
+            Some(_) => Some(experiment.resolve_calibration(&working_dir()?)?),
+            None => None,
+        };
         let module = Module::load(&self.model)?;
-        let clean = self.clean(&module, plan.as_ref())?;
+        let sample = plan.map(|plan| pipeline::check_sample(&module, &plan)).transpose();
+        let sample = sample.map_err(|error| located(&experiment, error))?;
+        let clean = module.clean(sample.as_ref()).map_err(|error| error.to_string());
         let inspection = inspect(&module, &clean)?;
         let out = &mut std::io::stdout().lock();
         if self.json {
@@ -123,50 +125,14 @@ impl Inspect {
         Ok(())
     }
 
-    /// The cleaned model, or why there is none; errors of the data end the command.
-    fn clean(&self, module: &Module, plan: Option<&DataPlan>) -> anyhow::Result<Result<Clean, String>> {
-        let sample = match plan {
-            Some(plan) => {
-                let data = Dataset::open(plan)?;
-                let sample = pipeline::check_sample(module, &data, plan.batch_size.get())?;
-                // Data that the model does not run on is an error of the command, not a fault of the model.
-                module.forward(&sample)?;
-                Some(sample)
-            }
-            None => None,
-        };
-        Ok(module.clean(sample.as_ref()).map_err(|error| error.to_string()))
+    /// What the flags say of the data.
+    fn experiment(&self) -> Result<Experiment, config::Error> {
+        Experiment::of_flags("tsquant inspect").with_flags([
+            ("--data", "calibration.data", self.data.as_deref().map(Typed::Text)),
+            ("--inputs", "calibration.inputs", self.inputs.as_deref().map(Typed::Inputs)),
+            ("--transform", "calibration.transform", self.transform.as_deref().map(Typed::Yaml)),
+        ])
     }
-
-    fn data_plan(&self) -> Result<Option<DataPlan>, UsageError> {
-        let Some(path) = &self.data else { return Ok(None) };
-        let path = std::path::absolute(path).map_err(|error| UsageError(format!("--data: {error}")))?;
-        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
-            return Err(UsageError(format!("--scale: expected a finite number, found {scale}")));
-        }
-        let layout = if self.nhwc { Layout::Nhwc } else { Layout::Nchw };
-        Ok(Some(DataPlan {
-            path,
-            inputs: inputs(&self.inputs)?,
-            samples: None,
-            shuffle: false,
-            seed: 0,
-            batch_size: NonZeroUsize::MIN.saturating_add(3),
-            transform: Transform { layout, scale: self.scale, ..Transform::default() },
-        }))
-    }
-}
-
-fn inputs(names: &[String]) -> Result<InputsPlan, UsageError> {
-    let named: Vec<_> = names.iter().filter_map(|name| name.split_once('=')).collect();
-    if named.is_empty() {
-        return Ok(InputsPlan::Positional(names.iter().cloned().map(InputSource::Tensor).collect()));
-    }
-    if named.len() < names.len() {
-        return Err(UsageError("--inputs: expected ARGUMENT=TENSOR for all or for none".to_owned()));
-    }
-    let pair = |(argument, tensor): (&str, &str)| (argument.to_owned(), InputSource::Tensor(tensor.to_owned()));
-    Ok(InputsPlan::Named(named.into_iter().map(pair).collect()))
 }
 
 fn inspect(module: &Module, clean: &Result<Clean, String>) -> anyhow::Result<Inspection> {

@@ -2,7 +2,7 @@
 
 use super::table;
 use crate::config::Metric;
-use crate::report::{Accuracy, Alone, Evaluation};
+use crate::report::{Accuracy, Alone, Evaluation, Sqnr};
 
 /// Sizes of the model files in bytes.
 pub(super) struct Sizes {
@@ -57,14 +57,46 @@ fn cells(metric: Metric, evaluation: &Evaluation) -> (String, String) {
         Metric::Top1 => both(|accuracy| accuracy.top1),
         Metric::Top5 => both(|accuracy| accuracy.top5),
         Metric::Agreement => (nothing(), percent(quantized.agreement)),
-        Metric::Sqnr => {
-            (nothing(), quantized.sqnr_db.map_or_else(|| "equal outputs".to_owned(), |db| format!("{db:.2} dB")))
-        }
-        Metric::Cosine => (nothing(), format!("{:.6}", quantized.cosine)),
-        Metric::MaxAbsDiff => (nothing(), format!("{:.4e}", quantized.max_abs_diff)),
+        Metric::Sqnr => (nothing(), sqnr(quantized.sqnr())),
+        Metric::Cosine => (nothing(), quantized.cosine.map_or_else(undefined, |cosine| format!("{cosine:.6}"))),
+        Metric::MaxAbsDiff => (nothing(), quantized.max_abs_diff.map_or_else(undefined, |most| format!("{most:.4e}"))),
     }
+}
+
+fn sqnr(sqnr: Sqnr) -> String {
+    match sqnr {
+        Sqnr::Db(db) => format!("{db:.2} dB"),
+        Sqnr::Equal => "equal outputs".to_owned(),
+        Sqnr::NoSignal => "−∞ dB: float outputs are all 0".to_owned(),
+        Sqnr::NothingCompared => "no finite value to compare".to_owned(),
+    }
+}
+
+fn undefined() -> String {
+    "undefined".to_owned()
 }
 
 fn percent(share: Option<f64>) -> String {
     share.map_or_else(|| "–".to_owned(), |share| format!("{:.2}%", share * 100.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Comparison;
+
+    #[test]
+    fn measures_that_are_no_numbers_have_words() {
+        let shown = |sqnr_db, cosine, max_abs_diff| {
+            let accuracy = Accuracy::default();
+            let quantized =
+                Comparison { accuracy, agreement: None, sqnr_db, cosine, max_abs_diff, not_finite: 0, rows: 1 };
+            let evaluation = Evaluation { data: "evaluation", float: accuracy, quantized };
+            [Metric::Sqnr, Metric::Cosine, Metric::MaxAbsDiff].map(|metric| cells(metric, &evaluation).1)
+        };
+        assert_eq!(shown(Some(20.0), Some(0.5), Some(1.0)), ["20.00 dB", "0.500000", "1.0000e0"]);
+        assert_eq!(shown(None, Some(1.0), Some(0.0)), ["equal outputs", "1.000000", "0.0000e0"]);
+        assert_eq!(shown(None, None, Some(3.0)), ["−∞ dB: float outputs are all 0", "undefined", "3.0000e0"]);
+        assert_eq!(shown(None, None, None), ["no finite value to compare", "undefined", "undefined"]);
+    }
 }

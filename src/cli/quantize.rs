@@ -3,15 +3,14 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
 
 use super::measures::{self, Sizes};
 use super::progress::Display;
-use super::table;
+use super::{located, table, working_dir};
 use crate::config::{Experiment, Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
-use crate::report::{Kind, Report};
+use crate::report::{Dropped, Kind, Report, WorstSite};
 
 /// Quantize a model as a YAML file describes.
 #[derive(Debug, Args)]
@@ -28,35 +27,38 @@ pub(super) struct Quantize {
     /// Load model and data, run one batch, print the plan and what a run would cost; write nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Print nothing but errors.
+    /// Print nothing but errors; of a dry run, which then only checks, the exit code is left.
     #[arg(long, short)]
     quiet: bool,
 }
 
 impl Quantize {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let plan = self.plan()?;
+        let experiment = self.experiment()?;
+        let plan = experiment.resolve(&working_dir()?)?;
         if self.dry_run {
-            let estimate = pipeline::estimate(&plan)?;
+            let estimate = pipeline::estimate(&plan).map_err(|error| located(&experiment, error))?;
+            if self.quiet {
+                return Ok(());
+            }
             return print_estimate(&mut std::io::stdout().lock(), &plan, &estimate);
         }
         let mut display = Display::new(self.quiet);
         let outcome = pipeline::quantize(&plan, &mut display);
         display.finish();
-        let outcome = outcome?;
+        let outcome = outcome.map_err(|error| located(&experiment, error))?;
         if !self.quiet {
             print(&mut std::io::stdout().lock(), &plan, &outcome)?;
         }
         Ok(())
     }
 
-    fn plan(&self) -> anyhow::Result<Plan> {
-        let base = std::env::current_dir().context("the working directory cannot be read")?;
-        let mut experiment = Experiment::read(&self.experiment)?.overlay(&self.set)?;
-        if let Some(device) = &self.device {
-            experiment = experiment.with_device(device);
-        }
-        Ok(experiment.resolve(&base)?)
+    fn experiment(&self) -> anyhow::Result<Experiment> {
+        let experiment = Experiment::read(&self.experiment)?.overlay(&self.set)?;
+        Ok(match &self.device {
+            Some(device) => experiment.with_device(device),
+            None => experiment,
+        })
     }
 }
 
@@ -74,11 +76,13 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
     let (times, calibrated, evaluated) = (&estimate.timings, estimate.calibration_rows, estimate.evaluation_rows);
     writeln!(
         out,
-        "# about {:.0} s: load {:.1}, calibrate {:.1} ({calibrated} rows), search {:.1}, evaluate {:.1} ({evaluated} rows)",
+        "# about {:.0} s: load {:.1}, calibrate {:.1} ({calibrated} rows), search {:.1}, check {:.1}, \
+         evaluate {:.1} ({evaluated} rows)",
         times.total.max(1.0),
         times.load,
         times.calibrate,
         times.search,
+        times.check,
         times.evaluate
     )?;
     if let Some(bytes) = estimate.peak_memory_bytes {
@@ -99,6 +103,9 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
         table::count(count(Kind::Activation), "activation"),
         table::count(report.left_float.len(), "op or value")
     )?;
+    if let Some(dropped) = dropped(&report.dropped) {
+        writeln!(out, "{dropped}")?;
+    }
     print_worst_sites(out, report)?;
     for warning in &report.warnings {
         writeln!(out, "note: {warning}")?;
@@ -106,10 +113,19 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
     let times = &report.timings_s;
     writeln!(
         out,
-        "{:.1} s: load {:.1}, calibrate {:.1}, search {:.1}, emit {:.1}, evaluate {:.1}",
-        times.total, times.load, times.calibrate, times.search, times.emit, times.evaluate
+        "{:.1} s: load {:.1}, calibrate {:.1}, search {:.1}, emit {:.1}, check {:.1}, evaluate {:.1}",
+        times.total, times.load, times.calibrate, times.search, times.emit, times.check, times.evaluate
     )?;
     writeln!(out, "written to {}", outcome.dir.display())
+}
+
+/// How many parts of the float model the emitted one is without, if any.
+fn dropped(dropped: &[Dropped]) -> Option<String> {
+    let kinds = ["method", "parameter", "buffer", "attribute"];
+    let counts = kinds.map(|kind| (kind, dropped.iter().filter(|part| part.kind == kind).count()));
+    let counts: Vec<_> =
+        counts.into_iter().filter(|(_, count)| *count > 0).map(|(kind, count)| table::count(count, kind)).collect();
+    (!counts.is_empty()).then(|| format!("dropped, as forward does not need them: {}", counts.join(", ")))
 }
 
 fn print_worst_sites(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
@@ -117,9 +133,16 @@ fn print_worst_sites(out: &mut impl Write, report: &Report) -> std::io::Result<(
         return Ok(());
     }
     writeln!(out, "sites with the lowest SQNR of their own, a guess at the cause, a line to try:")?;
-    for site in &report.worst_sites {
+    for (index, site) in report.worst_sites.iter().enumerate() {
+        let same = |other: &&WorstSite| (&other.cause, &other.line) == (&site.cause, &site.line);
+        if let Some(earlier) = report.worst_sites.iter().take(index).find(same) {
+            writeln!(out, "  {:.1} dB {}: as {}", site.sqnr_db, site.name, earlier.name)?;
+            continue;
+        }
         writeln!(out, "  {:.1} dB {}: {}", site.sqnr_db, site.name, site.cause)?;
-        writeln!(out, "          {}", site.line)?;
+        if let Some(line) = &site.line {
+            writeln!(out, "          {line}")?;
+        }
     }
     Ok(())
 }

@@ -84,17 +84,27 @@ impl Node {
     pub(super) fn place_of(&self, key: &str) -> Place {
         let mut node = self;
         for step in key.split(['.', '[']) {
-            let below = match &node.value {
-                Value::Map(fields) => fields.iter().find(|(field, _)| field.name == step).map(|(_, below)| below),
-                Value::List(items) => step.trim_end_matches(']').parse().ok().and_then(|i: usize| items.get(i)),
-                _ => None,
-            };
-            match below {
+            match node.below(step) {
                 Some(below) => node = below,
                 None => break,
             }
         }
         node.place.clone()
+    }
+
+    /// Whether a value was typed for the first two names of a key such as `calibration.inputs[0]`.
+    pub(super) fn says(&self, key: &str) -> bool {
+        let mut steps = key.split(['.', '[']).take(2);
+        let typed = steps.try_fold(self, |node, step| node.below(step));
+        typed.is_some_and(|typed| typed.value != Value::Null)
+    }
+
+    fn below(&self, step: &str) -> Option<&Self> {
+        match &self.value {
+            Value::Map(fields) => fields.iter().find(|(field, _)| field.name == step).map(|(_, below)| below),
+            Value::List(items) => step.trim_end_matches(']').parse().ok().and_then(|i: usize| items.get(i)),
+            _ => None,
+        }
     }
 
     /// What was typed, for a message.

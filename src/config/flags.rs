@@ -34,6 +34,22 @@ impl Experiment {
         Self { file: PathBuf::new(), root }
     }
 
+    /// Lays the values of flags over the experiment, each a flag, its key and what was typed if it was given.
+    ///
+    /// # Errors
+    /// As those of [`with_flag`](Self::with_flag).
+    pub fn with_flags<'a>(
+        mut self,
+        flags: impl IntoIterator<Item = (&'a str, &'a str, Option<Typed<'a>>)>,
+    ) -> Result<Self, Error> {
+        for (flag, key, typed) in flags {
+            if let Some(typed) = typed {
+                self = self.with_flag(flag, key, typed)?;
+            }
+        }
+        Ok(self)
+    }
+
     /// Lays the value of the flag `flag`, `--labels` for instance, over the experiment's at `key`.
     ///
     /// # Errors

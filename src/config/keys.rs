@@ -4,6 +4,7 @@
 //! know defaults and combinations; those are `resolve`'s.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -146,7 +147,7 @@ pub(super) struct OutputKeys {
     /// The run directory.
     pub(super) dir: Option<PathBuf>,
     /// Form of the emitted model.
-    pub(super) format: Option<Formats>,
+    pub(super) format: Option<OneOrMany<Format>>,
 }
 
 /// The name of an error method; its parameters are other keys.
@@ -307,44 +308,39 @@ impl<'de> Visitor<'de> for CropVisitor {
     }
 }
 
-/// One format, or a list of them.
-#[derive(Debug)]
-pub(super) struct Formats(pub(super) Vec<Format>);
-
-impl Serialize for Formats {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self.0.as_slice() {
-            [only] => only.serialize(serializer),
-            several => several.serialize(serializer),
-        }
-    }
+/// One name, or a list of them.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
 }
 
-impl<'de> Deserialize<'de> for Formats {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(FormatsVisitor)
+        deserializer.deserialize_any(OneOrManyVisitor(PhantomData))
     }
 }
 
-struct FormatsVisitor;
+struct OneOrManyVisitor<T>(PhantomData<T>);
 
-impl<'de> Visitor<'de> for FormatsVisitor {
-    type Value = Formats;
+impl<'de, T: Deserialize<'de>> Visitor<'de> for OneOrManyVisitor<T> {
+    type Value = OneOrMany<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the name of a format, or a list of names")
+        f.write_str("a name, or a list of names")
     }
 
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<Formats, E> {
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<OneOrMany<T>, E> {
         let name: de::value::StrDeserializer<'_, E> = de::IntoDeserializer::into_deserializer(name);
-        Ok(Formats(vec![Format::deserialize(name)?]))
+        Ok(OneOrMany::One(T::deserialize(name)?))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Formats, A::Error> {
-        let mut formats = Vec::new();
-        while let Some(format) = list.next_element()? {
-            formats.push(format);
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<OneOrMany<T>, A::Error> {
+        let mut names = Vec::new();
+        while let Some(name) = list.next_element()? {
+            names.push(name);
         }
-        Ok(Formats(formats))
+        Ok(OneOrMany::Many(names))
     }
 }

@@ -8,14 +8,14 @@ mod pattern;
 
 use super::document::Node;
 use super::error::{Error, Place, Problem, printable};
-use super::keys::Method;
+use super::keys::{Method, OneOrMany};
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent};
 
 pub use pattern::{LayerPattern, OpName};
 
 pub(super) use keys::OverrideKeys;
-use keys::{ActivationKeys, Names, RoleKeys, WeightKeys};
+use keys::{ActivationKeys, RoleKeys, WeightKeys};
 
 /// The overrides of a plan.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -160,7 +160,7 @@ fn entry(root: &Node, key: &str, typed: OverrideKeys) -> Result<Override, Error>
     if weights.is_none() && activations.is_none() && inputs.is_none() {
         return Err(at.error("expected settings under `weights`, `activations` or `inputs`, found none"));
     }
-    let list = |name: &str, names: Option<Names>, expected: &str| {
+    let list = |name: &str, names: Option<OneOrMany<String>>, expected: &str| {
         names.map(|names| typed_names(root, &format!("{key}.{name}"), names, expected)).transpose()
     };
     let layers = list("layers", layers, "a pattern of layer names")?;
@@ -191,10 +191,15 @@ impl<T> Located<T> {
     }
 }
 
-fn typed_names(root: &Node, key: &str, names: Names, expected: &str) -> Result<Vec<Located<String>>, Error> {
+fn typed_names(
+    root: &Node,
+    key: &str,
+    names: OneOrMany<String>,
+    expected: &str,
+) -> Result<Vec<Located<String>>, Error> {
     let (names, is_list) = match names {
-        Names::One(name) => (vec![name], false),
-        Names::List(names) => (names, true),
+        OneOrMany::One(name) => (vec![name], false),
+        OneOrMany::Many(names) => (names, true),
     };
     if names.is_empty() {
         return Err(At::new(root, key.to_owned()).error(&format!("expected {expected}, found an empty list")));

@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use super::document::Node;
 use super::error::{Error, Problem, path_text};
 use super::keys::{
-    CalibrationKeys, Count, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, OutputKeys, OutputName,
+    CalibrationKeys, Count, Deviations, EvaluationKeys, Keys, LpValue, Method, OneOrMany, OutputKeys, OutputName,
     QuantizationKeys, SiteKeys, TransformKeys,
 };
 use super::overrides::Overrides;
@@ -67,6 +67,15 @@ impl Resolver<'_> {
         });
         let evaluation = evaluation.transpose()?;
         let data = evaluation.as_ref().map(|evaluation| &evaluation.data.path);
+        for path in [&calibration.path].into_iter().chain(data) {
+            if output.dir != *path && output.dir.starts_with(path) {
+                let found = path_text(path);
+                let reason = format!(
+                    "expected a folder outside of the data, as that would change with each run, found {found} around it"
+                );
+                return Err(self.invalid("output.dir", reason));
+            }
+        }
         for path in [&model, &calibration.path].into_iter().chain(data) {
             if path.starts_with(&output.dir) {
                 let found = path_text(path);
@@ -146,7 +155,11 @@ impl Resolver<'_> {
         Ok(path)
     }
 
-    fn calibration(&self, keys: CalibrationKeys, seed: u64) -> Result<DataPlan, Error> {
+    /// The data of calibration.
+    ///
+    /// # Errors
+    /// Data or inputs that are missing, a value or combination that is impossible.
+    pub(super) fn calibration(&self, keys: CalibrationKeys, seed: u64) -> Result<DataPlan, Error> {
         let path = self.required_data("calibration.data", keys.data.as_deref())?;
         let inputs = self.required("calibration.inputs", keys.inputs, "the tensors that the model takes")?;
         self.check_inputs("calibration.inputs", &inputs)?;
@@ -315,7 +328,8 @@ impl Resolver<'_> {
         let dir = self.absolute("output.dir", &dir)?;
         let format = match keys.format {
             None => Format::FakeQuant,
-            Some(Formats(formats)) => match formats.as_slice() {
+            Some(OneOrMany::One(only)) => only,
+            Some(OneOrMany::Many(formats)) => match formats.as_slice() {
                 [only] => *only,
                 [] => return Err(self.invalid("output.format", "expected the name of a format, found an empty list")),
                 _ => {

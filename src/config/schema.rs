@@ -7,8 +7,8 @@ use std::borrow::Cow;
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
-use super::keys::{Count, Crop, Deviations, Formats, Keys, LpValue, OutputName, Pixels};
-use super::plan::{Format, InputSource, InputsPlan};
+use super::keys::{Count, Crop, Deviations, Keys, LpValue, OutputName, Pixels};
+use super::plan::{InputSource, InputsPlan};
 use crate::quantizer::Bits;
 use crate::threshold::Exponent;
 
@@ -51,10 +51,6 @@ schema_of!(OutputName, "OutputName", _generator => json_schema!({
 schema_of!(Crop, "Crop", generator => {
     let side = generator.subschema_for::<Pixels>();
     json_schema!({ "anyOf": [side, { "type": "array", "items": side, "minItems": 2, "maxItems": 2 }] })
-});
-schema_of!(Formats, "Formats", generator => {
-    let format = generator.subschema_for::<Format>();
-    json_schema!({ "anyOf": [format, { "type": "array", "items": format, "minItems": 1 }] })
 });
 schema_of!(InputSource, "InputSource", _generator => json_schema!({ "anyOf": [
     { "type": "string", "description": "The name of a tensor." },

@@ -4,7 +4,7 @@ use serde::{Serialize, Serializer};
 
 use super::error::{Error, Origin, Place, Problem};
 use super::keys::{
-    CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Formats, Keys, LpValue, Method, ModelKeys, OutputKeys,
+    CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Keys, LpValue, Method, ModelKeys, OneOrMany, OutputKeys,
     OutputName, Pixels, QuantizationKeys, SiteKeys, TransformKeys,
 };
 use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, Plan, Transform, WeightPlan};
@@ -52,7 +52,7 @@ impl From<&Plan> for Keys {
             device: Some(plan.device),
             output: Some(OutputKeys {
                 dir: Some(plan.output.dir.clone()),
-                format: Some(Formats(vec![plan.output.format])),
+                format: Some(OneOrMany::One(plan.output.format)),
             }),
             evaluation: plan.evaluation.as_ref().map(Into::into),
             seed: Some(plan.seed),

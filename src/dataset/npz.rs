@@ -15,6 +15,11 @@ use super::array::{Array, Extent};
 use super::error::{Error, Place};
 use super::npy;
 
+/// Bytes that a compressed entry may unpack to whatever its size is, so that a mask of ones is no bomb.
+const UNPACKED: u64 = 1 << 30;
+/// How many times its own size a larger one may unpack to; no data of measurements comes near.
+const RATIO: u64 = 100;
+
 /// A `.npz` archive and where its arrays are.
 #[derive(Debug)]
 pub(super) struct Npz {
@@ -85,8 +90,13 @@ fn unpack<R: Read>(place: &Place, entry: ZipFile<'_, R>) -> Result<Extent, Error
         let message = format!("cannot unpack `{}` to {}: {error}", place.tensor, folder.display());
         Error::damaged(&place.path, message)
     };
+    let (size, compressed) = (entry.size(), entry.compressed_size());
+    let most = compressed.saturating_mul(RATIO).max(UNPACKED);
+    if size > most {
+        let expected = format!("at most {most} bytes unpacked from {compressed} compressed ones");
+        return Err(Error::tensor(place, expected, format!("{size}, as a zip bomb has")));
+    }
     let mut file = tempfile::tempfile().map_err(failed)?;
-    let size = entry.size();
     // One more byte than the directory says: finds an entry that holds more, and reaches the checksum.
     let length = std::io::copy(&mut entry.take(size.saturating_add(1)), &mut file).map_err(failed)?;
     if length != size {

@@ -63,12 +63,12 @@ mod tests {
     fn names_that_lead_nowhere_are_refused() {
         assert_eq!(
             find(&["logits", "features"], Some("feature")).unwrap_err(),
-            "`evaluation.output`: the model has no output `feature`, did you mean `features`?; expected one of `logits`, `features`"
+            "the model has no output `feature`, did you mean `features`?; expected one of `logits`, `features`"
         );
         assert!(find(&["a", "b"], Some("2")).unwrap_err().ends_with("no output `2`; expected one of `a`, `b`"));
         assert!(find(&[""], Some("logits")).unwrap_err().ends_with("no output `logits`; expected one of `0`"));
         let error = find(&["ids", "b"], Some("ids")).unwrap_err();
-        assert_eq!(error, "`evaluation.output`: expected an output of floating-point numbers, found `ids` of int64");
+        assert_eq!(error, "expected an output of floating-point numbers, found `ids` of int64");
         assert!(
             find(&["ids"], None).unwrap_err().contains("expected a floating-point tensor among the model's outputs")
         );

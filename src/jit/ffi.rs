@@ -24,6 +24,13 @@ pub(super) mod bridge {
         is_buffer: bool,
     }
 
+    /// A parameter, buffer or other attribute.
+    struct AttributeRow {
+        name: String,
+        kind: String,
+        is_used: bool,
+    }
+
     struct OpCount {
         op: String,
         count: usize,
@@ -172,6 +179,7 @@ pub(super) mod bridge {
         fn arguments(m: &Module) -> Result<Vec<ArgumentRow>>;
         fn return_types(m: &Module) -> Result<Vec<String>>;
         fn named_tensors(m: &Module) -> Result<Vec<TensorRow>>;
+        fn attribute_rows(m: &Module) -> Result<Vec<AttributeRow>>;
         fn op_counts(m: &Module) -> Result<Vec<OpCount>>;
         fn is_training(m: &Module) -> Result<bool>;
         fn set_eval(m: &Module) -> Result<()>;

@@ -47,6 +47,17 @@ pub struct NamedTensor {
     pub is_buffer: bool,
 }
 
+/// A parameter, a buffer or another attribute of a module or of one inside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attribute {
+    /// Dotted name.
+    pub name: String,
+    /// `parameter`, `buffer` or `attribute`.
+    pub kind: String,
+    /// Whether `forward` reads or writes it.
+    pub is_used: bool,
+}
+
 /// Arguments of one call, checked against the signature, defaults filled in.
 pub struct Arguments {
     bound: UniquePtr<bridge::Arguments>,
@@ -135,6 +146,15 @@ impl Module {
     /// Where libtorch fails.
     pub fn tensors(&self) -> Result<Vec<NamedTensor>, Error> {
         named_tensors(self.as_bridge()?)
+    }
+
+    /// All attributes but modules, those that are None, and `training`, which every module has.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn attributes(&self) -> Result<Vec<Attribute>, Error> {
+        let rows = bridge::attribute_rows(self.as_bridge()?)?.into_iter();
+        Ok(rows.map(|row| Attribute { name: row.name, kind: row.kind, is_used: row.is_used }).collect())
     }
 
     /// How often each op stands in `forward`, calls inlined, before any clean-up.

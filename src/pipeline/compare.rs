@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Error, Simulation, check_rows};
+use super::{CHECK_BATCHES, Error, Simulation, blame, check_rows};
 use crate::config::Plan;
 use crate::dataset::Dataset;
 use crate::evaluate::Evaluation;
@@ -25,8 +25,8 @@ impl Data {
             let batch_size = plan.calibration.batch_size.get();
             return Ok(Self { evaluation: None, labels: None, output: None, batch_size });
         };
-        let data = Dataset::open(&evaluation.data)?;
-        let labels = evaluation.labels.as_deref().map(|name| data.labels(name)).transpose()?;
+        let data = blame::open(&evaluation.data, "evaluation")?;
+        let labels = blame::labels(&data, evaluation.labels.as_deref())?;
         let (output, batch_size) = (evaluation.output.clone(), evaluation.data.batch_size.get());
         Ok(Self { evaluation: Some(data), labels, output, batch_size })
     }
@@ -40,13 +40,19 @@ impl Data {
         self.dataset(calibration).rows()
     }
 
+    /// Rows that the written file is checked on.
+    pub(super) fn checked_rows(&self, calibration: &Dataset) -> usize {
+        self.rows(calibration).min(self.batch_size.saturating_mul(CHECK_BATCHES))
+    }
+
     /// Measures the float model on a few rows, so that a slip in the experiment is told before the work begins.
     pub(super) fn check(&self, model: &Clean, calibration: &Dataset) -> Result<(), Error> {
         let data = self.dataset(calibration);
-        let (arguments, rows) = check_rows(model.module(), data, self.batch_size)?;
+        let (arguments, rows) = check_rows(model.module(), data, self.batch_size, "evaluation")?;
         let output = model.module().forward(&arguments)?;
         let labels = self.labels.as_ref().map(|labels| rows_of(labels, 0, rows)).transpose()?;
-        Ok(Evaluation::new(self.output.clone()).add(rows, &output, &output, labels.as_ref())?)
+        let mut evaluation = Evaluation::new(self.output.clone());
+        evaluation.add(rows, &output, &output, labels.as_ref()).map_err(blame::measured)
     }
 
     pub(super) fn run(
@@ -65,7 +71,7 @@ impl Data {
             let expected = float.run(&arguments, &mut NoVisit)?;
             let found = simulation.run(&arguments)?;
             let labels = self.labels.as_ref().map(|labels| rows_of(labels, first, rows)).transpose()?;
-            evaluation.add(rows, &expected, &found, labels.as_ref())?;
+            evaluation.add(rows, &expected, &found, labels.as_ref()).map_err(blame::measured)?;
             advance(rows);
         }
         let (float, quantized) = evaluation.finish();

@@ -2,9 +2,8 @@
 
 use std::time::Instant;
 
-use super::{Error, compare, hash, load_clean, peak_memory_bytes, run_dir};
+use super::{Error, blame, compare, hash, load_clean, peak_memory_bytes, run_dir};
 use crate::config::Plan;
-use crate::dataset::Dataset;
 use crate::feed;
 use crate::jit::NoVisit;
 use crate::quantizer::Grid;
@@ -56,10 +55,10 @@ pub struct Estimate {
 /// # Errors
 /// Whatever would make the run fail before it calibrates.
 pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
-    run_dir::refuse_occupied(&plan.output.dir)?;
+    run_dir::check(&plan.output.dir)?;
     let start = Instant::now();
     let hashes = hash::of_plan(plan)?;
-    let calibration = Dataset::open(&plan.calibration)?;
+    let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;
     let model = load_clean(plan, &calibration)?;
     comparison.check(&model, &calibration)?;
@@ -90,10 +89,11 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
         search: search + sites.activations.len() as f64 * SITE,
         emit: 0.0,
+        check: row * comparison.checked_rows(&calibration) as f64 * EVALUATION,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
         total: 0.0,
     };
-    timings.total = timings.load + timings.calibrate + timings.search + timings.evaluate;
+    timings.total = timings.load + timings.calibrate + timings.search + timings.check + timings.evaluate;
     let statistics = sites.activations.len() as u64 * STATISTICS;
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;

@@ -4,11 +4,10 @@ use std::path::Path;
 
 use tch::Tensor;
 
-use super::{Error, Progress, compare, size, versions};
+use super::{Error, Progress, Work, blame, compare, size, versions};
 use crate::config::ComparisonPlan;
 use crate::dataset::Dataset;
 use crate::evaluate::{Evaluation, Measured};
-use crate::feed;
 use crate::jit::Module;
 use crate::report::{self, FilesReport, Measures};
 
@@ -17,14 +16,14 @@ use crate::report::{self, FilesReport, Measures};
 /// # Errors
 /// Where a file or the data cannot be read, a model fails, or outputs and labels do not fit each other.
 pub fn evaluate(plan: &ComparisonPlan, model: &Path, progress: &mut dyn Progress) -> Result<FilesReport, Error> {
-    progress.stage("load", 0);
-    let data = Dataset::open(&plan.evaluation.data)?;
-    let labels = plan.evaluation.labels.as_deref().map(|name| data.labels(name)).transpose()?;
+    progress.stage("load", Work::Uncounted);
+    let data = blame::open(&plan.evaluation.data, "evaluation")?;
+    let labels = blame::labels(&data, plan.evaluation.labels.as_deref())?;
     let quantized = Module::load(model)?;
     let reference = plan.reference.as_deref().map(Module::load).transpose()?;
     let mut warnings = notes(&quantized);
     warnings.extend(reference.iter().flat_map(notes));
-    progress.stage("evaluate", data.rows());
+    progress.stage("evaluate", Work::Rows(data.rows()));
     let evaluation = match (&reference, &labels) {
         (Some(float), labels) => compare_files(plan, [float, &quantized], &data, labels.as_ref(), progress)?,
         (None, Some(labels)) => measure(plan, &quantized, &data, labels, progress)?,
@@ -59,9 +58,9 @@ fn compare_files(
         let batch = batch?;
         let (first, rows) = (batch.first_row, batch.rows);
         let labels = labels.map(|labels| compare::rows_of(labels, first, rows)).transpose()?;
-        let expected = float.forward(&feed::bind(float, batch.share())?)?;
-        let found = quantized.forward(&feed::bind(quantized, batch)?)?;
-        evaluation.add(rows, &expected, &found, labels.as_ref())?;
+        let expected = float.forward(&blame::bind(float, batch.share(), "evaluation")?)?;
+        let found = quantized.forward(&blame::bind(quantized, batch, "evaluation")?)?;
+        evaluation.add(rows, &expected, &found, labels.as_ref()).map_err(blame::measured)?;
         progress.advance(rows);
     }
     let (float, quantized) = evaluation.finish();
@@ -79,8 +78,8 @@ fn measure(
     for batch in data.batches() {
         let batch = batch?;
         let (first, rows) = (batch.first_row, batch.rows);
-        let output = model.forward(&feed::bind(model, batch)?)?;
-        measured.add(&output, &compare::rows_of(labels, first, rows)?)?;
+        let output = model.forward(&blame::bind(model, batch, "evaluation")?)?;
+        measured.add(&output, &compare::rows_of(labels, first, rows)?).map_err(blame::measured)?;
         progress.advance(rows);
     }
     let quantized = report::Alone { accuracy: measured.finish(), rows: data.rows() as u64 };

@@ -5,7 +5,7 @@ mod unfinished;
 
 use std::path::{Path, PathBuf};
 
-use place::{exchange, place};
+use place::{place, put_back};
 use unfinished::Unfinished;
 
 /// A file that marks a directory as a run of ours.
@@ -74,24 +74,25 @@ impl RunDir {
     pub(super) fn keep(self) -> Result<PathBuf, RunDirError> {
         let (target, filled) = (self.target, self.filling.path());
         flush(filled)?;
-        open_to_readers(filled).map_err(RunDirError::io(filled))?;
         let uninterrupted = unfinished::hold();
+        // What stood there gets the name of an unfinished run, which another run may remove: not before it was looked at.
+        let undisturbed = unfinished::lock_parent(&target);
         refuse_occupied(&target)?;
         let earlier = place(filled, &target).map_err(RunDirError::io(&target))?;
-        // What was exchanged stands under the name of the unfinished run. It may have come after the look at it.
-        if filled.exists()
-            && let Err(error) = refuse_occupied(filled)
+        // It may have come after the look at it.
+        if let Some(earlier) = &earlier
+            && let Err(error) = refuse_occupied(earlier)
         {
-            exchange(filled, &target).map_err(RunDirError::io(&target))?;
+            put_back(earlier, filled, &target).map_err(RunDirError::io(&target))?;
             return Err(match error {
                 RunDirError::Occupied { found, .. } => RunDirError::Occupied { path: target, found },
                 other => other,
             });
         }
-        drop(uninterrupted);
-        if let Some(earlier) = earlier {
+        drop((undisturbed, uninterrupted));
+        if let Some(earlier) = earlier.filter(|earlier| earlier != filled) {
             // The run is in its place; that an old one cannot be deleted does not undo it.
-            let _ = std::fs::remove_dir_all(earlier);
+            let _ = earlier.parent().map(std::fs::remove_dir_all);
         }
         Ok(target)
     }
@@ -106,20 +107,18 @@ fn flush(folder: &Path) -> Result<(), RunDirError> {
     Ok(())
 }
 
-/// Temporary folders are closed to other users; a run directory is an ordinary one.
-#[cfg(unix)]
-fn open_to_readers(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))
-}
-
-#[cfg(not(unix))]
-fn open_to_readers(_path: &Path) -> std::io::Result<()> {
-    Ok(())
+/// An error unless a run directory could be made at `target`: it must not be [occupied](refuse_occupied), and its folder, or
+/// the nearest one that exists, must take files. Nothing is left there, and nothing is to be seen meanwhile.
+pub(super) fn check(target: &Path) -> Result<(), RunDirError> {
+    refuse_occupied(target)?;
+    let parent = target.parent().unwrap_or(Path::new("/"));
+    let nearest = parent.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+    // A file without a name, where the system has such files.
+    tempfile::tempfile_in(nearest).map(drop).map_err(RunDirError::io(nearest))
 }
 
 /// An error unless there is nothing in the place of a run directory, or an earlier run of ours.
-pub(super) fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
+fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
     let found = match std::fs::symlink_metadata(target) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(RunDirError::Io { path: target.to_owned(), source: error }),
@@ -177,6 +176,45 @@ mod tests {
             assert_eq!(std::fs::read_to_string(target.join("quantized.pt")).unwrap(), text);
         }
         assert_eq!(std::fs::read_dir(target.parent().unwrap()).unwrap().count(), 1, "nothing else is left beside it");
+    }
+
+    #[test]
+    fn a_check_leaves_nothing_and_refuses_what_cannot_be_written() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(check(&folder.path().join("a/b/run")).is_ok());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        for below in ["file/run", "file/a/run"] {
+            let error = check(&folder.path().join(below)).unwrap_err().to_string();
+            assert!(error.contains("cannot write the run directory"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_run_is_kept_under_the_lock_of_the_folder_around_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("run");
+        let run = RunDir::open(&target).unwrap();
+        run.write("report.json", REPORT).unwrap();
+        let lock = unfinished::lock_parent(&target).unwrap();
+        std::thread::scope(|scope| {
+            let kept = scope.spawn(|| run.keep().unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert!(!target.exists() && !kept.is_finished());
+            drop(lock);
+        });
+        assert!(target.join("report.json").exists());
+    }
+
+    #[test]
+    fn a_lock_of_something_else_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("run");
+        let _lock = unfinished::lock_parent(&target).unwrap();
+        let run = RunDir::open(&target).unwrap();
+        run.write("report.json", REPORT).unwrap();
+        run.keep().unwrap();
+        assert!(target.join("report.json").exists());
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Thresholds for all sites, and quantized weights: tensors in, plain numbers to `threshold`, tensors out.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 use tch::Tensor;
 
@@ -25,12 +27,13 @@ pub(super) struct Selections {
     pub(super) reports: Vec<SiteReport>,
 }
 
-/// Chooses all thresholds; sites that never ran join what is left float.
+/// Chooses all thresholds; sites that never ran join what is left float. `advance` is called with 1 for each site.
 pub(super) fn select(
     settings: &Settings,
     model: &Clean,
     sites: &mut Sites,
     statistics: &[Vec<Activation>],
+    mut advance: impl FnMut(usize) + Send,
 ) -> Result<Selections, Error> {
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
     for (site, settings) in sites.weights.iter().zip(&settings.weights) {
@@ -38,7 +41,9 @@ pub(super) fn select(
         let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections.weights.push(tensor);
         selections.reports.push(report(Kind::Weight, &named, settings, &selection));
+        advance(1);
     }
+    let advance = Mutex::new(advance);
     let merged: Vec<Histogram> = sites
         .activations
         .iter_mut()
@@ -48,7 +53,10 @@ pub(super) fn select(
     let choose = |((site, settings), histogram): ((&ActivationSite, &SiteSettings), &Histogram)| {
         let SiteSettings { scheme, error_method, z_threshold, .. } = *settings;
         let seen = !site.anchors.is_empty();
-        seen.then(|| threshold::select_activation(histogram, scheme, error_method, z_threshold)).transpose()
+        let select = || threshold::select_activation(histogram, scheme, error_method, z_threshold);
+        let selected = seen.then(select).transpose();
+        advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
+        selected
     };
     // All results first: the error that is told must not depend on which thread comes first.
     let settled = sites.activations.par_iter().zip(&settings.activations);

@@ -17,6 +17,9 @@ const TOLD: usize = 5;
 /// Fewer rows than this say little about a range.
 const FEW_ROWS: usize = 32;
 
+/// So many rows are tried where more are stored.
+const ENOUGH_ROWS: usize = 256;
+
 /// Beyond so many standard deviations a value is an outlier: ten million values of a Laplace distribution reach 12.
 const OUTLIER: f64 = 20.0;
 
@@ -29,7 +32,16 @@ const MANY_DEAD: f64 = 0.1;
 /// Bits that are tried next where nothing but the number of levels is to blame.
 const MORE_BITS: [u8; 3] = [4, 8, 16];
 
-/// The worst sites by signal to noise, worst first. `statistics` are those of `sites.activations`, in order; `rows` ran.
+/// Rows of calibration.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rows {
+    /// Those that ran.
+    pub(super) seen: usize,
+    /// Those that the data has.
+    pub(super) stored: usize,
+}
+
+/// The worst sites by signal to noise, worst first. `statistics` are those of `sites.activations`, in order.
 ///
 /// # Errors
 /// Where a weight cannot be read.
@@ -38,7 +50,7 @@ pub(super) fn worst(
     sites: &Sites,
     statistics: &[Vec<Activation>],
     reports: &[SiteReport],
-    rows: usize,
+    rows: Rows,
 ) -> Result<Vec<WorstSite>, Error> {
     let finite = reports.iter().filter_map(|site| Some((site.quantizers.sqnr_db?, site)));
     let mut ranked: Vec<(f64, &SiteReport)> = finite.collect();
@@ -88,8 +100,8 @@ fn statistics_of_weight(model: &Clean, site: &WeightSite) -> Result<Activation, 
 /// What the guess is made from.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 struct Traits {
-    /// Rows that were seen; `None` of a weight, which is known whole.
-    rows: Option<usize>,
+    /// `None` of a weight, which is known whole.
+    rows: Option<Rows>,
     /// Distance of the farthest value from the mean in standard deviations.
     peak: Option<f64>,
     /// Range of the largest channel in ranges of the middle one.
@@ -116,8 +128,8 @@ impl Traits {
 
     fn cause(&self, site: &SiteReport) -> Cause {
         let [dead, channels] = self.dead;
-        if let Some(rows) = self.rows.filter(|&rows| rows < FEW_ROWS) {
-            return Cause::FewSamples { rows };
+        if let Some(rows) = self.rows.filter(|rows| rows.seen < FEW_ROWS) {
+            return Cause::FewSamples(rows);
         }
         if let Some(peak) = self.peak.filter(|&peak| peak > OUTLIER) {
             return Cause::Outliers { peak };
@@ -135,7 +147,7 @@ impl Traits {
 /// A guess.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Cause {
-    FewSamples { rows: usize },
+    FewSamples(Rows),
     Outliers { peak: f64 },
     WideRange { unevenness: f64 },
     DeadChannels { dead: usize, channels: usize },
@@ -145,7 +157,10 @@ enum Cause {
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::FewSamples { rows } => write!(f, "few samples: {rows} rows say little about the range"),
+            Self::FewSamples(Rows { seen, stored }) => {
+                let more = if stored > seen { "" } else { ", and the calibration data has no more" };
+                write!(f, "few samples: {seen} rows say little about the range{more}")
+            }
             Self::Outliers { peak } => {
                 write!(f, "outliers: the farthest value lies {peak:.0} standard deviations from the mean")
             }
@@ -161,17 +176,16 @@ impl fmt::Display for Cause {
 }
 
 impl Cause {
-    /// A line of YAML that may help.
-    fn line_to_try(&self, site: &SiteReport) -> String {
+    /// A line of YAML that may help, if any can.
+    fn line_to_try(&self, site: &SiteReport) -> Option<String> {
         let (sites, current) = match site.kind {
             Kind::Weight => ("weights", site.bits.get()),
             Kind::Activation => ("activations", site.bits.get()),
         };
         let setting = match self {
-            Self::FewSamples { rows } => {
-                return format!(
-                    "calibration: {{data: ...}}  # of more than {rows} rows, and `samples` not below {FEW_ROWS}"
-                );
+            Self::FewSamples(Rows { seen, stored }) => {
+                let samples = (*stored).min(ENOUGH_ROWS);
+                return (stored > seen).then(|| format!("calibration: {{samples: {samples}}}"));
             }
             Self::Outliers { .. } if site.error_method == ErrorMethod::NoClipping => "error_method: MSE".to_owned(),
             Self::WideRange { .. } if site.kind == Kind::Weight => "granularity: per_channel".to_owned(),
@@ -180,10 +194,10 @@ impl Cause {
                     format!("bits: {bits}, error_method: MSE")
                 }
                 Some(bits) => format!("bits: {bits}"),
-                None => return format!("overrides: [{{layers: \"{}\", {sites}: float}}]", site.layer),
+                None => return Some(format!("overrides: [{{layers: \"{}\", {sites}: float}}]", site.layer)),
             },
         };
-        format!("overrides: [{{layers: \"{}\", {sites}: {{{setting}}}}}]", site.layer)
+        Some(format!("overrides: [{{layers: \"{}\", {sites}: {{{setting}}}}}]", site.layer))
     }
 }
 
@@ -224,6 +238,18 @@ mod tests {
         statistics
     }
 
+    #[test]
+    fn more_samples_are_asked_for_where_there_are_more() {
+        let of = |seen, stored| {
+            let cause = Cause::FewSamples(Rows { seen, stored });
+            (cause.to_string(), cause.line_to_try(&site(Kind::Activation, 8, ErrorMethod::Mse)))
+        };
+        assert_eq!(of(31, 1000).1.as_deref(), Some("calibration: {samples: 256}"));
+        let (cause, line) = of(16, 16);
+        assert_eq!(cause, "few samples: 16 rows say little about the range, and the calibration data has no more");
+        assert_eq!(line, None);
+    }
+
     fn ramp(count: usize, top: f32) -> Vec<f32> {
         (1..=count).map(|i| top * i as f32 / count as f32).collect()
     }
@@ -231,14 +257,18 @@ mod tests {
     #[test]
     fn each_cause_has_a_line_to_try() {
         let activation = site(Kind::Activation, 8, ErrorMethod::Mse);
-        let guess = |statistics: &Activation, rows: usize, site: &SiteReport| {
-            let cause = Traits { rows: Some(rows), ..Traits::of(statistics) }.cause(site);
-            [cause.to_string(), cause.line_to_try(site)]
+        let cause = |statistics: &Activation, seen: usize, site: &SiteReport| {
+            Traits { rows: Some(Rows { seen, stored: 70 }), ..Traits::of(statistics) }.cause(site)
+        };
+        let guess = |statistics: &Activation, seen: usize, site: &SiteReport| {
+            let cause = cause(statistics, seen, site);
+            [cause.to_string(), cause.line_to_try(site).unwrap()]
         };
         let even = statistics(&[ramp(500, 1.0), ramp(500, 1.0)]);
-        let [cause, line] = guess(&even, 4, &activation);
-        assert_eq!(cause, "few samples: 4 rows say little about the range");
-        assert_eq!(line, "calibration: {data: ...}  # of more than 4 rows, and `samples` not below 32");
+        assert_eq!(
+            guess(&even, 4, &activation),
+            ["few samples: 4 rows say little about the range", "calibration: {samples: 70}"]
+        );
         assert_eq!(
             guess(&even, 64, &activation),
             ["few levels: 8 bits", "overrides: [{layers: \"conv1\", activations: {bits: 16}}]"]

@@ -23,14 +23,42 @@ pub struct Comparison {
     /// output, by default the first, is the float model's, from 0 to 1;
     /// `None` where that axis has no choice.
     pub agreement: Option<f64>,
-    /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` for equal outputs, whose ratio is infinite.
+    /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` where that is infinite and where nothing could be
+    /// compared: [`Comparison::sqnr`] tells which.
     pub sqnr_db: Option<f64>,
-    /// Cosine similarity of all outputs, from −1 to 1.
-    pub cosine: f64,
-    /// Largest absolute difference of an output.
-    pub max_abs_diff: f64,
+    /// Cosine similarity of all outputs, from −1 to 1; `None` where the outputs of one model alone are all 0, and where
+    /// nothing could be compared.
+    pub cosine: Option<f64>,
+    /// Largest absolute difference of an output; `None` where nothing could be compared: no value is finite in both models.
+    pub max_abs_diff: Option<f64>,
     /// Output values of either model that are NaN or infinite; SQNR, cosine and the largest difference leave them out.
     pub not_finite: u64,
     /// Rows compared.
     pub rows: u64,
+}
+
+/// What the SQNR of two models is, where it need not be a number.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sqnr {
+    /// In dB.
+    Db(f64),
+    /// Infinite: nothing was lost.
+    Equal,
+    /// −∞: the float model's outputs are all 0, the quantized model's are not.
+    NoSignal,
+    /// No value is finite in both models.
+    NothingCompared,
+}
+
+impl Comparison {
+    /// The SQNR, with the reason why it is no number.
+    #[must_use]
+    pub fn sqnr(&self) -> Sqnr {
+        match (self.sqnr_db, self.max_abs_diff) {
+            (Some(db), _) => Sqnr::Db(db),
+            (None, None) => Sqnr::NothingCompared,
+            (None, Some(0.0)) => Sqnr::Equal,
+            (None, Some(_)) => Sqnr::NoSignal,
+        }
+    }
 }

@@ -29,6 +29,7 @@ pub(crate) const TEST_MODELS: &[Model] = &[
     takes_x("control_flow"),
     Model { name: "conv_dimensions", inputs: &["signal", "volume"] },
     takes_x("conv_zoo"),
+    takes_x("extras"),
     takes_x("frozen_cnn"),
     takes_x("fused_encoder"),
     takes_x("half_precision"),

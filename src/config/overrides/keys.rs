@@ -6,11 +6,11 @@ use std::marker::PhantomData;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 
-use super::super::keys::{Deviations, LpValue, Method};
+use super::super::keys::{Deviations, LpValue, Method, OneOrMany};
 use super::{Fields, Located, Override, SiteOverride};
 use crate::quantizer::{Bits, Granularity, Grid};
 
@@ -20,10 +20,10 @@ use crate::quantizer::{Bits, Granularity, Grid};
 pub(in crate::config) struct OverrideKeys {
     /// Layers with a name that fits this pattern, or one of them; `*` stops at a dot, `**` does not.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) layers: Option<Names>,
+    pub(super) layers: Option<OneOrMany<String>>,
     /// Of those, the layers with this op, or one of them.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) ops: Option<Names>,
+    pub(super) ops: Option<OneOrMany<String>>,
     /// For the weights of those layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) weights: Option<RoleKeys<WeightKeys>>,
@@ -33,14 +33,6 @@ pub(in crate::config) struct OverrideKeys {
     /// For what those layers read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) inputs: Option<RoleKeys<ActivationKeys>>,
-}
-
-/// One name, or a list of them.
-#[derive(Debug, Serialize, JsonSchema)]
-#[serde(untagged)]
-pub(super) enum Names {
-    One(String),
-    List(Vec<String>),
 }
 
 /// `float`, or settings.
@@ -93,34 +85,6 @@ pub(super) struct ActivationKeys {
     /// Values farther than so many standard deviations from the mean do not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) z_threshold: Option<Deviations>,
-}
-
-impl<'de> Deserialize<'de> for Names {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(NamesVisitor)
-    }
-}
-
-struct NamesVisitor;
-
-impl<'de> Visitor<'de> for NamesVisitor {
-    type Value = Names;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a name, or a list of names")
-    }
-
-    fn visit_str<E>(self, name: &str) -> Result<Names, E> {
-        Ok(Names::One(name.to_owned()))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Names, A::Error> {
-        let mut names = Vec::new();
-        while let Some(name) = list.next_element()? {
-            names.push(name);
-        }
-        Ok(Names::List(names))
-    }
 }
 
 /// The word for sites that are not quantized.
@@ -181,11 +145,11 @@ impl From<&Override> for OverrideKeys {
     }
 }
 
-fn names<'a>(names: impl Iterator<Item = &'a str>) -> Names {
+fn names<'a>(names: impl Iterator<Item = &'a str>) -> OneOrMany<String> {
     let names: Vec<String> = names.map(str::to_owned).collect();
     match <[String; 1]>::try_from(names) {
-        Ok([only]) => Names::One(only),
-        Err(names) => Names::List(names),
+        Ok([only]) => OneOrMany::One(only),
+        Err(names) => OneOrMany::Many(names),
     }
 }
 

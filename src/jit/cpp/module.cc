@@ -2,9 +2,14 @@
 #include "shim.h"
 
 #include <map>
+#include <set>
+#include <unordered_map>
 #include <utility>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/jit/ir/constants.h>
+#include <torch/csrc/jit/passes/constant_propagation.h>
+#include <torch/csrc/jit/passes/dead_code_elimination.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/version.h>
 
@@ -38,6 +43,55 @@ void count_ops(torch::jit::Block *block, std::map<std::string, std::size_t> &cou
     for (auto *inner : node->blocks())
       count_ops(inner, counts);
   }
+}
+
+std::string join(const std::string &path, const std::string &name) { return path.empty() ? name : path + "." + name; }
+
+// What the nodes read or write of the module that `paths` begins with, by dotted name. A module that goes anywhere else, into
+// a call that is not inlined for instance, may be read whole: its name ends with a dot.
+void note_uses(torch::jit::Block *block, std::unordered_map<torch::jit::Value *, std::string> &paths,
+               std::set<std::string> &used) {
+  for (auto *node : block->nodes()) {
+    const bool gets = node->kind() == torch::jit::prim::GetAttr;
+    for (std::size_t i = 0; i < node->inputs().size(); ++i) {
+      const auto found = paths.find(node->inputs()[i]);
+      if (found == paths.end())
+        continue;
+      if (i > 0 || !(gets || node->kind() == torch::jit::prim::SetAttr)) {
+        used.insert(found->second + ".");
+        continue;
+      }
+      const auto path = join(found->second, node->s(torch::jit::attr::name));
+      const auto type = gets ? node->output()->type()->cast<c10::ClassType>() : nullptr;
+      if (type && type->is_module())
+        paths.emplace(node->output(), path);
+      else
+        used.insert(path);
+    }
+    for (auto *inner : node->blocks())
+      note_uses(inner, paths, used);
+  }
+}
+
+// The graph with what it does in training left out.
+void drop_training(torch::jit::Graph &graph, torch::jit::Block *block) {
+  for (auto *node : block->nodes()) {
+    for (auto *inner : node->blocks())
+      drop_training(graph, inner);
+    if (node->kind() == torch::jit::prim::GetAttr && node->s(torch::jit::attr::name) == "training") {
+      torch::jit::WithInsertPoint before(node);
+      node->output()->replaceAllUsesWith(graph.insertConstant(false));
+    }
+  }
+}
+
+bool is_used(const std::set<std::string> &used, const std::string &name) {
+  if (used.count(name) > 0 || used.count(".") > 0)
+    return true;
+  for (auto dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1))
+    if (used.count(name.substr(0, dot + 1)) > 0)
+      return true;
+  return false;
 }
 
 std::unique_ptr<Value> wrap(c10::IValue v) { return std::make_unique<Value>(Value{std::move(v)}); }
@@ -156,6 +210,31 @@ rust::Vec<TensorRow> named_tensors(const Module &m) {
     rows.push_back(describe(entry.name, entry.value, false));
   for (const auto &entry : m.inner.named_buffers())
     rows.push_back(describe(entry.name, entry.value, true));
+  return rows;
+}
+
+rust::Vec<AttributeRow> attribute_rows(const Module &m) {
+  auto graph = m.inner.get_method("forward").graph()->copy();
+  torch::jit::Inline(*graph);
+  drop_training(*graph, graph->block());
+  torch::jit::ConstantPropagationImmutableTypes(graph);
+  torch::jit::EliminateDeadCode(graph);
+  std::unordered_map<torch::jit::Value *, std::string> paths{{graph->inputs().at(0), ""}};
+  std::set<std::string> used;
+  note_uses(graph->block(), paths, used);
+  rust::Vec<AttributeRow> rows;
+  for (const auto &entry : m.inner.named_modules()) {
+    const auto type = entry.value.type();
+    for (std::size_t i = 0; i < type->numAttributes(); ++i) {
+      const auto value = entry.value._ivalue()->getSlot(i);
+      // Every module has `training`; None holds nothing.
+      if (value.isModule() || value.isNone() || type->getAttributeName(i) == "training")
+        continue;
+      const auto name = join(entry.name, type->getAttributeName(i));
+      const auto kind = type->is_parameter(i) ? "parameter" : type->is_buffer(i) ? "buffer" : "attribute";
+      rows.push_back(AttributeRow{name, kind, is_used(used, name)});
+    }
+  }
   return rows;
 }
 

@@ -39,6 +39,7 @@ struct Visitor;
 struct Work;
 struct ArgumentRow;
 struct TensorRow;
+struct AttributeRow;
 struct OpCount;
 struct ListingRows;
 struct TapRow;
@@ -91,6 +92,8 @@ rust::Vec<rust::String> method_names(const Module &m);
 rust::Vec<ArgumentRow> arguments(const Module &m);
 rust::Vec<rust::String> return_types(const Module &m);
 rust::Vec<TensorRow> named_tensors(const Module &m);
+// Everything that the module and those inside it hold beside modules, None and `training`, and whether forward uses it.
+rust::Vec<AttributeRow> attribute_rows(const Module &m);
 rust::Vec<rust::String> module_paths(const Module &m);
 rust::Vec<OpCount> op_counts(const Module &m);
 bool is_training(const Module &m);

@@ -3,7 +3,11 @@
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-/// Puts `filled` at `target`. What stood there before stands at `filled` afterwards, or at the path that is returned.
+/// The end of the name of a folder that holds what was moved aside, beside the folder that took its place.
+pub(super) const ASIDE: &str = ".earlier";
+
+/// Puts `filled` at `target`. Returns where what stood there before stands afterwards: at `filled`, or, where the system has
+/// no exchange, under its own name in a folder beside it.
 pub(super) fn place(filled: &Path, target: &Path) -> io::Result<Option<PathBuf>> {
     // Another run may come or go between the two renames: then it is the other one's turn.
     for _ in 0..100 {
@@ -12,18 +16,23 @@ pub(super) fn place(filled: &Path, target: &Path) -> io::Result<Option<PathBuf>>
             Err(error) if is_unknown(&error) => return in_two_steps(filled, target),
             done => return done.map(|()| None),
         }
-        match exchange(filled, target) {
+        match rename(filled, target, How::Exchange) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) if is_unknown(&error) => return in_two_steps(filled, target),
-            done => return done.map(|()| None),
+            done => return done.map(|()| Some(filled.to_owned())),
         }
     }
     Err(io::Error::other("other runs come and go in its place"))
 }
 
-/// Both paths change places, at one moment.
-pub(super) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
-    rename(one, other, How::Exchange)
+/// Undoes [`place`], which returned `earlier`.
+pub(super) fn put_back(earlier: &Path, filled: &Path, target: &Path) -> io::Result<()> {
+    if earlier == filled {
+        return rename(filled, target, How::Exchange);
+    }
+    std::fs::rename(target, filled)?;
+    std::fs::rename(earlier, target)?;
+    earlier.parent().map_or(Ok(()), std::fs::remove_dir)
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -52,23 +61,25 @@ fn is_unknown(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::InvalidInput)
 }
 
-/// For file systems without an exchange: between the two renames nothing stands at `target`.
+/// For file systems without an exchange: between the two renames nothing stands at `target`, and a process that is killed
+/// there leaves to the next run to put it back.
 fn in_two_steps(filled: &Path, target: &Path) -> io::Result<Option<PathBuf>> {
-    let mut earlier = filled.to_owned().into_os_string();
-    earlier.push(".earlier");
-    let earlier = PathBuf::from(earlier);
+    let mut aside = filled.to_owned().into_os_string();
+    aside.push(ASIDE);
+    let aside = PathBuf::from(aside);
+    let earlier = aside.join(target.file_name().unwrap_or_default());
+    std::fs::create_dir(&aside)?;
     let replaces = match std::fs::rename(target, &earlier) {
-        Err(error) if error.kind() == ErrorKind::NotFound => false,
-        renamed => renamed.map(|()| true)?,
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        renamed => renamed.map(|()| true),
     };
-    if let Err(error) = std::fs::rename(filled, target) {
-        if replaces {
-            // Best effort: the error that is told is the first one.
-            let _ = std::fs::rename(&earlier, target);
-        }
-        return Err(error);
+    let placed = replaces.and_then(|replaces| std::fs::rename(filled, target).map(|()| replaces));
+    if !matches!(placed, Ok(true)) {
+        // Best effort: the error that is told is the first one.
+        let _ = std::fs::rename(&earlier, target);
+        let _ = std::fs::remove_dir(&aside);
     }
-    Ok(replaces.then_some(earlier))
+    placed.map(|replaces| replaces.then_some(earlier))
 }
 
 #[cfg(test)]
@@ -83,14 +94,17 @@ mod tests {
             for text in ["first", "second"] {
                 std::fs::create_dir(&filled).unwrap();
                 std::fs::write(filled.join("text"), text).unwrap();
-                let earlier = how(&filled, &target).unwrap().unwrap_or_else(|| filled.clone());
+                let earlier = how(&filled, &target).unwrap();
                 assert_eq!(std::fs::read_to_string(target.join("text")).unwrap(), text);
-                if text == "second" {
+                assert_eq!(earlier.is_some(), text == "second");
+                if let Some(earlier) = earlier {
                     assert_eq!(std::fs::read_to_string(earlier.join("text")).unwrap(), "first");
-                    std::fs::remove_dir_all(earlier).unwrap();
+                    put_back(&earlier, &filled, &target).unwrap();
+                    assert_eq!(std::fs::read_to_string(target.join("text")).unwrap(), "first");
+                    assert_eq!(std::fs::read_to_string(filled.join("text")).unwrap(), "second");
                 }
             }
-            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
         }
     }
 

@@ -2,15 +2,21 @@
 //! run beside them where their process was killed. Knows nothing of what is written into them.
 
 use std::ffi::OsStr;
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, Permissions, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::place::ASIDE;
+
 /// Signs at the end of a folder's name that tell it from others.
 const RANDOM: usize = 6;
+
+/// Tries, ten milliseconds apart, to lock a folder. Runs hold it for moments; whoever holds it longer is something else, such as
+/// `flock FOLDER tsquant …`, which must not be waited for.
+const TRIES: usize = 300;
 
 /// The unfinished runs of this process.
 static UNFINISHED: Mutex<Vec<Traces>> = Mutex::new(Vec::new());
@@ -99,6 +105,24 @@ pub(super) fn hold() -> impl Drop {
     lock()
 }
 
+/// The folder that `target` is in, locked while it is held: no other run removes or puts back what it finds there. `None` where
+/// it cannot be locked.
+pub(super) fn lock_parent(target: &Path) -> Option<File> {
+    lock_folder(target.parent().unwrap_or(Path::new("/")))
+}
+
+fn lock_folder(folder: &Path) -> Option<File> {
+    let folder = File::open(folder).ok()?;
+    for _ in 0..TRIES {
+        match folder.try_lock() {
+            Ok(()) => return Some(folder),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::Error(_)) => return None,
+        }
+    }
+    None
+}
+
 fn lock() -> MutexGuard<'static, Vec<Traces>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -111,9 +135,13 @@ fn prefix() -> String {
 }
 
 fn make(parent: &Path, prefix: &str) -> io::Result<(PathBuf, File)> {
-    remove_left(parent, prefix);
+    if let Some(_undisturbed) = lock_folder(parent) {
+        remove_left(parent, prefix);
+    }
     loop {
-        let folder = tempfile::Builder::new().prefix(prefix).rand_bytes(RANDOM).tempdir_in(parent)?;
+        // As open to others as the user's own mask has it: it becomes the run directory.
+        let open = Permissions::from_mode(0o777);
+        let folder = tempfile::Builder::new().prefix(prefix).rand_bytes(RANDOM).permissions(open).tempdir_in(parent)?;
         let lock = File::open(folder.path());
         if let Ok(lock) = &lock {
             // Where folders cannot be locked no other run can lock this one either, and leaves it alone.
@@ -139,20 +167,44 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// Removes the folders of runs whose process is gone, as far as possible.
+/// Removes the folders of runs whose process is gone, as far as possible, and puts earlier runs back that one of them had
+/// moved aside. The parent is locked.
 fn remove_left(parent: &Path, prefix: &str) {
     let Ok(entries) = std::fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
-        if !is_ours(&entry.file_name(), prefix) || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+        let name = entry.file_name();
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        if let Some(run) = name.to_str().and_then(|name| name.strip_suffix(ASIDE)) {
+            if is_ours(OsStr::new(run), prefix) {
+                put_back_left(parent, &entry.path());
+            }
             continue;
         }
         // Held until the folder is gone.
-        if let Ok(lock) = File::open(entry.path())
+        if is_ours(&name, prefix)
+            && let Ok(lock) = File::open(entry.path())
             && lock.try_lock().is_ok()
         {
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// Puts the runs in `aside` back where their places in `parent` are free; the others were replaced.
+fn put_back_left(parent: &Path, aside: &Path) {
+    for entry in std::fs::read_dir(aside).into_iter().flatten().flatten() {
+        let place = parent.join(entry.file_name());
+        // Runs move things aside and look at them while they hold the lock of the parent: only a killed one left this.
+        if place.symlink_metadata().is_err() {
+            let _ = std::fs::rename(entry.path(), place);
+        } else if super::refuse_occupied(&entry.path()).is_ok() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    // Not where something else is in it.
+    let _ = std::fs::remove_dir(aside);
 }
 
 fn is_ours(name: &OsStr, prefix: &str) -> bool {
@@ -187,6 +239,43 @@ mod tests {
         assert_eq!(count(folder.path()), 7);
         drop((living, other));
         assert_eq!(count(folder.path()), 5);
+    }
+
+    #[test]
+    fn what_a_killed_run_had_moved_aside_is_put_back_or_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let report = r#"{"versions": {"tsquant": "0.1.0"}, "sites": []}"#;
+        let aside = |random: &str, run: &str| {
+            let run = folder.path().join(format!("{}{random}{ASIDE}", prefix())).join(run);
+            std::fs::create_dir_all(&run).unwrap();
+            std::fs::write(run.join("report.json"), report).unwrap();
+            run
+        };
+        let (killed_between, killed_after, foreign) =
+            (aside("aZ0bY9", "one"), aside("aZ0bY8", "two"), aside("aZ0bY7", "two"));
+        std::fs::write(foreign.join("cat.png"), "meow").unwrap();
+        std::fs::create_dir(folder.path().join("two")).unwrap();
+        drop(Unfinished::new(folder.path()).unwrap());
+        assert_eq!(std::fs::read_to_string(folder.path().join("one/report.json")).unwrap(), report);
+        assert!(!killed_between.exists() && !killed_after.exists() && foreign.join("cat.png").exists());
+        // The two runs and what is foreign.
+        assert_eq!(count(folder.path()), 3);
+    }
+
+    #[test]
+    fn nothing_is_removed_while_the_folder_is_locked() {
+        let folder = tempfile::tempdir().unwrap();
+        // What another run, which holds the lock, has just exchanged with its own folder.
+        let exchanged = folder.path().join(format!("{}aZ0bY9", prefix()));
+        std::fs::create_dir(&exchanged).unwrap();
+        let lock = lock_parent(&folder.path().join("run")).unwrap();
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| drop(Unfinished::new(folder.path()).unwrap()));
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(exchanged.exists() && !other.is_finished());
+            drop(lock);
+        });
+        assert!(!exchanged.exists());
     }
 
     #[test]
