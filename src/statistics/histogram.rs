@@ -128,9 +128,10 @@ impl Histogram {
             let Some([least, greatest]) = magnitudes.map(|ends| ends.map(|x| f64::from(x.abs()))) else { continue };
             counts.for_each(|index, count| {
                 let number = u32::from(octave) * BINS_PER_OCTAVE as u32 + index;
-                let hi = edge(number + 1).min(greatest);
-                let lo = if count == 1 && hi == greatest { greatest } else { edge(number).max(least) };
-                visit(number, Bin { lo, hi, count });
+                let (lo, end) = (edge(number).max(least), edge(number + 1));
+                let holds_greatest = greatest < end;
+                let lo = if count == 1 && holds_greatest { greatest } else { lo };
+                visit(number, Bin { lo, hi: end.min(greatest), count });
             });
         }
     }
@@ -546,6 +547,22 @@ pub(super) mod tests {
                 });
             }
             all
+        }
+    }
+
+    /// A largest value on the edge of a bin says nothing of the bin below.
+    #[test]
+    fn a_largest_value_alone_is_a_bin_of_no_width() {
+        for sign in [1.0, -1.0] {
+            let bins_of = |values: &[f32]| {
+                let histogram = of(&values.iter().map(|x| x * sign).collect::<Vec<_>>());
+                let bins = if sign > 0.0 { histogram.positive_bins() } else { histogram.negative_bins() };
+                bins.iter().map(|bin| (bin.lo, bin.hi, bin.count)).collect::<Vec<_>>()
+            };
+            let below = (8.0 - 1.0 / 256.0, 8.0, 1);
+            assert_eq!(bins_of(&[1.0, 7.999, 8.0]), [(1.0, 1.0 + 1.0 / 1024.0, 1), below, (8.0, 8.0, 1)]);
+            assert_eq!(bins_of(&[1.0, 8.001])[1..], [(f64::from(8.001f32), f64::from(8.001f32), 1)]);
+            assert_eq!(bins_of(&[1.0, 8.001, 8.002])[1..], [(8.0, f64::from(8.002f32), 2)]);
         }
     }
 
