@@ -393,7 +393,8 @@ def dimension_inputs() -> dict[str, Tensor]:
 
 
 class Extras(nn.Module):
-    """More than forward needs: a method, a buffer, a parameter, numbers and names that only that method or nothing reads."""
+    """More than forward needs: a method, a buffer, a parameter, numbers and names that only that method or nothing
+    reads."""
 
     names: list[str]
 
@@ -407,6 +408,9 @@ class Extras(nn.Module):
         self.names = ["a", "b"]
         self.temperature = 0.5
         self.gain = 2.0
+        # Its weight is used under another name, its bias is not.
+        self.twin = nn.Linear(8, 5)
+        self.twin.weight = self.fc.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.pool(x)) * self.gain

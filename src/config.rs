@@ -434,6 +434,24 @@ output.dir='a "b": #c'"#;
         }
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn a_run_does_not_replace_its_own_model_or_data_through_a_link() {
+        let folder = folder();
+        let base = folder.path();
+        fs_err::os::unix::fs::symlink(base.join("models"), base.join("link")).unwrap();
+        let refused = |settings: &[&str]| run_in(base, SHIPPED, settings).unwrap_err();
+        let error = refused(&["output.dir=link"]);
+        assert!(error.contains("`output.dir`: expected a folder without model and data"), "{error}");
+        let error = refused(&["model.path=link/mnist_resnet.pt", "output.dir=models"]);
+        assert!(error.ends_with("/link/mnist_resnet.pt in it"), "{error}");
+        for [data, dir] in [["models", "link/a/run"], ["link", "models/a/run"]] {
+            let error = refused(&[&format!("calibration.data={data}"), &format!("output.dir={dir}")]);
+            assert!(error.contains("`output.dir`: expected a folder outside of the data"), "{error}");
+        }
+        assert!(run_in(base, SHIPPED, &["output.dir=link/run"]).is_ok());
+    }
+
     #[test]
     fn names_file_line_column_and_key() {
         let calibration = "calibration: {data: c.npz, inputs: [x]}";
@@ -577,7 +595,7 @@ output.format=int8 => `output.format: int8` is not built yet
 output.format=[fake_quant, int8] => `output.format[1]: int8` is not built yet
 output.format=[fake_quant, fake_quant] => `output.format: a list of several` is not built yet
 output.format=[] => `output.format`: expected the name of a format, found an empty list
-output.format={} => `output.format` must be a name, or a list of names, found a map
+output.format={} => `output.format` must be the name of a format, or a list of names of formats, found a map
 output.format=fakequant => `output.format` must be `fake_quant`, found `fakequant`, did you mean `fake_quant`?
 output.strict=true => `output.strict` is not built yet
 evaluation.output=-1 => `evaluation.output`: expected the index of an output, 0 or more, found -1

@@ -133,6 +133,7 @@ pub struct Evaluation {
     quantized_power: f64,
     product: f64,
     max_abs_diff: Option<f64>,
+    max_abs_float: Option<f64>,
     not_finite: u64,
     rows: u64,
 }
@@ -207,16 +208,18 @@ impl Evaluation {
         self.noise += sum(difference.f_square()?)?;
         self.quantized_power += sum(q.f_square()?)?;
         self.product += sum(f.f_mul(&q)?)?;
-        let largest = difference.f_abs()?.f_max()?.f_double_value(&[])?;
-        self.max_abs_diff = Some(self.max_abs_diff.unwrap_or_default().max(largest));
+        let largest = |tensor: &Tensor| tensor.f_abs()?.f_max()?.f_double_value(&[]);
+        self.max_abs_diff = Some(self.max_abs_diff.unwrap_or_default().max(largest(&difference)?));
+        self.max_abs_float = Some(self.max_abs_float.unwrap_or_default().max(largest(&f)?));
         Ok(())
     }
 
     fn cosine(&self) -> Option<f64> {
-        if self.noise == 0.0 {
+        if self.max_abs_diff == Some(0.0) {
             return Some(1.0);
         }
-        Some(self.product / (self.signal * self.quantized_power).sqrt()).filter(|cosine| cosine.is_finite())
+        let norms = self.signal.sqrt() * self.quantized_power.sqrt();
+        Some(self.product / norms).filter(|cosine| cosine.is_finite() && norms.is_finite())
     }
 
     /// The measures of the float and of the quantized model.
@@ -228,6 +231,7 @@ impl Evaluation {
             sqnr_db: Some(10.0 * (self.signal / self.noise).log10()).filter(|db| db.is_finite()),
             cosine: self.max_abs_diff.and_then(|_| self.cosine()),
             max_abs_diff: self.max_abs_diff,
+            max_abs_float: self.max_abs_float,
             not_finite: self.not_finite,
             rows: self.rows,
         };
@@ -334,6 +338,23 @@ mod tests {
         assert_eq!(measured(&nan, &nan), (Sqnr::NothingCompared, None, None));
         assert_eq!(measured(&infinite, &nan), (Sqnr::NothingCompared, None, None));
         assert_eq!(measured(&[f32::NAN, 1.0], &[f32::NAN, 1.0]), (Sqnr::Equal, Some(1.0), Some(0.0)));
+    }
+
+    #[test]
+    fn squares_that_an_f64_does_not_hold_are_no_lack_of_signal() {
+        let measured = |float: f64, quantized: f64| {
+            let output = |value: f64| Output::Tensor(Tensor::from_slice(&[value, value]).reshape([1, 2]));
+            let mut evaluation = Evaluation::default();
+            evaluation.add(1, &output(float), &output(quantized), None).unwrap();
+            let (_, comparison) = evaluation.finish();
+            (comparison.sqnr(), comparison.cosine, comparison.max_abs_diff)
+        };
+        assert_eq!(measured(1e200, 0.5e200), (Sqnr::OutOfRange, None, Some(0.5e200)));
+        assert_eq!(measured(1e-200, -1e-200), (Sqnr::OutOfRange, None, Some(2e-200)));
+        assert_eq!(measured(1e-200, 1.0).0, Sqnr::OutOfRange);
+        assert_eq!(measured(0.0, 1.0).0, Sqnr::NoSignal);
+        // Whose squares fit, but not the product of their sums.
+        assert!(measured(1e100, 2e100).1.is_some_and(|cosine| (cosine - 1.0).abs() < 1e-12));
     }
 
     fn several(parts: &[(&str, Tensor)]) -> Output {

@@ -420,9 +420,16 @@ mod tests {
     fn outputs_that_are_not_finite_get_a_word() {
         let note = |not_finite, max_abs_diff| {
             let accuracy = report::Accuracy::default();
-            let (sqnr_db, cosine) = (None, None);
-            let quantized =
-                report::Comparison { accuracy, agreement: None, sqnr_db, cosine, max_abs_diff, not_finite, rows: 1 };
+            let quantized = report::Comparison {
+                accuracy,
+                agreement: None,
+                sqnr_db: None,
+                cosine: None,
+                max_abs_diff,
+                max_abs_float: max_abs_diff,
+                not_finite,
+                rows: 1,
+            };
             super::not_finite(&report::Evaluation { data: "calibration", float: accuracy, quantized })
         };
         assert_eq!(note(0, Some(0.0)), None);

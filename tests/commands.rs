@@ -53,7 +53,10 @@ fn the_schema_takes_what_is_taken_and_refuses_what_is_refused() {
         "evaluation: {metrics: [top2]}",
         "evaluation: {transform: {crop: [1, 2, 3]}}",
         "seed: -1",
+        "output: {format: []}",
         "overrides: {layers: fc}",
+        "overrides: [{layers: [], weights: float}]",
+        "overrides: [{ops: [], weights: float}]",
         "overrides: [{layers: fc, weights: floats}]",
         "overrides: [{layers: fc, weights: {z_threshold: 4}}]",
     ] {

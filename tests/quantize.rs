@@ -491,14 +491,14 @@ fn what_forward_does_not_need_is_named_and_counted() {
     let folder = Folder::new();
     folder.write("e.yaml", experiment(&test_model("extras"), &test_data("extras"), "[x]"));
     let ran = tsquant(folder.path(), ["quantize", "e.yaml"]).succeeded();
-    let counted = "dropped, as forward does not need them: 2 methods, 2 parameters, 2 buffers, 4 attributes";
+    let counted = "dropped, as forward does not need them: 2 methods, 3 parameters, 2 buffers, 4 attributes";
     assert!(ran.stdout.contains(counted), "{}", ran.stdout);
     let report = folder.report("run");
     let dropped = report["dropped"].as_array().unwrap().iter();
     let mut dropped: Vec<String> =
         dropped.map(|part| format!("{} {}", part["kind"].as_str().unwrap(), part["name"].as_str().unwrap())).collect();
     dropped.sort();
-    // Two attributes are those that PyTorch gives each of its convolutions.
+    // Two attributes are those that PyTorch gives each of its convolutions. `twin.weight` is used, as `fc.weight`.
     let expected = [
         "attribute conv._reversed_padding_repeated_twice",
         "attribute conv.transposed",
@@ -510,6 +510,7 @@ fn what_forward_does_not_need_is_named_and_counted() {
         "method pool",
         "parameter head.bias",
         "parameter head.weight",
+        "parameter twin.bias",
     ];
     assert_eq!(dropped, expected);
     // Everything of a model with state that its forward reads is kept.

@@ -68,6 +68,7 @@ fn sqnr(sqnr: Sqnr) -> String {
         Sqnr::Db(db) => format!("{db:.2} dB"),
         Sqnr::Equal => "equal outputs".to_owned(),
         Sqnr::NoSignal => "−∞ dB: float outputs are all 0".to_owned(),
+        Sqnr::OutOfRange => "undefined: squares beyond a float64".to_owned(),
         Sqnr::NothingCompared => "no finite value to compare".to_owned(),
     }
 }
@@ -87,13 +88,17 @@ mod tests {
 
     #[test]
     fn measures_that_are_no_numbers_have_words() {
-        let shown = |sqnr_db, cosine, max_abs_diff| {
+        let shown_of = |sqnr_db, cosine, max_abs_diff, max_abs_float| {
             let accuracy = Accuracy::default();
+            let (agreement, not_finite, rows) = (None, 0, 1);
             let quantized =
-                Comparison { accuracy, agreement: None, sqnr_db, cosine, max_abs_diff, not_finite: 0, rows: 1 };
+                Comparison { accuracy, agreement, sqnr_db, cosine, max_abs_diff, max_abs_float, not_finite, rows };
             let evaluation = Evaluation { data: "evaluation", float: accuracy, quantized };
             [Metric::Sqnr, Metric::Cosine, Metric::MaxAbsDiff].map(|metric| cells(metric, &evaluation).1)
         };
+        let shown = |sqnr_db, cosine, max_abs_diff| shown_of(sqnr_db, cosine, max_abs_diff, Some(0.0));
+        let beyond = "undefined: squares beyond a float64";
+        assert_eq!(shown_of(None, None, Some(3.0), Some(1.0)), [beyond, "undefined", "3.0000e0"]);
         assert_eq!(shown(Some(20.0), Some(0.5), Some(1.0)), ["20.00 dB", "0.500000", "1.0000e0"]);
         assert_eq!(shown(None, Some(1.0), Some(0.0)), ["equal outputs", "1.000000", "0.0000e0"]);
         assert_eq!(shown(None, None, Some(3.0)), ["−∞ dB: float outputs are all 0", "undefined", "3.0000e0"]);

@@ -311,12 +311,27 @@ impl<'de> Visitor<'de> for CropVisitor {
 /// One name, or a list of them.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
+#[schemars(rename = "OneOrMany_{T}")]
 pub(super) enum OneOrMany<T> {
     One(T),
-    Many(Vec<T>),
+    Many(#[schemars(length(min = 1))] Vec<T>),
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
+/// What is read as one or many.
+pub(super) trait Named {
+    /// What is expected, for errors.
+    const ONE_OR_MANY: &'static str;
+}
+
+impl Named for String {
+    const ONE_OR_MANY: &'static str = "a name, or a list of names";
+}
+
+impl Named for Format {
+    const ONE_OR_MANY: &'static str = "the name of a format, or a list of names of formats";
+}
+
+impl<'de, T: Deserialize<'de> + Named> Deserialize<'de> for OneOrMany<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(OneOrManyVisitor(PhantomData))
     }
@@ -324,11 +339,11 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
 
 struct OneOrManyVisitor<T>(PhantomData<T>);
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for OneOrManyVisitor<T> {
+impl<'de, T: Deserialize<'de> + Named> Visitor<'de> for OneOrManyVisitor<T> {
     type Value = OneOrMany<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a name, or a list of names")
+        f.write_str(T::ONE_OR_MANY)
     }
 
     fn visit_str<E: de::Error>(self, name: &str) -> Result<OneOrMany<T>, E> {

@@ -1,6 +1,7 @@
 //! From keys as typed to the checked plan: defaults, absolute paths, combinations.
 //!
-//! It looks at the file system only to see that model and data are there; it opens nothing and refuses to know formats.
+//! It looks at the file system only to see that model and data are there and where links lead; it opens nothing and refuses
+//! to know formats.
 
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
@@ -68,7 +69,7 @@ impl Resolver<'_> {
         let evaluation = evaluation.transpose()?;
         let data = evaluation.as_ref().map(|evaluation| &evaluation.data.path);
         for path in [&calibration.path].into_iter().chain(data) {
-            if output.dir != *path && output.dir.starts_with(path) {
+            if is_in(&output.dir, path) && !is_in(path, &output.dir) {
                 let found = path_text(path);
                 let reason = format!(
                     "expected a folder outside of the data, as that would change with each run, found {found} around it"
@@ -77,7 +78,7 @@ impl Resolver<'_> {
             }
         }
         for path in [&model, &calibration.path].into_iter().chain(data) {
-            if path.starts_with(&output.dir) {
+            if is_in(path, &output.dir) {
                 let found = path_text(path);
                 let reason =
                     format!("expected a folder without model and data, as a run replaces it, found {found} in it");
@@ -375,6 +376,18 @@ fn too_wide(sites: &str, scheme: Scheme, error_method: ErrorMethod) -> Option<St
     wide.then(|| {
         format!("{error_method} chooses for at most {most} bits, found {found} in `quantization.{sites}.bits`")
     })
+}
+
+/// Whether `path` is `folder` or in it, as typed or with links followed.
+fn is_in(path: &Path, folder: &Path) -> bool {
+    path.starts_with(folder) || real(path).starts_with(real(folder))
+}
+
+/// `path` with links followed, as far as it exists.
+fn real(path: &Path) -> PathBuf {
+    let mut nearest = path.ancestors().filter_map(|folder| Some((folder.canonicalize().ok()?, folder)));
+    let real = nearest.next().and_then(|(real, folder)| Some(real.join(path.strip_prefix(folder).ok()?)));
+    real.unwrap_or_else(|| path.to_owned())
 }
 
 /// `path` without `.` and, where that cannot lead elsewhere, without `..`: a link may point into another folder.

@@ -3,6 +3,7 @@
 mod place;
 mod unfinished;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use place::{place, put_back};
@@ -21,6 +22,24 @@ pub enum RunDirError {
         path: PathBuf,
         /// What is there.
         found: &'static str,
+    },
+    /// What it would be in is no folder.
+    #[error("{path}: expected a folder for the run directory, found {found}; choose another output.dir", path = path.display())]
+    NoFolder {
+        /// What should be a folder.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
+    /// Something came in its place while the run took that, and cannot go back.
+    #[error("{path}: cannot put back what stood there, which is in {now} now: {source}", path = path.display(), now = now.display())]
+    NotPutBack {
+        /// The place.
+        path: PathBuf,
+        /// Where that is instead.
+        now: PathBuf,
+        /// Why.
+        source: std::io::Error,
     },
     /// The system says no.
     #[error("{path}: cannot write the run directory: {source}", path = path.display())]
@@ -53,6 +72,7 @@ pub(super) struct RunDir {
 impl RunDir {
     /// Makes sure that `target` may be written and starts to fill it.
     pub(super) fn open(target: &Path) -> Result<Self, RunDirError> {
+        nearest_folder(target)?;
         refuse_occupied(target)?;
         let parent = target.parent().unwrap_or(Path::new("/"));
         let filling = Unfinished::new(parent).map_err(RunDirError::io(parent))?;
@@ -74,20 +94,19 @@ impl RunDir {
     pub(super) fn keep(self) -> Result<PathBuf, RunDirError> {
         let (target, filled) = (self.target, self.filling.path());
         flush(filled)?;
-        let uninterrupted = unfinished::hold();
         // What stood there gets the name of an unfinished run, which another run may remove: not before it was looked at.
         let undisturbed = unfinished::lock_parent(&target);
+        let mut uninterrupted = unfinished::hold();
         refuse_occupied(&target)?;
         let earlier = place(filled, &target).map_err(RunDirError::io(&target))?;
         // It may have come after the look at it.
         if let Some(earlier) = &earlier
             && let Err(error) = refuse_occupied(earlier)
         {
-            put_back(earlier, filled, &target).map_err(RunDirError::io(&target))?;
-            return Err(match error {
+            return Err(give_back(earlier, &self.filling, &target, &mut uninterrupted).err().unwrap_or(match error {
                 RunDirError::Occupied { found, .. } => RunDirError::Occupied { path: target, found },
                 other => other,
-            });
+            }));
         }
         drop((undisturbed, uninterrupted));
         if let Some(earlier) = earlier.filter(|earlier| earlier != filled) {
@@ -96,6 +115,19 @@ impl RunDir {
         }
         Ok(target)
     }
+}
+
+/// [Puts back](put_back) what is not ours. Where that fails it may stand where the run was filled: that stays then.
+fn give_back(
+    earlier: &Path,
+    filling: &Unfinished,
+    target: &Path,
+    held: &mut unfinished::Held,
+) -> Result<(), RunDirError> {
+    put_back(earlier, filling.path(), target).map_err(|source| {
+        filling.leave(held);
+        RunDirError::NotPutBack { path: target.to_owned(), now: earlier.to_owned(), source }
+    })
 }
 
 /// Hands all files to the disk: some systems tell only then that it is full.
@@ -110,11 +142,23 @@ fn flush(folder: &Path) -> Result<(), RunDirError> {
 /// An error unless a run directory could be made at `target`: it must not be [occupied](refuse_occupied), and its folder, or
 /// the nearest one that exists, must take files. Nothing is left there, and nothing is to be seen meanwhile.
 pub(super) fn check(target: &Path) -> Result<(), RunDirError> {
+    let nearest = nearest_folder(target)?;
     refuse_occupied(target)?;
-    let parent = target.parent().unwrap_or(Path::new("/"));
-    let nearest = parent.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
     // A file without a name, where the system has such files.
     tempfile::tempfile_in(nearest).map(drop).map_err(RunDirError::io(nearest))
+}
+
+/// The folder around `target`, or the nearest one that exists.
+fn nearest_folder(target: &Path) -> Result<&Path, RunDirError> {
+    let exists = |path: &&Path| path.symlink_metadata().is_ok();
+    let nearest = target.ancestors().skip(1).find(exists).unwrap_or(Path::new("/"));
+    let found = match std::fs::metadata(nearest) {
+        Ok(metadata) if metadata.is_dir() => return Ok(nearest),
+        Ok(_) => "a file",
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "a symbolic link to nothing",
+        Err(source) => return Err(RunDirError::Io { path: nearest.to_owned(), source }),
+    };
+    Err(RunDirError::NoFolder { path: nearest.to_owned(), found })
 }
 
 /// An error unless there is nothing in the place of a run directory, or an earlier run of ours.
@@ -124,6 +168,7 @@ fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
         Err(error) => return Err(RunDirError::Io { path: target.to_owned(), source: error }),
         Ok(metadata) if metadata.is_symlink() => "a symbolic link",
         Ok(metadata) if !metadata.is_dir() => "a file",
+        Ok(metadata) if is_mounted(target, &metadata).map_err(RunDirError::io(target))? => "a mount point",
         Ok(_) => match foreign(target).map_err(RunDirError::io(target))? {
             None => return Ok(()),
             Some(found) => found,
@@ -132,20 +177,16 @@ fn refuse_occupied(target: &Path) -> Result<(), RunDirError> {
     Err(RunDirError::Occupied { path: target.to_owned(), found })
 }
 
+/// Whether the directory is one that no rename can move: another file system than its folder is on.
+fn is_mounted(target: &Path, metadata: &std::fs::Metadata) -> std::io::Result<bool> {
+    let around = target.parent().unwrap_or(Path::new("/"));
+    Ok(std::fs::metadata(around)?.dev() != metadata.dev())
+}
+
 /// What keeps a directory from being replaced; nothing does if it is empty or holds the files of a run and no others.
 fn foreign(target: &Path) -> std::io::Result<Option<&'static str>> {
-    let mut is_empty = true;
-    let mut has_others = false;
-    for entry in std::fs::read_dir(target)? {
-        let entry = entry?;
-        is_empty = false;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        let is_of_a_run =
-            name == MARK || name == "experiment.yaml" || (name.starts_with("quantized") && name.ends_with(".pt"));
-        has_others |= !is_of_a_run || entry.file_type()?.is_dir();
-    }
-    if is_empty {
+    let has_others = holds_others(target)?;
+    if std::fs::read_dir(target)?.next().is_none() {
         return Ok(None);
     }
     let report = std::fs::read(target.join(MARK)).ok();
@@ -156,6 +197,21 @@ fn foreign(target: &Path) -> std::io::Result<Option<&'static str>> {
         (true, true) => Some("an earlier run with other files in it"),
         (true, false) => None,
     })
+}
+
+/// Whether `folder` holds anything under a name that no run writes.
+fn holds_others(folder: &Path) -> std::io::Result<bool> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_of_a_run =
+            name == MARK || name == "experiment.yaml" || (name.starts_with("quantized") && name.ends_with(".pt"));
+        if !is_of_a_run || entry.file_type()?.is_dir() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 #[cfg(test)]
@@ -184,10 +240,47 @@ mod tests {
         assert!(check(&folder.path().join("a/b/run")).is_ok());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         std::fs::write(folder.path().join("file"), "").unwrap();
-        for below in ["file/run", "file/a/run"] {
-            let error = check(&folder.path().join(below)).unwrap_err().to_string();
-            assert!(error.contains("cannot write the run directory"), "{error}");
+        std::os::unix::fs::symlink("nowhere", folder.path().join("link")).unwrap();
+        for (around, found) in [("file", "a file"), ("link", "a symbolic link to nothing")] {
+            for below in ["run", "a/run"] {
+                let target = folder.path().join(around).join(below);
+                for error in [check(&target).unwrap_err(), RunDir::open(&target).err().unwrap()] {
+                    let error = error.to_string();
+                    assert!(
+                        error.contains(&format!("{around}: expected a folder")) && error.contains(found),
+                        "{error}"
+                    );
+                }
+            }
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_mount_point_is_refused() {
+        for error in [check(Path::new("/proc")).unwrap_err(), RunDir::open(Path::new("/proc")).err().unwrap()] {
+            assert!(error.to_string().contains("found a mount point"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_stays_and_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("run");
+        let run = RunDir::open(&target).unwrap();
+        let filled = run.path().to_owned();
+        std::fs::create_dir(&target).unwrap();
+        std::fs::write(target.join("cat.png"), "meow").unwrap();
+        // As `keep` does, up to the moment in which the run in its place goes away.
+        let earlier = place(&filled, &target).unwrap().unwrap();
+        std::fs::remove_dir_all(&target).unwrap();
+        let error = give_back(&earlier, &run.filling, &target, &mut unfinished::hold()).unwrap_err().to_string();
+        assert!(error.contains(&format!("which is in {} now", earlier.display())), "{error}");
+        drop(run);
+        assert!(earlier.join("cat.png").exists());
+        // Nor does the next run take it for one that was left.
+        drop(RunDir::open(&target).unwrap());
+        assert!(earlier.join("cat.png").exists());
     }
 
     #[test]
@@ -200,6 +293,8 @@ mod tests {
         std::thread::scope(|scope| {
             let kept = scope.spawn(|| run.keep().unwrap());
             std::thread::sleep(std::time::Duration::from_millis(100));
+            // A signal does not wait for the lock.
+            drop(unfinished::hold());
             assert!(!target.exists() && !kept.is_finished());
             drop(lock);
         });

@@ -23,14 +23,17 @@ pub struct Comparison {
     /// output, by default the first, is the float model's, from 0 to 1;
     /// `None` where that axis has no choice.
     pub agreement: Option<f64>,
-    /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` where that is infinite and where nothing could be
-    /// compared: [`Comparison::sqnr`] tells which.
+    /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` where that is infinite, where the squares are beyond
+    /// an f64, and where nothing could be compared: [`Comparison::sqnr`] tells which.
     pub sqnr_db: Option<f64>,
-    /// Cosine similarity of all outputs, from −1 to 1; `None` where the outputs of one model alone are all 0, and where
-    /// nothing could be compared.
+    /// Cosine similarity of all outputs, from −1 to 1; `None` where the outputs of one model alone are all 0, where the
+    /// squares are beyond an f64, and where nothing could be compared.
     pub cosine: Option<f64>,
     /// Largest absolute difference of an output; `None` where nothing could be compared: no value is finite in both models.
     pub max_abs_diff: Option<f64>,
+    /// Largest absolute output of the float model; `None` where nothing could be compared. Not in the report.
+    #[serde(skip)]
+    pub max_abs_float: Option<f64>,
     /// Output values of either model that are NaN or infinite; SQNR, cosine and the largest difference leave them out.
     pub not_finite: u64,
     /// Rows compared.
@@ -46,6 +49,8 @@ pub enum Sqnr {
     Equal,
     /// −∞: the float model's outputs are all 0, the quantized model's are not.
     NoSignal,
+    /// The outputs differ, but the sum of the squares of the outputs or of the differences is 0 or infinite in an f64.
+    OutOfRange,
     /// No value is finite in both models.
     NothingCompared,
 }
@@ -58,7 +63,8 @@ impl Comparison {
             (Some(db), _) => Sqnr::Db(db),
             (None, None) => Sqnr::NothingCompared,
             (None, Some(0.0)) => Sqnr::Equal,
-            (None, Some(_)) => Sqnr::NoSignal,
+            (None, Some(_)) if self.max_abs_float == Some(0.0) => Sqnr::NoSignal,
+            (None, Some(_)) => Sqnr::OutOfRange,
         }
     }
 }

@@ -5,6 +5,7 @@
 #include <set>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/jit/ir/constants.h>
@@ -223,18 +224,28 @@ rust::Vec<AttributeRow> attribute_rows(const Module &m) {
   std::set<std::string> used;
   note_uses(graph->block(), paths, used);
   rust::Vec<AttributeRow> rows;
+  // One module or tensor may stand under several names: a row is used if its place or its tensor is under any of them.
+  std::vector<std::pair<const void *, const void *>> identities;
+  std::set<const void *> in_use;
   for (const auto &entry : m.inner.named_modules()) {
     const auto type = entry.value.type();
     for (std::size_t i = 0; i < type->numAttributes(); ++i) {
-      const auto value = entry.value._ivalue()->getSlot(i);
+      const auto &value = entry.value._ivalue()->getSlot(i);
       // Every module has `training`; None holds nothing.
       if (value.isModule() || value.isNone() || type->getAttributeName(i) == "training")
         continue;
       const auto name = join(entry.name, type->getAttributeName(i));
       const auto kind = type->is_parameter(i) ? "parameter" : type->is_buffer(i) ? "buffer" : "attribute";
       rows.push_back(AttributeRow{name, kind, is_used(used, name)});
+      const bool has_tensor = value.isTensor() && value.toTensor().defined();
+      const void *place = &value;
+      identities.emplace_back(place, has_tensor ? value.toTensor().unsafeGetTensorImpl() : place);
+      if (rows[rows.size() - 1].is_used)
+        in_use.insert({identities.back().first, identities.back().second});
     }
   }
+  for (std::size_t i = 0; i < rows.size(); ++i)
+    rows[i].is_used = in_use.count(identities[i].first) > 0 || in_use.count(identities[i].second) > 0;
   return rows;
 }
 

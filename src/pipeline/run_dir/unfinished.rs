@@ -16,7 +16,7 @@ const RANDOM: usize = 6;
 
 /// Tries, ten milliseconds apart, to lock a folder. Runs hold it for moments; whoever holds it longer is something else, such as
 /// `flock FOLDER tsquant …`, which must not be waited for.
-const TRIES: usize = 300;
+const TRIES: usize = if cfg!(test) { 60 } else { 300 };
 
 /// The unfinished runs of this process.
 static UNFINISHED: Mutex<Vec<Traces>> = Mutex::new(Vec::new());
@@ -62,6 +62,10 @@ pub(super) struct Unfinished {
 impl Unfinished {
     /// Makes `parent` where it is missing, removes what killed runs have left in it, and makes a folder there.
     pub(super) fn new(parent: &Path) -> io::Result<Self> {
+        // Before the process is kept from being interrupted: that waits. Nothing is left in a parent that is missing.
+        if let Some(_undisturbed) = lock_folder(parent) {
+            remove_left(parent, &prefix());
+        }
         let mut unfinished = lock();
         let mut parents: Vec<_> =
             parent.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
@@ -82,13 +86,20 @@ impl Unfinished {
     pub(super) fn path(&self) -> &Path {
         &self.traces.folder
     }
+
+    /// Leaves the folder where it is when dropped.
+    pub(super) fn leave(&self, held: &mut Held) {
+        held.0.retain(|traces| *traces != self.traces);
+    }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
         let mut unfinished = lock();
-        self.traces.remove();
-        unfinished.retain(|traces| *traces != self.traces);
+        if unfinished.contains(&self.traces) {
+            self.traces.remove();
+            unfinished.retain(|traces| *traces != self.traces);
+        }
     }
 }
 
@@ -101,8 +112,11 @@ pub(super) fn abandon() {
 }
 
 /// While this is held, the process is not interrupted between one step and the next.
-pub(super) fn hold() -> impl Drop {
-    lock()
+pub(super) struct Held(MutexGuard<'static, Vec<Traces>>);
+
+/// Not to be called before a lock of a folder that is waited for.
+pub(super) fn hold() -> Held {
+    Held(lock())
 }
 
 /// The folder that `target` is in, locked while it is held: no other run removes or puts back what it finds there. `None` where
@@ -135,9 +149,6 @@ fn prefix() -> String {
 }
 
 fn make(parent: &Path, prefix: &str) -> io::Result<(PathBuf, File)> {
-    if let Some(_undisturbed) = lock_folder(parent) {
-        remove_left(parent, prefix);
-    }
     loop {
         // As open to others as the user's own mask has it: it becomes the run directory.
         let open = Permissions::from_mode(0o777);
@@ -167,8 +178,8 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// Removes the folders of runs whose process is gone, as far as possible, and puts earlier runs back that one of them had
-/// moved aside. The parent is locked.
+/// Removes the folders of runs whose process is gone, as far as possible, but those that hold what no run writes, and puts
+/// earlier runs back that one of them had moved aside. The parent is locked.
 fn remove_left(parent: &Path, prefix: &str) {
     let Ok(entries) = std::fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
@@ -186,6 +197,8 @@ fn remove_left(parent: &Path, prefix: &str) {
         if is_ours(&name, prefix)
             && let Ok(lock) = File::open(entry.path())
             && lock.try_lock().is_ok()
+            // A run that was killed, or could not put back what is not ours, may have left that here.
+            && super::holds_others(&entry.path()).is_ok_and(|holds| !holds)
         {
             let _ = std::fs::remove_dir_all(entry.path());
         }
@@ -196,7 +209,8 @@ fn remove_left(parent: &Path, prefix: &str) {
 fn put_back_left(parent: &Path, aside: &Path) {
     for entry in std::fs::read_dir(aside).into_iter().flatten().flatten() {
         let place = parent.join(entry.file_name());
-        // Runs move things aside and look at them while they hold the lock of the parent: only a killed one left this.
+        // Runs move things aside and look at them while they hold the lock of the parent, if they get it in time: as a rule,
+        // only a killed one left this.
         if place.symlink_metadata().is_err() {
             let _ = std::fs::rename(entry.path(), place);
         } else if super::refuse_occupied(&entry.path()).is_ok() {
@@ -227,8 +241,11 @@ mod tests {
         let left = name("aZ0bY9");
         std::fs::create_dir(&left).unwrap();
         std::fs::write(left.join("quantized.pt"), "half").unwrap();
-        let foreign = [name("aZ0bY9x"), name("aZ0-Y9"), folder.path().join(".tsquant.elsewhere.aZ0bY9")];
+        let foreign =
+            [name("aZ0bY9x"), name("aZ0-Y9"), folder.path().join(".tsquant.elsewhere.aZ0bY9"), name("aZ0bY7")];
         foreign.iter().for_each(|path| std::fs::create_dir(path).unwrap());
+        // Under a name of ours, but with what no run writes.
+        std::fs::write(foreign[3].join("cat.png"), "meow").unwrap();
         std::fs::write(name("file00"), "").unwrap();
         std::os::unix::fs::symlink(&foreign[0], name("link00")).unwrap();
 
@@ -236,9 +253,9 @@ mod tests {
         assert!(!left.exists());
         let other = Unfinished::new(folder.path()).unwrap();
         assert!(living.path().is_dir() && other.path().is_dir() && foreign.iter().all(|path| path.is_dir()));
-        assert_eq!(count(folder.path()), 7);
+        assert_eq!(count(folder.path()), 8);
         drop((living, other));
-        assert_eq!(count(folder.path()), 5);
+        assert_eq!(count(folder.path()), 6);
     }
 
     #[test]
@@ -272,6 +289,8 @@ mod tests {
         std::thread::scope(|scope| {
             let other = scope.spawn(|| drop(Unfinished::new(folder.path()).unwrap()));
             std::thread::sleep(Duration::from_millis(100));
+            // A signal does not wait for the lock.
+            drop(hold());
             assert!(exchanged.exists() && !other.is_finished());
             drop(lock);
         });
@@ -285,8 +304,11 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..50 {
+                        if let Some(_undisturbed) = lock_folder(folder.path()) {
+                            remove_left(folder.path(), &prefix());
+                        }
                         let (made, _lock) = make(folder.path(), &prefix()).unwrap();
-                        std::fs::write(made.join("file"), "text").unwrap();
+                        std::fs::write(made.join("quantized.pt"), "text").unwrap();
                         std::thread::yield_now();
                         std::fs::remove_dir_all(made).unwrap();
                     }
