@@ -185,8 +185,15 @@ fn a_dry_run_checks_the_place_and_prints_nothing_when_quiet() {
     folder.write("file", "kept");
     let dry = |setting: &str| tsquant(folder.path(), ["quantize", "e.yaml", "--dry-run", "--quiet", "--set", setting]);
     let before = folder.listing();
-    for dir in ["output.dir=file/run", "output.dir=file/a/run", "output.dir=/proc/none/run"] {
-        assert!(dry(dir).refused(1).contains("cannot write the run directory"), "{dir}");
+    let no_folder = "file: expected a folder for the run directory, found a file";
+    for (dir, told) in [
+        ("output.dir=file/run", no_folder),
+        ("output.dir=file/a/run", no_folder),
+        ("output.dir=/proc/none/run", "/proc: cannot write the run directory"),
+    ] {
+        let ran = dry(dir);
+        let line = ran.refused(1);
+        assert!(line.contains(told), "{dir}: {line}");
     }
     let ran = dry("output.dir=a/b/run").succeeded();
     assert_eq!((ran.stdout.as_str(), ran.stderr.as_str()), ("", ""));
