@@ -2,7 +2,8 @@
 
 Every `NAME.pt` has a `NAME.safetensors` with 16 rows for each tensor argument of `forward` under the argument's name,
 and what eager float32 PyTorch answers to them as one batch: `expected` for a tensor, `expected.0` or `expected.key` for
-the parts of a tuple, list or dict. Each file is loaded again and must reproduce that before this script succeeds.
+the parts of a tuple, list or dict, and for some `exact.LAYER.weight` and `exact.LAYER.output`: the diagonal of the
+Gauss-Newton matrix for the layer's weight, averaged over rows, and by row for its output behind the activation. Each file is loaded again and must reproduce that before this script succeeds.
 """
 
 import copy
@@ -37,6 +38,8 @@ class Case:
     make_inputs: Callable[[], dict[str, Tensor]]
     convert: Callable[[nn.Module, dict[str, Tensor]], torch.jit.ScriptModule]
     dtype: torch.dtype = torch.float32
+    exact: dict[str, str] = field(default_factory=dict)
+    """Layers whose exact scores are recorded, each with what gives its output; nothing if that is the model's."""
     shorter_calls: dict[str, list[str]] = field(default_factory=dict)
     """Further expected outputs: name of the record, and the arguments that are given."""
 
@@ -424,6 +427,59 @@ class Extras(nn.Module):
         return self.head(self.pool(x)) * self.temperature
 
 
+class Mlp(nn.Module):
+    """Two linear layers whose answer comes with its class, an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, 10)
+        self.tanh = nn.Tanh()
+        self.fc2 = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.fc2(self.tanh(self.fc1(x)))
+        return {"best": logits.argmax(1), "logits": logits}
+
+
+class Linear(nn.Module):
+    """One linear layer: its exact scores can be worked out by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class SmallConv(nn.Module):
+    """Two convolutions, one channel of the second of which is dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 3, 3, padding=1)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.relu2 = nn.ReLU()
+        self.conv2.bias.data[1] = -1000.0
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu2(self.conv2(self.relu1(self.conv1(x))))
+        return self.fc(x.mean([2, 3]))
+
+
+class Indices(nn.Module):
+    """Answers with indices alone, which no gradient flows to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).argmax(1)
+
+
 CASES = [
     Case("control_flow", ControlFlow, images(3, 8, offset=0.5), script),
     Case("frozen_cnn", SmallCnn, images(3, 8), script_and_freeze),
@@ -449,6 +505,9 @@ CASES = [
     Case("traps", Traps, lambda: {"x": torch.randn(ROWS, 8)}, script),
     Case("packed", Packed, packed_inputs, script),
     Case("extras", Extras, images(3, 8), script),
+    Case("linear", Linear, lambda: {"x": torch.randn(ROWS, 6)}, trace, exact={"fc": ""}),
+    Case("mlp", Mlp, lambda: {"x": torch.randn(ROWS, 6)}, script, exact={"fc1": "tanh", "fc2": ""}),
+    Case("small_conv", SmallConv, images(1, 6), trace, exact={"conv1": "relu1", "conv2": "relu2", "fc": ""}),
 ]
 
 
@@ -496,6 +555,38 @@ def compare(case: Case, expected: dict[str, Tensor], found: dict[str, Tensor]) -
             raise RuntimeError(f"{case.name}: {name} differs by {difference} after loading, largest {largest}")
 
 
+def exact_scores(case: Case, module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of squared derivatives of all outputs of floating point, one derivative at a time, in float64."""
+    module = copy.deepcopy(module).double().eval()
+    scores: dict[str, Tensor] = {}
+    for name, last in case.exact.items():
+        layer = module.get_submodule(name)
+        held: list[Tensor] = []
+        hook = module.get_submodule(last or name).register_forward_hook(lambda _layer, _inputs, output, held=held: held.append(output))
+        for row in range(ROWS):
+            held.clear()
+            answers = list(parts(module(*(x[row : row + 1].double() for x in inputs.values()))))
+            for component in torch.cat([y.flatten() for y in answers if y.requires_grad]):
+                weight, output = torch.autograd.grad(component, [layer.weight, held[0]], retain_graph=True)
+                of_weight = scores.setdefault(f"exact.{name}.weight", torch.zeros_like(weight))
+                of_weight += weight**2 / ROWS
+                if not last:
+                    continue
+                of_output = scores.setdefault(f"exact.{name}.output", torch.zeros(ROWS, *output.shape[1:]))
+                of_output[row] += output[0] ** 2
+        hook.remove()
+    return {name: score.float().contiguous() for name, score in scores.items()}
+
+
+def parts(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested output as they are."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    for part in value.values() if isinstance(value, dict) else value:
+        yield from parts(part)
+
+
 def make(case: Case) -> None:
     """Builds, saves, reloads and checks one model and its data."""
     torch.manual_seed(zlib.crc32(case.name.encode()))
@@ -509,16 +600,18 @@ def make(case: Case) -> None:
     save_script(case.convert(module, inputs), path)
     with torch.no_grad():
         compare(case, expected, answer(case, torch.jit.load(path), inputs))
-    save_file(inputs | expected, path.with_suffix(".safetensors"))
+    save_file(inputs | expected | exact_scores(case, module, inputs), path.with_suffix(".safetensors"))
     path.with_suffix(".safetensors").chmod(0o644)
     print(f"{case.name:18} {path.stat().st_size / 1024:6.1f} KiB")
 
 
-def make_files_that_are_no_torchscript() -> None:
-    """A state_dict, an exported program and the start of an ONNX model: to be refused by name."""
+def make_files_without_data() -> None:
+    """A state_dict, an exported program and the start of an ONNX model, to be refused by name, and a model that has no
+    gradients."""
     torch.manual_seed(0)
     torch.save(nn.Linear(3, 2).state_dict(), FOLDER / "state_dict.pt")
     save_exported(torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),)), FOLDER / "exported.pt2")
+    save_script(trace(Indices(), {"x": torch.randn(ROWS, 6)}), FOLDER / "indices.pt")
     # ModelProto: ir_version = 8, producer_name = "pytorch", graph { name: "g" }, opset_import { version: 17 }
     onnx = b"\x08\x08" + b"\x12\x07pytorch" + b"\x3a\x03\x12\x01g" + b"\x42\x02\x10\x11"
     (FOLDER / "not_a_model.onnx").write_bytes(onnx)
@@ -532,7 +625,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for case in CASES:
         make(case)
-    make_files_that_are_no_torchscript()
+    make_files_without_data()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ mod decode;
 mod document;
 mod error;
 mod flags;
+mod hessian;
 mod inputs;
 mod keys;
 mod not_built;
@@ -24,8 +25,8 @@ pub use flags::Typed;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, ComparisonPlan, Constant, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan,
-    Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
+    ActivationPlan, ComparisonPlan, Constant, DataPlan, DevicePlan, Distribution, EvaluationPlan, Format, HessianPlan,
+    HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
 };
 pub use schema::json_schema;
 
@@ -308,8 +309,8 @@ output.dir='a "b": #c'"#;
     #[test]
     fn every_error_method_goes_to_either_side() {
         let p = Exponent::try_from(5).unwrap();
-        let methods =
-            [ErrorMethod::NoClipping, ErrorMethod::Mse, ErrorMethod::Mae, ErrorMethod::Lp { p }, ErrorMethod::Kl];
+        let (lp, no_clipping) = (ErrorMethod::Lp { p }, ErrorMethod::NoClipping);
+        let methods = [no_clipping, ErrorMethod::Mse, ErrorMethod::Mae, lp, ErrorMethod::Kl, ErrorMethod::Hmse];
         assert_eq!(methods.map(ErrorMethod::name), ErrorMethod::NAMES);
         let folder = folder();
         for (weights, activations) in methods.iter().flat_map(|w| methods.iter().map(move |a| (*w, *a))) {
@@ -320,6 +321,8 @@ output.dir='a "b": #c'"#;
             let written = plan.to_yaml().unwrap();
             let either = weights.exponent().or(activations.exponent());
             assert_eq!(written.contains("\n  l_p_value: 5\n"), either.is_some(), "{written}");
+            let is_scored = [weights, activations].contains(&ErrorMethod::Hmse);
+            assert_eq!((plan.hessian.is_some(), written.contains("\nhessian:\n")), (is_scored, is_scored));
             assert_eq!(run_in(folder.path(), &written, &[]).unwrap(), plan, "{written}");
         }
     }
@@ -490,10 +493,7 @@ output.dir='a "b": #c'"#;
                 ":2:44: `calibration.inputs[1]` must be the name of a tensor (in quotes where it reads as a number) or \
                  {const: VALUE}, found the number 1",
             ),
-            (
-                format!("{SHORTEST}quantization: {{weights_error_method: HMSE}}"),
-                ":3:38: `quantization.weights_error_method: HMSE` is not built yet",
-            ),
+            (format!("{SHORTEST}output: {{format: int8}}"), ":3:18: `output.format: int8` is not built yet"),
             (
                 format!("{SHORTEST}quantization: {{l_p_value: 65}}"),
                 ":3:27: `quantization.l_p_value`: expected a whole number from 1 to 64, found 65",
@@ -559,16 +559,23 @@ quantization.weights.grid=3 => `quantization.weights.grid` must be one of `symme
 quantization.weights.rounding=gptq => `quantization.weights.rounding` is not built yet
 quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`, which is not built yet?
 quantization.activations.granularity=per_channel => `quantization.activations.granularity`: activations are quantized per tensor, expected `per_tensor`, found `per_channel`
-quantization.weights_error_method=HMSE => `quantization.weights_error_method: HMSE` is not built yet
-quantization.activation_error_method=HMSE => `quantization.activation_error_method: HMSE` is not built yet
-quantization.weights_error_method=hmse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `hmse`, did you mean `HMSE`, which is not built yet?
-quantization.weights_error_method=mse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `mse`, did you mean `MSE`?
-quantization.activation_error_method=Mae => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `Mae`, did you mean `MAE`?
-quantization.weights_error_method=lp => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `lp`, did you mean `LP`?
-quantization.activation_error_method=Kl => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `Kl`, did you mean `KL`?
-quantization.weights_error_method=no_clipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `no_clipping`
-quantization.weights_error_method=NoClipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `NoClipping`, did you mean `NOCLIPPING`?
-quantization.activation_error_method=2 => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found the number 2
+hessian=5 => `hessian` must be a map of keys, found the number 5
+hessian.probs=5 => unknown key `probs` in `hessian`, did you mean `probes`?
+hessian.probes=0 => `hessian.probes`: expected a whole number from 1 to 4294967295, found 0
+hessian.probes=4097 => `hessian.probes`: expected from 1 to 4096 probes, found 4097
+hessian={probes: 1, tolerance: 0.1} => `hessian.probes`: expected at least 2 probes, as `tolerance` is about how much they differ, found 1
+hessian.tolerance=0 => `hessian.tolerance`: expected a relative error above 0 and at most 1, found 0.0
+hessian.tolerance=.nan => `hessian.tolerance`: expected a relative error above 0 and at most 1, found NaN
+hessian.distribution=gauss => `hessian.distribution` must be one of `rademacher`, `normal`, found `gauss`
+hessian.allow_fallback=yes => `hessian.allow_fallback` must be true or false, found the text `yes`
+quantization.weights_error_method=hmse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `hmse`, did you mean `HMSE`?
+quantization.weights_error_method=mse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `mse`, did you mean `MSE`?
+quantization.activation_error_method=Mae => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `Mae`, did you mean `MAE`?
+quantization.weights_error_method=lp => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `lp`, did you mean `LP`?
+quantization.activation_error_method=Kl => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `Kl`, did you mean `KL`?
+quantization.weights_error_method=no_clipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `no_clipping`
+quantization.weights_error_method=NoClipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `NoClipping`, did you mean `NOCLIPPING`?
+quantization.activation_error_method=2 => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found the number 2
 quantization={weights: {bits: 9}, weights_error_method: KL} => `quantization.weights_error_method`: KL chooses for at most 8 bits, found 9 in `quantization.weights.bits`
 quantization={activations: {bits: 16}, activation_error_method: KL} => `quantization.activation_error_method`: KL chooses for at most 8 bits, found 16 in `quantization.activations.bits`
 quantization.l_p_value=0 => `quantization.l_p_value`: expected a whole number from 1 to 64, found 0
@@ -649,7 +656,7 @@ seed => expected KEY=VALUE such as `quantization.weights.bits=4`, found no `=`
 =1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a..b=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a=[1 => not valid YAML: unclosed bracket '['
-a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `device`, `output`, `evaluation`, `seed`
+a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `hessian`, `device`, `output`, `evaluation`, `seed`
 calibration=5 => `calibration` must be a map of keys, found the number 5
 output.dir="a\0b" => `output.dir`: expected a path, found a\0b
 a=x: y: z => not valid YAML: mapping values are not allowed in this context

@@ -19,6 +19,7 @@ mod source;
 mod tests;
 mod transform;
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use tch::Tensor;
@@ -114,6 +115,12 @@ impl Dataset {
         self.rows.len()
     }
 
+    /// Rows in a batch.
+    #[must_use]
+    pub fn batch_size(&self) -> NonZeroUsize {
+        self.plan.batch_size
+    }
+
     /// Number of rows that the file has, chosen or not.
     #[must_use]
     pub fn stored_rows(&self) -> usize {
@@ -123,7 +130,13 @@ impl Dataset {
     /// All chosen rows in batches of the plan's size, the last one smaller where they do not divide.
     #[must_use]
     pub fn batches(&self) -> Batches<'_> {
-        Batches { dataset: self, next: 0 }
+        Batches { dataset: self, rows: self.rows.clone(), size: self.plan.batch_size.get(), next: 0 }
+    }
+
+    /// `samples` of the chosen rows, drawn by seed, in batches of another size; all of them if there are no more.
+    #[must_use]
+    pub fn sample(&self, samples: NonZeroUsize, seed: u64, batch_size: NonZeroUsize) -> Batches<'_> {
+        Batches { dataset: self, rows: self.rows.sample(samples, seed), size: batch_size.get(), next: 0 }
     }
 
     /// The first `rows` chosen rows as one batch: at least one row, at most all.
@@ -131,7 +144,7 @@ impl Dataset {
     /// # Errors
     /// As those of an item of [`batches`](Self::batches).
     pub fn first(&self, rows: usize) -> Result<Batch, Error> {
-        self.batch(0..rows.clamp(1, self.rows()))
+        self.batch(&self.rows, 0..rows.clamp(1, self.rows()))
     }
 
     /// Class indices of the chosen rows from the tensor `name`: int64 of shape (N), (N, K), (N, T) or
@@ -152,14 +165,12 @@ impl Dataset {
         tensors(&self.inputs)
     }
 
-    /// The rows at `positions` among the chosen ones.
-    fn batch(&self, positions: Range<usize>) -> Result<Batch, Error> {
+    /// The rows at `positions` among `rows`.
+    fn batch(&self, rows: &Rows, positions: Range<usize>) -> Result<Batch, Error> {
         let mut inputs = Vec::with_capacity(self.inputs.len());
         for (name, binding) in &self.inputs {
             let input = match binding {
-                Binding::Tensor(column) => {
-                    Input::Tensor(column.read(&self.rows, positions.clone(), &self.plan.transform)?)
-                }
+                Binding::Tensor(column) => Input::Tensor(column.read(rows, positions.clone(), &self.plan.transform)?),
                 Binding::Const(constant) => Input::Const(*constant),
             };
             inputs.push((name.clone(), input));
@@ -199,6 +210,9 @@ fn check(plan: &DataPlan, inputs: &[(Option<String>, Binding)]) -> Result<usize,
 #[derive(Debug, Clone)]
 pub struct Batches<'a> {
     dataset: &'a Dataset,
+    rows: Rows,
+    /// Rows in a batch.
+    size: usize,
     /// Position of the next batch's first row.
     next: usize,
 }
@@ -207,19 +221,27 @@ impl Iterator for Batches<'_> {
     type Item = Result<Batch, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let rows = self.dataset.rows();
-        if self.next >= rows {
+        let count = self.rows.len();
+        if self.next >= count {
             return None;
         }
-        let positions = self.next..self.next.saturating_add(self.dataset.plan.batch_size.get()).min(rows);
+        let positions = self.next..self.next.saturating_add(self.size).min(count);
         self.next = positions.end;
-        Some(self.dataset.batch(positions))
+        Some(self.dataset.batch(&self.rows, positions))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = self.dataset.rows().saturating_sub(self.next).div_ceil(self.dataset.plan.batch_size.get());
+        let left = self.rows.len().saturating_sub(self.next).div_ceil(self.size);
         (left, Some(left))
     }
 }
 
 impl ExactSizeIterator for Batches<'_> {}
+
+impl Batches<'_> {
+    /// Rows of all batches.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+}

@@ -7,6 +7,7 @@ mod clean;
 mod error;
 mod ffi;
 mod file;
+mod gradients;
 mod listing;
 mod module;
 mod parallel;
@@ -14,13 +15,15 @@ mod tensor;
 mod value;
 mod visit;
 
-pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap};
+pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap, TapKind};
 pub use error::Error;
+pub(crate) use error::one_line;
 pub use file::extra_file;
+pub use gradients::{Differentiable, Recording};
 pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};
 pub use parallel::{in_parallel, thread_count};
-pub use tensor::{Dense, with_dense, with_values};
+pub use tensor::{Dense, with_dense, with_pairs, with_values};
 pub use value::{Argument, Output};
 pub use visit::{BoxError, NoVisit, Visit};
 

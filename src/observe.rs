@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::dataset::{self, Dataset};
 use crate::feed;
-use crate::jit::{self, BoxError, Clean, Dense, Tap, Visit};
+use crate::jit::{self, BoxError, Clean, Dense, Tap, TapKind, Visit};
 use crate::sites::{ActivationSite, ChannelAxis};
 use crate::statistics::{Activation, ChannelLayout, Counter, NotFinite};
 
@@ -48,7 +48,7 @@ pub fn observe(
     let places: Vec<_> = sites.iter().flat_map(|site| site.anchors.iter().map(move |anchor| (site, anchor))).collect();
     let numbered = places.iter().enumerate();
     let taps: Vec<_> =
-        numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, substitutes: false }).collect();
+        numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, kind: TapKind::Observe }).collect();
     let instrumented = model.instrument(&taps, &[])?;
     let mut observer = Observer {
         sites: places.iter().map(|(site, _)| *site).collect(),

@@ -5,7 +5,9 @@ mod compare;
 mod estimate;
 mod files;
 mod hash;
+mod kept;
 mod run_dir;
+mod score;
 mod select;
 mod worst;
 
@@ -16,11 +18,13 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::Tensor;
 
+use self::score::{Asking, Keeping};
 use crate::config::{DataPlan, DevicePlan, Plan};
 use crate::dataset::{self, Dataset};
 use crate::emit::{self, Emission};
 use crate::evaluate;
 use crate::feed;
+use crate::hessian;
 use crate::jit::{self, Arguments, Clean, Instrumented, Module};
 use crate::observe::{self, observe};
 use crate::quantizer::QuantParams;
@@ -54,6 +58,22 @@ pub enum Error {
     /// Calibration.
     #[error(transparent)]
     Observe(#[from] observe::Error),
+    /// Hessian scores.
+    #[error(transparent)]
+    Hessian(#[from] hessian::Error),
+    /// Hessian scores of a layer that are of no use.
+    #[error(
+        "{kind} site {site}: HMSE needs Hessian scores, but {source}; `hessian: {{allow_fallback: true}}` takes MSE there, \
+         and `overrides` can set its error_method"
+    )]
+    Scores {
+        /// `weight` or `activation`.
+        kind: &'static str,
+        /// Its name.
+        site: String,
+        /// Why.
+        source: hessian::Unusable,
+    },
     /// Float against quantized.
     #[error(transparent)]
     Evaluate(#[from] evaluate::Error),
@@ -99,6 +119,14 @@ pub enum Error {
     /// A file cannot be read.
     #[error("{path}: {source}", path = path.display())]
     Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file cannot be written.
+    #[error("{path}: {source}", path = path.display())]
+    Write {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -186,14 +214,24 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let statistics = observe(&model, &sites.activations, &calibration, |rows| progress.advance(rows))?;
     timings.calibrate = lap(&mut clock);
 
+    let versions = versions();
+    let scoring = plan.hessian.as_ref().map(|hessian| {
+        progress.stage("hessian", Work::Rows(hessian.request.samples.get().min(calibration.rows())));
+        let keeping = Keeping { plan, hashes: &hashes, versions: &versions, dir: run_dir.path() };
+        let asking = Asking::new(&settings, &sites, Some(&statistics));
+        asking.score(hessian, &keeping, &model, &calibration, |rows| progress.advance(rows))
+    });
+    let scoring = scoring.transpose()?.unwrap_or_default();
+    timings.hessian = if plan.hessian.is_some() { lap(&mut clock) } else { 0.0 };
+
     progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
-    let selections = select::select(&settings, &model, &mut sites, &statistics, |count| progress.advance(count))?;
+    let given = select::Given { settings: &settings, statistics: &statistics, scores: &scoring.sites };
+    let selections = select::select(given, &model, &mut sites, |count| progress.advance(count))?;
     let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
     let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, rows)?;
     timings.search = lap(&mut clock);
 
     progress.stage("emit", Work::Uncounted);
-    let versions = versions();
     let description = serde_json::to_string(&Description {
         schema: report::SCHEMA,
         versions: &versions,
@@ -220,6 +258,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let evaluation = comparison.run(&model, &simulation, &calibration, |rows| progress.advance(rows))?;
     timings.evaluate = lap(&mut clock);
 
+    let mut warnings = warnings(&model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation);
+    warnings.extend(scoring.warnings);
     timings.total = start.elapsed().as_secs_f64();
     let report = Report {
         schema: report::SCHEMA,
@@ -231,7 +271,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         timings_s: timings,
         peak_memory_bytes: peak_memory_bytes(),
         calibration_samples: calibration.rows(),
-        warnings: warnings(&model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation),
+        hessian: scoring.report,
+        warnings,
         sites: selections.reports,
         worst_sites,
         left_float: sites.left_float,
@@ -302,7 +343,11 @@ impl Simulation {
             let Some(quantizer) = quantizer else { continue };
             let number = params.len();
             params.push(*quantizer);
-            taps.extend(site.anchors.iter().map(|anchor| jit::Tap { value: anchor.value, number, substitutes: true }));
+            taps.extend(site.anchors.iter().map(|anchor| jit::Tap {
+                value: anchor.value,
+                number,
+                kind: jit::TapKind::Substitute,
+            }));
         }
         let weights = sites.weights.iter().zip(&selections.weights);
         let constants: Vec<(jit::ValueId, Tensor)> = weights

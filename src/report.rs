@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Distribution;
 use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
@@ -40,6 +41,9 @@ pub struct Report {
     pub peak_memory_bytes: Option<u64>,
     /// Calibration rows.
     pub calibration_samples: usize,
+    /// How the Hessian scores were computed; `None` where no error method asks for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hessian: Option<Hessian>,
     /// What was quantized, weights first, in graph order.
     pub sites: Vec<SiteReport>,
     /// The sites that lose most, worst first.
@@ -85,6 +89,8 @@ pub struct Timings {
     pub load: f64,
     /// Run the calibration data.
     pub calibrate: f64,
+    /// Compute Hessian scores; 0 where no error method asks for them.
+    pub hessian: f64,
     /// Choose thresholds.
     pub search: f64,
     /// Write the model.
@@ -95,6 +101,30 @@ pub struct Timings {
     pub evaluate: f64,
     /// All of it.
     pub total: f64,
+}
+
+/// How Hessian scores were computed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Hessian {
+    /// Calibration rows that were used.
+    pub samples: usize,
+    /// Random directions for each row.
+    pub probes: usize,
+    /// Rows in a batch.
+    pub batch_size: usize,
+    /// How directions were drawn.
+    pub distribution: Distribution,
+    /// Seed of rows and directions.
+    pub seed: u64,
+    /// The relative standard error that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
+    /// The largest relative standard error of a site; `None` for a single probe.
+    pub standard_error: Option<f64>,
+    /// Outputs that no gradient can be asked of.
+    pub left_out: Vec<String>,
+    /// They are those that an earlier run kept.
+    pub reused: bool,
 }
 
 /// Weight or activation.
@@ -129,9 +159,22 @@ pub struct SiteReport {
     /// The p of LP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub l_p_value: Option<Exponent>,
+    /// What its Hessian scores are worth, if it has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scores: Option<SiteScores>,
     /// Its quantizers and what they cost.
     #[serde(flatten)]
     pub quantizers: Quantizers,
+}
+
+/// What the Hessian scores of one site are worth.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct SiteScores {
+    /// ‖estimated standard error‖ / ‖scores‖ over the elements of a weight, or over the octaves of an activation; `None` for a
+    /// single probe.
+    pub standard_error: Option<f64>,
+    /// Channels whose scores are all zero, so that MSE chose for them.
+    pub zero_channels: usize,
 }
 
 /// The quantizers of one site and what they cost.
@@ -146,6 +189,9 @@ pub struct Quantizers {
     pub zero_point: Vec<i32>,
     /// Mean of (x − q)², whatever the method.
     pub error: f64,
+    /// Σ h (x − q)² / Σ h, h being the Hessian scores; of HMSE alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weighted_error: Option<f64>,
     /// 10 log10(Σ x² / Σ (x − q)²) in dB; `None` where it is infinite.
     pub sqnr_db: Option<f64>,
     /// Share of clipped values, from 0 to 1.
@@ -192,6 +238,7 @@ impl From<&Selection> for Quantizers {
             scale: selection.params.iter().map(QuantParams::scale).collect(),
             zero_point: selection.params.iter().map(QuantParams::zero_point).collect(),
             error: selection.error,
+            weighted_error: selection.weighted_error,
             sqnr_db: Some(selection.sqnr_db).filter(|sqnr| sqnr.is_finite()),
             clipped_share: selection.clipped_share,
             notes: selection.notes.iter().map(ToString::to_string).collect(),

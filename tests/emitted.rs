@@ -11,7 +11,9 @@ use tsquant::config::{ActivationPlan, DevicePlan, Format, InputSource, InputsPla
 use tsquant::dataset::Dataset;
 use tsquant::emit::EXTRA_FILE;
 use tsquant::feed;
-use tsquant::jit::{self, BoxError, Clean, Constant, Instrumented, Listing, Module, NoVisit, Node, Tap, Visit};
+use tsquant::jit::{
+    self, BoxError, Clean, Constant, Instrumented, Listing, Module, NoVisit, Node, Tap, TapKind, Visit,
+};
 use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress, Work};
 use tsquant::quantizer::{Bits, Granularity, Grid, Levels, QuantParams, Scheme};
 use tsquant::report::{Kind as SiteKind, Provenance, SiteReport, Thresholds};
@@ -35,8 +37,8 @@ macro_rules! each_model {
 }
 
 each_model! {
-    bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place multi_io packed recurrent
-    scripted_encoder sdpa stateful tiny_encoder training_mode traps mnist_resnet
+    bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place linear mlp multi_io packed
+    recurrent scripted_encoder sdpa small_conv stateful tiny_encoder training_mode traps mnist_resnet
 }
 
 #[test]
@@ -73,6 +75,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
             z_threshold: None,
         },
         overrides: tsquant::config::Overrides::default(),
+        hessian: None,
         device: DevicePlan::Cpu,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,
@@ -134,7 +137,11 @@ fn simulation(clean: &Clean, outcome: &Outcome) -> (Instrumented, Vec<QuantParam
         let Some(report) = report(&site.name, SiteKind::Activation) else { continue };
         let left = |name: &str| outcome.report.left_float.iter().any(|left| left.name == name);
         let anchors = site.anchors.iter().filter(|anchor| !left(&anchor.name));
-        taps.extend(anchors.map(|anchor| Tap { value: anchor.value, number: quantizers.len(), substitutes: true }));
+        taps.extend(anchors.map(|anchor| Tap {
+            value: anchor.value,
+            number: quantizers.len(),
+            kind: TapKind::Substitute,
+        }));
         quantizers.push(params(report, 0));
     }
     (clean.instrument(&taps, &constants).expect("an instrumented graph"), quantizers)
@@ -208,7 +215,7 @@ fn each_quantizer_is_the_simulated_one(model: Model, outcome: &Outcome, emitted:
     assert!(reported.keys().all(|pair| emitted_pairs.contains(pair)), "a site without a quantizer: {reported:?}");
 
     let taps = nodes.iter().enumerate().flat_map(|(number, node)| {
-        let tap = |value, number| Tap { value, number, substitutes: false };
+        let tap = |value, number| Tap { value, number, kind: TapKind::Observe };
         [tap(node.inputs[0], 2 * number), tap(node.outputs[0], 2 * number + 1)]
     });
     let instrumented = clean.instrument(&taps.collect::<Vec<_>>(), &[]).expect("an instrumented graph");

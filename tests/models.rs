@@ -31,8 +31,8 @@ const EXECUTORS: f64 = 1e-4;
 macro_rules! for_each_model {
     ($($check:ident)*) => {
         $(for_each_model!(@ $check
-            bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place multi_io
-            packed recurrent scripted_encoder sdpa stateful tiny_encoder training_mode traps mnist_resnet);)*
+            bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place linear
+            mlp multi_io packed recurrent scripted_encoder sdpa small_conv stateful tiny_encoder training_mode traps mnist_resnet);)*
     };
     (@ $check:ident $($name:ident)*) => {
         mod $check {
@@ -323,6 +323,7 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
         weights: WeightPlan { scheme, granularity: Granularity::PerChannel, error_method: ErrorMethod::NoClipping },
         activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
         overrides: Overrides::default(),
+        hessian: None,
         device: DevicePlan::Cpu,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,

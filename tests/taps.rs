@@ -5,7 +5,7 @@ mod common;
 
 use tch::{Device, IndexOp, Kind, Tensor};
 use tsquant::jit::{
-    Argument, Arguments, BoxError, Clean, Error, Instrumented, Module, NoVisit, Output, Tap, ValueId, Visit,
+    Argument, Arguments, BoxError, Clean, Error, Instrumented, Module, NoVisit, Output, Tap, TapKind, ValueId, Visit,
     with_values,
 };
 use tsquant::sites;
@@ -27,12 +27,12 @@ fn output_of(clean: &Clean, layer: &str) -> ValueId {
 fn tap_layers(clean: &Clean) -> Instrumented {
     let taps = LAYERS.iter().enumerate();
     let taps: Vec<_> =
-        taps.map(|(number, layer)| Tap { value: output_of(clean, layer), number, substitutes: false }).collect();
+        taps.map(|(number, layer)| Tap { value: output_of(clean, layer), number, kind: TapKind::Observe }).collect();
     clean.instrument(&taps, &[]).expect("an instrumented graph")
 }
 
 fn substitute_layer(clean: &Clean, layer: &str) -> Instrumented {
-    let tap = Tap { value: output_of(clean, layer), number: 7, substitutes: true };
+    let tap = Tap { value: output_of(clean, layer), number: 7, kind: TapKind::Substitute };
     clean.instrument(&[tap], &[]).expect("an instrumented graph")
 }
 

@@ -10,7 +10,7 @@ use super::progress::Display;
 use super::{located, table, working_dir};
 use crate::config::{Experiment, Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
-use crate::report::{Dropped, Kind, Report, WorstSite};
+use crate::report::{Dropped, Kind, Report, Timings, WorstSite};
 
 /// Quantize a model as a YAML file describes.
 #[derive(Debug, Args)]
@@ -73,14 +73,19 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
         table::count(estimate.activations, "activation"),
         table::count(estimate.left_float.len(), "op or value"),
     )?;
+    let hessian = match (estimate.hessian_rows, estimate.timings.hessian) {
+        (0, _) => String::new(),
+        (rows, seconds) => format!("hessian {seconds:.1} ({rows} rows), "),
+    };
     let (times, calibrated, evaluated) = (&estimate.timings, estimate.calibration_rows, estimate.evaluation_rows);
     writeln!(
         out,
-        "# about {:.0} s: load {:.1}, calibrate {:.1} ({calibrated} rows), search {:.1}, check {:.1}, \
+        "# about {:.0} s: load {:.1}, calibrate {:.1} ({calibrated} rows), {}search {:.1}, check {:.1}, \
          evaluate {:.1} ({evaluated} rows)",
         times.total.max(1.0),
         times.load,
         times.calibrate,
+        hessian,
         times.search,
         times.check,
         times.evaluate
@@ -113,10 +118,22 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
     let times = &report.timings_s;
     writeln!(
         out,
-        "{:.1} s: load {:.1}, calibrate {:.1}, search {:.1}, emit {:.1}, check {:.1}, evaluate {:.1}",
-        times.total, times.load, times.calibrate, times.search, times.emit, times.check, times.evaluate
+        "{:.1} s: load {:.1}, calibrate {:.1}, {}search {:.1}, emit {:.1}, check {:.1}, evaluate {:.1}",
+        times.total,
+        times.load,
+        times.calibrate,
+        hessian_time(report.hessian.is_some(), times),
+        times.search,
+        times.emit,
+        times.check,
+        times.evaluate
     )?;
     writeln!(out, "written to {}", outcome.dir.display())
+}
+
+/// The time of the stage that not every run has.
+fn hessian_time(has_scores: bool, times: &Timings) -> String {
+    if has_scores { format!("hessian {:.1}, ", times.hessian) } else { String::new() }
 }
 
 /// How many parts of the float model the emitted one is without, if any.

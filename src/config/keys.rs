@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::hessian::HessianKeys;
 use super::overrides::OverrideKeys;
 use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
@@ -30,6 +31,9 @@ pub(super) struct Keys {
     /// Settings of single layers, in order: later ones win.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) overrides: Option<Vec<OverrideKeys>>,
+    /// How the Hessian scores of HMSE are computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) hessian: Option<HessianKeys>,
     /// Where the model runs.
     pub(super) device: Option<DevicePlan>,
     /// What is written, and where.
@@ -164,6 +168,8 @@ pub enum Method {
     Lp,
     /// [`ErrorMethod::Kl`].
     Kl,
+    /// [`ErrorMethod::Hmse`].
+    Hmse,
 }
 
 impl Method {
@@ -175,6 +181,7 @@ impl Method {
             Self::Mae => ErrorMethod::Mae,
             Self::Lp => ErrorMethod::Lp { p },
             Self::Kl => ErrorMethod::Kl,
+            Self::Hmse => ErrorMethod::Hmse,
         }
     }
 }

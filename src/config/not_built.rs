@@ -11,7 +11,6 @@ use NotBuilt::{Key, Value};
 /// `cuda:N` stands for every N, `[]` for every item of a list.
 const NOT_BUILT: &[NotBuilt] = &[
     Key("mixed_precision"),
-    Key("hessian"),
     Key("allow_tf32"),
     Key("quantization.weights.rounding"),
     Key("quantization.weights_bias_correction"),
@@ -19,11 +18,6 @@ const NOT_BUILT: &[NotBuilt] = &[
     Key("output.engine"),
     Key("output.reduce_range"),
     Key("output.strict"),
-    Value("quantization.weights_error_method", "HMSE"),
-    Value("quantization.activation_error_method", "HMSE"),
-    Value("overrides[].weights.error_method", "HMSE"),
-    Value("overrides[].activations.error_method", "HMSE"),
-    Value("overrides[].inputs.error_method", "HMSE"),
     Value("output.format", "int8"),
     Value("device", "cuda"),
     Value("device", "cuda:N"),

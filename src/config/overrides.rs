@@ -132,11 +132,12 @@ impl Fields {
 }
 
 impl Overrides {
-    /// Whether an entry asks for LP, so that it matters which is meant where it does not say.
-    pub(super) fn ask_for_lp(&self) -> bool {
+    /// Whether an entry asks for this error method.
+    pub(super) fn ask_for(&self, method: Method) -> bool {
         let roles = self.entries.iter().flat_map(|entry| [&entry.weights, &entry.activations, &entry.inputs]);
-        let lp = |fields: &Fields| fields.error_method == Some(Method::Lp);
-        roles.flatten().any(|role| matches!(&role.value, SiteOverride::Set(fields) if lp(fields)))
+        roles
+            .flatten()
+            .any(|role| matches!(&role.value, SiteOverride::Set(fields) if fields.error_method == Some(method)))
     }
 
     /// Checks what was typed; `root` is the tree that it was read from.
@@ -147,7 +148,8 @@ impl Overrides {
         let entries = typed.into_iter().enumerate();
         let entries = entries.map(|(index, keys)| entry(root, &format!("overrides[{index}]"), keys));
         let overrides = Self { entries: entries.collect::<Result<_, _>>()?, exponent };
-        Ok(if overrides.ask_for_lp() { overrides } else { Self { exponent: Exponent::default(), ..overrides } })
+        // It matters which LP is meant where an entry asks for it.
+        Ok(if overrides.ask_for(Method::Lp) { overrides } else { Self { exponent: Exponent::default(), ..overrides } })
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Plan {
     pub activations: ActivationPlan,
     /// What is different at some layers.
     pub overrides: Overrides,
+    /// How Hessian scores are computed; `None` where no error method asks for them.
+    pub hessian: Option<HessianPlan>,
     /// Where the model runs.
     pub device: DevicePlan,
     /// What is written, and where.
@@ -202,6 +204,44 @@ pub struct ActivationPlan {
     /// Values farther than this many standard deviations from the mean of their site do not count when thresholds are
     /// chosen, whatever the error method; finite and above 0. `None`: all values count.
     pub z_threshold: Option<f64>,
+}
+
+/// How Hessian scores are computed and what becomes of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HessianPlan {
+    /// What the scores depend on.
+    pub request: HessianRequest,
+    /// A layer without usable scores is quantized with MSE instead of being an error.
+    pub allow_fallback: bool,
+    /// The scores are kept in the run directory, for later runs to use.
+    pub save: bool,
+}
+
+/// What Hessian scores depend on, beside the model and the data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HessianRequest {
+    /// Calibration rows to use, drawn by seed; all of them if there are no more.
+    pub samples: NonZeroUsize,
+    /// Random directions for each row: the least number of them where there is a `tolerance`.
+    pub probes: NonZeroUsize,
+    /// Rows in a batch.
+    pub batch_size: NonZeroUsize,
+    /// How directions are drawn.
+    pub distribution: Distribution,
+    /// Directions are added until the relative standard error of each layer's scores is at most this.
+    pub tolerance: Option<f64>,
+    /// Seed of rows and directions.
+    pub seed: u64,
+}
+
+/// The distribution of the components of a random direction, of mean 0 and variance 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Distribution {
+    /// −1 or 1.
+    Rademacher,
+    /// The normal distribution.
+    Normal,
 }
 
 /// Where the model runs.

@@ -60,6 +60,11 @@ impl Resolver<'_> {
         let exponent = quantization.l_p_value.map(|LpValue(p)| p).unwrap_or_default();
         let (weights, activations) = self.quantization(quantization, exponent)?;
         let overrides = Overrides::resolve(self.root, keys.overrides.unwrap_or_default(), exponent)?;
+        let hessian = super::hessian::resolve(&keys.hessian.unwrap_or_default(), seed)
+            .map_err(|(key, reason)| self.invalid(&format!("hessian.{key}"), reason))?;
+        let methods = [weights.error_method, activations.error_method];
+        let is_asked = methods.contains(&ErrorMethod::Hmse) || overrides.ask_for(Method::Hmse);
+        let hessian = is_asked.then_some(hessian);
         let device = keys.device.unwrap_or(DevicePlan::Auto);
         let output = self.output(keys.output.unwrap_or_default())?;
         let evaluation = keys.evaluation.map(|keys| {
@@ -85,7 +90,7 @@ impl Resolver<'_> {
                 return Err(self.invalid("output.dir", reason));
             }
         }
-        Ok(Plan { model, calibration, weights, activations, overrides, device, output, evaluation, seed })
+        Ok(Plan { model, calibration, weights, activations, overrides, hessian, device, output, evaluation, seed })
     }
 
     /// What `evaluate` does with `keys`: neither model nor calibration data need be there, and data that is not named

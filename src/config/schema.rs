@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
+use super::hessian::Tolerance;
 use super::keys::{Count, Crop, Deviations, Keys, LpValue, OutputName, Pixels};
 use super::plan::{InputSource, InputsPlan};
 use crate::quantizer::Bits;
@@ -43,6 +44,9 @@ schema_of!(LpValue, "LpValue", _generator => json_schema!({
     "type": "integer", "minimum": 1, "maximum": Exponent::MAX,
 }));
 schema_of!(Deviations, "Deviations", _generator => json_schema!({ "type": "number", "exclusiveMinimum": 0 }));
+schema_of!(Tolerance, "Tolerance", _generator => json_schema!({
+    "type": "number", "exclusiveMinimum": 0, "maximum": 1,
+}));
 schema_of!(Count, "Count", _generator => json_schema!({ "type": "integer", "minimum": 1, "maximum": u32::MAX }));
 schema_of!(Pixels, "Pixels", _generator => json_schema!({ "type": "integer", "minimum": 1, "maximum": u16::MAX }));
 schema_of!(OutputName, "OutputName", _generator => json_schema!({

@@ -1,13 +1,16 @@
 //! A plan as an experiment again: the same keys, absolute paths, every default written.
 
+use std::path::Path;
+
 use serde::{Serialize, Serializer};
 
 use super::error::{Error, Origin, Place, Problem};
+use super::hessian::HessianKeys;
 use super::keys::{
     CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Keys, LpValue, Method, ModelKeys, OneOrMany, OutputKeys,
     OutputName, Pixels, QuantizationKeys, SiteKeys, TransformKeys,
 };
-use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, Plan, Transform, WeightPlan};
+use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, HessianPlan, Plan, Transform, WeightPlan};
 use crate::quantizer::Granularity;
 use crate::threshold::ErrorMethod;
 
@@ -17,11 +20,36 @@ impl Plan {
     /// # Errors
     /// A path that is not UTF-8, which no resolved plan holds.
     pub fn to_yaml(&self) -> Result<String, Error> {
-        serde_yaml::to_string(self).map_err(|error| {
-            let place = Place::whole(Origin::File(self.output.dir.clone()));
-            place.error(Problem::Unwritable { reason: error.to_string() })
-        })
+        section(&self.output.dir, self)
     }
+}
+
+impl DataPlan {
+    /// This plan as the text of the section `calibration`.
+    ///
+    /// # Errors
+    /// A path that is not UTF-8, which no resolved plan holds.
+    pub fn to_yaml(&self) -> Result<String, Error> {
+        section(&self.path, &CalibrationKeys::from(self))
+    }
+}
+
+impl HessianPlan {
+    /// What scores depend on, as the text of the section `hessian`.
+    ///
+    /// # Errors
+    /// None that a plan can cause.
+    pub fn request_to_yaml(&self) -> Result<String, Error> {
+        let request = Self { allow_fallback: false, save: false, request: self.request.clone() };
+        section(Path::new("hessian"), &HessianKeys::from(&request))
+    }
+}
+
+fn section(path: &Path, keys: &impl Serialize) -> Result<String, Error> {
+    serde_yaml::to_string(keys).map_err(|error| {
+        let place = Place::whole(Origin::File(path.to_owned()));
+        place.error(Problem::Unwritable { reason: error.to_string() })
+    })
 }
 
 impl Serialize for Plan {
@@ -35,7 +63,7 @@ impl From<&Plan> for Keys {
         let methods = [plan.weights.error_method, plan.activations.error_method];
         // Where both are LP they share it.
         let exponent = methods.into_iter().find_map(ErrorMethod::exponent);
-        let exponent = exponent.or(plan.overrides.ask_for_lp().then_some(plan.overrides.exponent));
+        let exponent = exponent.or(plan.overrides.ask_for(Method::Lp).then_some(plan.overrides.exponent));
         let overrides: Vec<_> = plan.overrides.entries.iter().map(Into::into).collect();
         Self {
             model: Some(ModelKeys { path: Some(plan.model.clone()) }),
@@ -49,6 +77,7 @@ impl From<&Plan> for Keys {
                 z_threshold: plan.activations.z_threshold.map(Deviations),
             }),
             overrides: Some(overrides).filter(|overrides| !overrides.is_empty()),
+            hessian: plan.hessian.as_ref().map(Into::into),
             device: Some(plan.device),
             output: Some(OutputKeys {
                 dir: Some(plan.output.dir.clone()),
@@ -117,6 +146,7 @@ impl From<ErrorMethod> for Method {
             ErrorMethod::Mae => Self::Mae,
             ErrorMethod::Lp { .. } => Self::Lp,
             ErrorMethod::Kl => Self::Kl,
+            ErrorMethod::Hmse => Self::Hmse,
         }
     }
 }

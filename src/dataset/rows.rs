@@ -3,6 +3,8 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+use crate::random::SplitMix64;
+
 /// The chosen rows, ascending so that a file is read forwards.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Rows {
@@ -20,6 +22,16 @@ impl Rows {
         match seed {
             Some(seed) if samples < total => Self::Drawn(draw(total, samples, seed)),
             _ => Self::First(samples),
+        }
+    }
+
+    /// So many of these drawn without replacement; all of them if that is not fewer.
+    pub(super) fn sample(&self, samples: NonZeroUsize, seed: u64) -> Self {
+        match Self::choose(self.len(), Some(samples), Some(seed)) {
+            Self::Drawn(positions) => {
+                Self::Drawn(positions.into_iter().flat_map(|position| self.at(position..position + 1)).collect())
+            }
+            Self::First(_) => self.clone(),
         }
     }
 
@@ -55,7 +67,7 @@ impl Rows {
 /// `samples` of `total` numbers, ascending, each set equally likely: algorithm S of Knuth, The Art of Computer
 /// Programming, volume 2, section 3.4.2.
 fn draw(total: usize, samples: usize, seed: u64) -> Vec<usize> {
-    let mut generator = SplitMix64(seed);
+    let mut generator = SplitMix64::new(seed);
     let mut drawn = Vec::with_capacity(samples);
     for row in 0..total {
         if generator.below((total - row) as u64) < (samples - drawn.len()) as u64 {
@@ -63,24 +75,6 @@ fn draw(total: usize, samples: usize, seed: u64) -> Vec<usize> {
         }
     }
     drawn
-}
-
-/// Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014).
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// A number below `bound`, which is at least 1. The high half of a product; its bias is below `bound` / 2^64.
-    fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
-    }
 }
 
 #[cfg(test)]
@@ -101,10 +95,13 @@ mod tests {
     }
 
     #[test]
-    fn splitmix_gives_the_published_numbers() {
-        let mut generator = SplitMix64(1_234_567);
-        assert_eq!(generator.next(), 6_457_827_717_110_365_317);
-        assert_eq!(generator.next(), 3_203_168_211_198_807_973);
+    fn samples_are_among_the_rows() {
+        let rows = Rows::Drawn(vec![2, 3, 5, 7, 11, 13]);
+        let Rows::Drawn(sample) = rows.sample(NonZeroUsize::new(3).unwrap(), 7) else { panic!("expected a draw") };
+        assert_eq!(sample.len(), 3);
+        assert!(sample.is_sorted_by(|a, b| a < b) && sample.iter().all(|row| [2, 3, 5, 7, 11, 13].contains(row)));
+        assert_eq!(rows.sample(NonZeroUsize::new(6).unwrap(), 7), rows);
+        assert_eq!(Rows::First(4).sample(NonZeroUsize::new(9).unwrap(), 7), Rows::First(4));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::listing::{Listing, Seen, ValueId};
 use super::module::{Arguments, Module};
 use super::value::Output;
 use super::visit::{BoxError, NoVisit, Visit, Visitor};
-use super::{Error, tensor};
+use super::{Differentiable, Error, tensor};
 
 /// Largest change of an output by the clean-up, relative to the largest magnitude of that output. Folding batch
 /// normalization rounds differently; real models stay below 1e-5.
@@ -55,8 +55,19 @@ pub struct Tap {
     pub value: ValueId,
     /// Number that [`Visit`] gets; several values may share one.
     pub number: usize,
-    /// Replace instead of observe.
-    pub substitutes: bool,
+    /// What happens there.
+    pub kind: TapKind,
+}
+
+/// What a tap does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TapKind {
+    /// [`Visit::observe`].
+    Observe,
+    /// [`Visit::substitute`].
+    Substitute,
+    /// [`Visit::gradient`]; for [`Clean::differentiable`] alone.
+    Gradient,
 }
 
 /// A fake-quantize node to write after a value.
@@ -160,7 +171,7 @@ impl Clean {
     fn see_values(&mut self, sample: &Arguments) -> Result<(), Error> {
         let tensors = self.listing.values.iter().enumerate();
         let tensors = tensors.filter(|(_, value)| value.is_tensor && value.constant.is_none());
-        let taps: Vec<_> = tensors.map(|(value, _)| Tap { value, number: value, substitutes: false }).collect();
+        let taps: Vec<_> = tensors.map(|(value, _)| Tap { value, number: value, kind: TapKind::Observe }).collect();
         let mut sight = Sight(vec![None; self.listing.values.len()]);
         self.instrument(&taps, &[])?.run(sample, &mut sight)?;
         for (value, seen) in self.listing.values.iter_mut().zip(sight.0) {
@@ -222,14 +233,21 @@ impl Clean {
     /// # Errors
     /// Where libtorch refuses the graph.
     pub fn instrument(&self, taps: &[Tap], constants: &[(ValueId, Tensor)]) -> Result<Instrumented, Error> {
-        let rows: Vec<_> = taps
-            .iter()
-            .map(|tap| bridge::TapRow { value: tap.value, site: tap.number, substitutes: tap.substitutes })
-            .collect();
+        let rows = tap_rows(taps);
         let values: Vec<_> = constants.iter().map(|(value, _)| *value).collect();
-        let tensors = tensor_list(constants.iter().map(|(_, tensor)| tensor));
-        let tensors = tensors.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
-        Ok(Instrumented { executable: bridge::instrument(self.frozen()?, &rows, &values, tensors)? })
+        let tensors = tensor::list(constants.iter().map(|(_, tensor)| tensor));
+        Ok(Instrumented { executable: bridge::instrument(self.frozen()?, &rows, &values, &tensors)? })
+    }
+
+    /// A copy of the graph with taps, of which those on gradients are told on the way back, and with these constants as inputs,
+    /// so that their gradients can be asked for.
+    ///
+    /// # Errors
+    /// Where libtorch refuses the graph.
+    pub fn differentiable(&self, taps: &[Tap], lifted: &[ValueId]) -> Result<Differentiable, Error> {
+        let executable = bridge::differentiable(self.frozen()?, &tap_rows(taps), lifted)?;
+        let constants = lifted.iter().map(|&value| self.constant(value)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Differentiable::new(executable, &constants))
     }
 
     /// Writes the graph with fake-quantize nodes and named parameters as a TorchScript file.
@@ -255,10 +273,9 @@ impl Clean {
             .collect();
         let files: Vec<_> =
             files.iter().map(|file| bridge::ExtraFile { name: file.name.clone(), text: file.text.clone() }).collect();
-        let tensors = tensor_list(parameters.iter().map(|parameter| &parameter.tensor));
-        let tensors = tensors.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
+        let tensors = tensor::list(parameters.iter().map(|parameter| &parameter.tensor));
         let target = path.to_str().ok_or_else(|| failed("the path is not UTF-8"))?;
-        bridge::emit_module(self.frozen()?, &quantizers, &rows, tensors, &files, target)
+        bridge::emit_module(self.frozen()?, &quantizers, &rows, &tensors, &files, target)
             .map_err(|error| failed(error.what()))
     }
 
@@ -365,10 +382,11 @@ fn quantizer_row(quantizer: &Quantizer) -> bridge::QuantizerRow {
     }
 }
 
-fn tensor_list<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> UniquePtr<bridge::Tensors> {
-    let mut list = bridge::new_tensors();
-    for item in tensors {
-        bridge::push_tensor(list.pin_mut(), tensor::as_bridge(item));
-    }
-    list
+fn tap_rows(taps: &[Tap]) -> Vec<bridge::TapRow> {
+    let kind = |kind| match kind {
+        TapKind::Observe => bridge::TapKind::Observe,
+        TapKind::Substitute => bridge::TapKind::Substitute,
+        TapKind::Gradient => bridge::TapKind::Gradient,
+    };
+    taps.iter().map(|tap| bridge::TapRow { value: tap.value, site: tap.number, kind: kind(tap.kind) }).collect()
 }

@@ -81,6 +81,14 @@ pub enum Error {
         /// libtorch's reason.
         message: String,
     },
+    /// Gradients cannot be taken.
+    #[error("the gradients of the model cannot be taken on {inputs}: {message}")]
+    Backward {
+        /// The arguments' shapes.
+        inputs: String,
+        /// libtorch's reason.
+        message: String,
+    },
     /// The visit of a tapped value failed.
     #[error("{0}")]
     Visit(BoxError),

@@ -73,10 +73,16 @@ pub(super) mod bridge {
         nodes: Vec<NodeRow>,
     }
 
+    enum TapKind {
+        Observe,
+        Substitute,
+        Gradient,
+    }
+
     struct TapRow {
         value: usize,
         site: usize,
-        substitutes: bool,
+        kind: TapKind,
     }
 
     struct QuantizerRow {
@@ -142,6 +148,7 @@ pub(super) mod bridge {
         type Visitor<'a>;
         fn observe(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<()>;
         fn substitute(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn gradient(self: &mut Visitor<'_>, site: i64, value: &Tensor, gradient: &Tensor) -> Result<()>;
     }
 
     unsafe extern "C++" {
@@ -155,6 +162,7 @@ pub(super) mod bridge {
         type Frozen;
         type Executable;
         type Tensors;
+        type Recording;
 
         fn value_none() -> UniquePtr<Value>;
         fn value_bool(x: bool) -> UniquePtr<Value>;
@@ -199,6 +207,8 @@ pub(super) mod bridge {
 
         fn new_tensors() -> UniquePtr<Tensors>;
         fn push_tensor(list: Pin<&mut Tensors>, tensor: &Tensor);
+        fn tensor_count(list: &Tensors) -> usize;
+        fn tensor_at(list: &Tensors, index: usize) -> Result<UniquePtr<Tensor>>;
 
         fn instrument(
             f: &Frozen,
@@ -210,6 +220,22 @@ pub(super) mod bridge {
         fn thread_count() -> usize;
         fn in_parallel(count: usize, work: &Work<'_>) -> Result<()>;
         fn run(e: &Executable, a: &Arguments, visitor: &mut Visitor<'_>) -> Result<UniquePtr<Value>>;
+
+        fn differentiable(f: &Frozen, taps: &[TapRow], lifted: &[usize]) -> Result<UniquePtr<Executable>>;
+        fn record(
+            e: &Executable,
+            a: &Arguments,
+            lifted: &Tensors,
+            visitor: &mut Visitor<'_>,
+        ) -> Result<UniquePtr<Recording>>;
+        fn recorded_output(r: &Recording) -> UniquePtr<Value>;
+        fn backward(
+            r: &Recording,
+            outputs: &Tensors,
+            directions: &Tensors,
+            keep: bool,
+            visitor: &mut Visitor<'_>,
+        ) -> Result<UniquePtr<Tensors>>;
 
         fn emit_module(
             f: &Frozen,

@@ -50,6 +50,20 @@ pub fn with_dense<R>(tensor: &Tensor, read: impl FnOnce(Dense<'_>) -> R) -> Resu
     Ok(read(Dense { values, sizes: &sizes, strides: &strides }))
 }
 
+/// Lends the values of two float32 tensors of one shape as slices in the same order.
+///
+/// # Errors
+/// For tensors of another dtype or of different shapes.
+pub fn with_pairs<R>(a: &Tensor, b: &Tensor, read: impl FnOnce(&[f32], &[f32]) -> R) -> Result<R, Error> {
+    if a.size() != b.size() {
+        return Err(Error::Libtorch(format!("expected tensors of one shape, found {:?} and {:?}", a.size(), b.size())));
+    }
+    let is_same_order = a.stride() == b.stride() && bridge::is_dense(as_bridge(a)) && bridge::is_dense(as_bridge(b));
+    let pair =
+        if is_same_order { [a.shallow_clone(), b.shallow_clone()] } else { [a.f_contiguous()?, b.f_contiguous()?] };
+    with_values(&pair[0], |a| with_values(&pair[1], |b| read(a, b)))?
+}
+
 /// Borrows what a tch tensor points to.
 pub(super) fn as_bridge(tensor: &Tensor) -> &bridge::Tensor {
     let pointer = tensor.as_ptr().cast::<bridge::Tensor>();
@@ -73,6 +87,15 @@ pub(super) fn into_bridge(tensor: Tensor) -> UniquePtr<bridge::Tensor> {
     // SAFETY: tch allocates its tensors with C++'s `new at::Tensor`, as UniquePtr's `delete` expects, and ManuallyDrop
     // leaves C++ as the only owner.
     unsafe { UniquePtr::from_raw(pointer) }
+}
+
+/// A list for C++.
+pub(super) fn list<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> UniquePtr<bridge::Tensors> {
+    let mut list = bridge::new_tensors();
+    for tensor in tensors {
+        bridge::push_tensor(list.pin_mut(), as_bridge(tensor));
+    }
+    list
 }
 
 /// Takes a tensor from C++.

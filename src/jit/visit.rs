@@ -32,6 +32,16 @@ pub trait Visit {
         let _ = tap;
         Ok(value.shallow_clone())
     }
+
+    /// Called on the way back with the value at each tap on gradients and its gradient, which has the value's shape. On a
+    /// device this may be another thread than the one that asked, but never two at a time.
+    ///
+    /// # Errors
+    /// An error ends the way back and is what it returns.
+    fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
+        let (_, _, _) = (tap, value, gradient);
+        Ok(())
+    }
 }
 
 /// A visit for graphs without taps.
@@ -68,6 +78,16 @@ impl<'a> Visitor<'a> {
         let tensor = tensor::from_bridge(value);
         let substitute = self.guarded(|visit| visit.substitute(index(site)?, &tensor))?;
         Ok(tensor::into_bridge(substitute))
+    }
+
+    pub(super) fn gradient(
+        &mut self,
+        site: i64,
+        value: &bridge::Tensor,
+        gradient: &bridge::Tensor,
+    ) -> Result<(), Stopped> {
+        let (value, gradient) = (tensor::from_bridge(value), tensor::from_bridge(gradient));
+        self.guarded(|visit| visit.gradient(index(site)?, &value, &gradient))
     }
 
     fn guarded<T>(&mut self, call: impl FnOnce(&mut dyn Visit) -> Result<T, BoxError>) -> Result<T, Stopped> {

@@ -2,14 +2,16 @@
 
 use std::time::Instant;
 
+use super::score::Asking;
 use super::{Error, blame, compare, hash, load_clean, peak_memory_bytes, run_dir};
-use crate::config::Plan;
+use crate::config::{HessianPlan, HessianRequest, Plan};
+use crate::dataset::Dataset;
 use crate::feed;
-use crate::jit::NoVisit;
+use crate::jit::{Clean, NoVisit};
 use crate::quantizer::Grid;
 use crate::report::{Hashes, Timings};
-use crate::settings::{self, SiteSettings};
-use crate::sites::{self, LeftFloat};
+use crate::settings::{self, Settings, SiteSettings};
+use crate::sites::{self, LeftFloat, Sites};
 use crate::threshold::ErrorMethod;
 
 /// Calibration in plain forwards, measured on MobileNetV2; see docs/measurements.md.
@@ -42,6 +44,8 @@ pub struct Estimate {
     pub left_float: Vec<LeftFloat>,
     /// Rows of calibration data.
     pub calibration_rows: usize,
+    /// Rows that Hessian scores are computed on; 0 where no error method asks for them.
+    pub hessian_rows: usize,
     /// Rows that the models are compared on.
     pub evaluation_rows: usize,
     /// Seconds per stage; that of loading is measured.
@@ -79,6 +83,11 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         row = row.min(start.elapsed().as_secs_f64() / batch_size as f64);
     }
 
+    let (hessian, hessian_rows) = match &plan.hessian {
+        Some(hessian) => hessian_seconds(hessian, &settings, &sites, &model, &calibration)?,
+        None => (0.0, 0),
+    };
+
     let elements = |shape: &[i64]| shape.iter().map(|size| size.unsigned_abs()).product::<u64>();
     let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
     let weight_elements: u64 = weights.iter().sum();
@@ -87,13 +96,15 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let mut timings = Timings {
         load,
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
+        hessian,
         search: search + sites.activations.len() as f64 * SITE,
         emit: 0.0,
         check: row * comparison.checked_rows(&calibration) as f64 * EVALUATION,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
         total: 0.0,
     };
-    timings.total = timings.load + timings.calibrate + timings.search + timings.check + timings.evaluate;
+    timings.total =
+        timings.load + timings.calibrate + timings.hessian + timings.search + timings.check + timings.evaluate;
     let statistics = sites.activations.len() as u64 * STATISTICS;
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;
@@ -104,10 +115,34 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         activations: sites.activations.len(),
         left_float: sites.left_float,
         calibration_rows: calibration.rows(),
+        hessian_rows,
         evaluation_rows,
         timings,
         peak_memory_bytes: peak_memory_bytes().map(|bytes| bytes + statistics + copies),
     })
+}
+
+/// Seconds that Hessian scores take, by those of one batch, and the rows that they are computed on; with a tolerance, of as
+/// many probes as there are at least.
+fn hessian_seconds(
+    plan: &HessianPlan,
+    settings: &Settings,
+    sites: &Sites,
+    model: &Clean,
+    data: &Dataset,
+) -> Result<(f64, usize), Error> {
+    let HessianRequest { samples, batch_size, .. } = plan.request;
+    let rows = samples.get().min(data.rows());
+    let request = HessianRequest { samples: batch_size.min(samples), tolerance: None, ..plan.request.clone() };
+    let one_batch = HessianPlan { request, ..plan.clone() };
+    let mut batch = f64::INFINITY;
+    // The first one is slow.
+    for _ in 0..2 {
+        let start = Instant::now();
+        Asking::new(settings, sites, None).compute(&one_batch, model, data, |_| ())?;
+        batch = batch.min(start.elapsed().as_secs_f64());
+    }
+    Ok((batch * rows as f64 / batch_size.min(samples).get().min(rows) as f64, rows))
 }
 
 /// Seconds of the search for one element of a weight, per channel, on two cores.
@@ -116,6 +151,7 @@ fn per_weight(settings: &SiteSettings) -> f64 {
     let nanoseconds = match settings.error_method {
         ErrorMethod::NoClipping => 5.0,
         ErrorMethod::Kl => 1300.0,
+        // HMSE too: the scores go through the same loops.
         _ if is_uniform => 160.0,
         _ => 70.0,
     };

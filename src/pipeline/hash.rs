@@ -81,6 +81,6 @@ fn read_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Read { path, source }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

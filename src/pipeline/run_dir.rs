@@ -205,8 +205,10 @@ fn holds_others(folder: &Path) -> std::io::Result<bool> {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let is_of_a_run =
-            name == MARK || name == "experiment.yaml" || (name.starts_with("quantized") && name.ends_with(".pt"));
+        let is_of_a_run = name == MARK
+            || name == "experiment.yaml"
+            || name == super::kept::FILE
+            || (name.starts_with("quantized") && name.ends_with(".pt"));
         if !is_of_a_run || entry.file_type()?.is_dir() {
             return Ok(true);
         }

@@ -6,16 +6,27 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use super::Error;
+use super::score::SiteScores;
+use crate::hessian::Scored;
 use crate::jit::{self, Clean};
 use crate::quantizer::{Granularity, QuantParams};
-use crate::report::{Kind, SiteReport};
+use crate::report::{self, Kind, Quantizers, SiteReport};
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, LeftFloat, Sites, WeightSite};
-use crate::statistics::{Activation, Histogram};
-use crate::threshold::{self, Channels, Selection};
+use crate::statistics::{Activation, Histogram, WeightedHistogram};
+use crate::threshold::{self, Channels, ErrorMethod, Note, Selection};
 
 /// Reason of a site without statistics.
 pub(super) const NEVER_RAN: &str = "never ran on the calibration data";
+
+/// What thresholds are chosen by.
+#[derive(Clone, Copy)]
+pub(super) struct Given<'a> {
+    pub(super) settings: &'a Settings,
+    /// In the order of the activations and of their anchors.
+    pub(super) statistics: &'a [Vec<Activation>],
+    pub(super) scores: &'a SiteScores,
+}
 
 /// What was chosen for each site.
 pub(super) struct Selections {
@@ -29,18 +40,19 @@ pub(super) struct Selections {
 
 /// Chooses all thresholds; sites that never ran join what is left float. `advance` is called with 1 for each site.
 pub(super) fn select(
-    settings: &Settings,
+    given: Given<'_>,
     model: &Clean,
     sites: &mut Sites,
-    statistics: &[Vec<Activation>],
     mut advance: impl FnMut(usize) + Send,
 ) -> Result<Selections, Error> {
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
-    for (site, settings) in sites.weights.iter().zip(&settings.weights) {
-        let (tensor, selection) = weight(settings, model, site)?;
+    let Given { settings, statistics, scores } = given;
+    for (index, (site, settings)) in sites.weights.iter().zip(&settings.weights).enumerate() {
+        let method = Method::new(settings.error_method, scored(&scores.weights, index));
+        let (tensor, selection) = weight(settings, &method, model, site)?;
         let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections.weights.push(tensor);
-        selections.reports.push(report(Kind::Weight, &named, settings, &selection));
+        selections.reports.push(report(Kind::Weight, &named, settings, &method, &selection));
         advance(1);
     }
     let advance = Mutex::new(advance);
@@ -50,23 +62,36 @@ pub(super) fn select(
         .zip(statistics)
         .map(|(site, observed)| drop_unseen(site, observed, &mut sites.left_float))
         .collect();
-    let choose = |((site, settings), histogram): ((&ActivationSite, &SiteSettings), &Histogram)| {
-        let SiteSettings { scheme, error_method, z_threshold, .. } = *settings;
-        let seen = !site.anchors.is_empty();
-        let select = || threshold::select_activation(histogram, scheme, error_method, z_threshold);
-        let selected = seen.then(select).transpose();
-        advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
-        selected
-    };
+    let methods: Vec<Method<'_, WeightedHistogram>> = settings
+        .activations
+        .iter()
+        .enumerate()
+        .map(|(index, settings)| Method::new(settings.error_method, scored(&scores.activations, index)))
+        .collect();
+    let choose =
+        |(((site, settings), histogram), method): (((&ActivationSite, &SiteSettings), &Histogram), &Method<'_, _>)| {
+            let SiteSettings { scheme, z_threshold, .. } = *settings;
+            let seen = !site.anchors.is_empty();
+            let select = || match method.scores {
+                Some(scores) => threshold::select_activation_scored(histogram, scores, scheme, z_threshold),
+                None => threshold::select_activation(histogram, scheme, method.error_method, z_threshold),
+            };
+            let selected = seen.then(select).transpose();
+            advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
+            selected
+        };
     // All results first: the error that is told must not depend on which thread comes first.
     let settled = sites.activations.par_iter().zip(&settings.activations);
-    let results: Vec<_> = settled.zip(&merged).map(choose).collect();
-    for ((site, settings), result) in sites.activations.iter().zip(&settings.activations).zip(results) {
+    let results: Vec<_> = settled.zip(&merged).zip(&methods).map(choose).collect();
+    let settled = sites.activations.iter().zip(&settings.activations);
+    for (((site, settings), method), result) in settled.zip(&methods).zip(results) {
         let selection =
             result.map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
         selections.activations.push(selection.as_ref().and_then(|selection| selection.params.first().copied()));
         let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
-        selections.reports.extend(selection.map(|selection| report(Kind::Activation, &named, settings, &selection)));
+        selections
+            .reports
+            .extend(selection.map(|selection| report(Kind::Activation, &named, settings, method, &selection)));
     }
     Ok(selections)
 }
@@ -87,7 +112,39 @@ fn drop_unseen(site: &mut ActivationSite, observed: &[Activation], left_float: &
     merged
 }
 
-fn weight(settings: &SiteSettings, model: &Clean, site: &WeightSite) -> Result<(Tensor, Selection), Error> {
+/// How the thresholds of one site are chosen.
+struct Method<'a, T> {
+    /// MSE where the scores for HMSE are of no use.
+    error_method: ErrorMethod,
+    /// For HMSE.
+    scores: Option<&'a T>,
+    scored: Option<&'a Scored<T>>,
+}
+
+impl<'a, T> Method<'a, T> {
+    fn new(asked: ErrorMethod, scored: Option<&'a Scored<T>>) -> Self {
+        let scores = scored.and_then(|scored| scored.scores.as_ref().ok());
+        let falls_back = asked == ErrorMethod::Hmse && scored.is_some() && scores.is_none();
+        Self { error_method: if falls_back { ErrorMethod::Mse } else { asked }, scores, scored }
+    }
+
+    /// A line for the report where another method had to do.
+    fn note(&self) -> Option<String> {
+        let reason = self.scored?.scores.as_ref().err()?;
+        Some(format!("MSE instead of HMSE: {reason}"))
+    }
+}
+
+fn scored<T>(scores: &[Option<Scored<T>>], index: usize) -> Option<&Scored<T>> {
+    scores.get(index)?.as_ref()
+}
+
+fn weight(
+    settings: &SiteSettings,
+    method: &Method<'_, Tensor>,
+    model: &Clean,
+    site: &WeightSite,
+) -> Result<(Tensor, Selection), Error> {
     let failed = |source| Error::Select { kind: "weight", site: site.name.clone(), source };
     let value = site.values.first().copied().unwrap_or_default();
     let tensor = model.constant(value)?.f_contiguous()?;
@@ -99,7 +156,13 @@ fn weight(settings: &SiteSettings, model: &Clean, site: &WeightSite) -> Result<(
     let misfit = |source| Error::Channels { site: site.name.clone(), source };
     let quantize = |values: &[f32]| -> Result<(Vec<f32>, Selection), Error> {
         let channels = Channels::new(values, &shape, axis).map_err(misfit)?;
-        let selection = threshold::select_weights(&channels, settings.scheme, settings.error_method).map_err(failed)?;
+        let selection = match method.scores {
+            Some(scores) => jit::with_values(&scores.f_contiguous()?, |scores| {
+                threshold::select_weights_scored(&channels, scores, settings.scheme)
+            })?,
+            None => threshold::select_weights(&channels, settings.scheme, method.error_method),
+        };
+        let selection = selection.map_err(failed)?;
         Ok((threshold::quantize_weights(&channels, &selection.params).map_err(misfit)?, selection))
     };
     let (quantized, selection) = jit::with_values(&tensor, quantize)??;
@@ -113,7 +176,23 @@ struct Named<'a> {
     op: &'a str,
 }
 
-fn report(kind: Kind, site: &Named<'_>, settings: &SiteSettings, selection: &Selection) -> SiteReport {
+fn report<T>(
+    kind: Kind,
+    site: &Named<'_>,
+    settings: &SiteSettings,
+    method: &Method<'_, T>,
+    selection: &Selection,
+) -> SiteReport {
+    let mut quantizers: Quantizers = selection.into();
+    quantizers.notes.extend(method.note());
+    let zero_channels = selection.notes.iter().map(|note| match note {
+        Note::ZeroScores { channels, .. } => channels.len(),
+        _ => 0,
+    });
+    let scores = method
+        .scores
+        .and(method.scored)
+        .map(|scored| report::SiteScores { standard_error: scored.standard_error, zero_channels: zero_channels.sum() });
     SiteReport {
         name: site.name.to_owned(),
         kind,
@@ -122,8 +201,9 @@ fn report(kind: Kind, site: &Named<'_>, settings: &SiteSettings, selection: &Sel
         bits: settings.scheme.bits,
         grid: settings.scheme.grid,
         granularity: settings.granularity,
-        error_method: settings.error_method,
-        l_p_value: settings.error_method.exponent(),
-        quantizers: selection.into(),
+        error_method: method.error_method,
+        l_p_value: method.error_method.exponent(),
+        scores,
+        quantizers,
     }
 }

@@ -213,6 +213,7 @@ mod tests {
             scale: vec![1.0],
             zero_point: vec![0],
             error: 0.0,
+            weighted_error: None,
             sqnr_db: Some(10.0),
             clipped_share: 0.0,
             notes: Vec::new(),
@@ -227,6 +228,7 @@ mod tests {
             granularity: Granularity::PerTensor,
             error_method,
             l_p_value: None,
+            scores: None,
             quantizers,
         }
     }

@@ -1,4 +1,4 @@
-// Instrumented copies of a graph: two operators that call into Rust while the model runs.
+// Instrumented copies of a graph: operators that call into Rust while the model runs.
 #include "shim.h"
 
 #ifdef __GLIBC__
@@ -23,17 +23,6 @@ namespace {
 
 // The visitor of the run in progress on this thread; the interpreter calls operators on the thread that runs it.
 thread_local Visitor *current_visitor = nullptr;
-
-class CurrentVisitor {
-public:
-  explicit CurrentVisitor(Visitor &visitor) : previous_(current_visitor) { current_visitor = &visitor; }
-  ~CurrentVisitor() { current_visitor = previous_; }
-  CurrentVisitor(const CurrentVisitor &) = delete;
-  CurrentVisitor &operator=(const CurrentVisitor &) = delete;
-
-private:
-  Visitor *previous_;
-};
 
 Visitor &visitor_or_throw() {
   TORCH_CHECK(current_visitor != nullptr, "an instrumented graph was run without a visitor");
@@ -65,6 +54,8 @@ void register_operators() {
                              c10::AliasAnalysisKind::FROM_SCHEMA),
         torch::jit::Operator("tsquant::simulate(Tensor x, int site) -> Tensor", simulate,
                              c10::AliasAnalysisKind::FROM_SCHEMA),
+        torch::jit::Operator("tsquant::gradient(Tensor(a) x, int site) -> Tensor(a)", tap_gradient,
+                             c10::AliasAnalysisKind::FROM_SCHEMA),
     });
   });
 }
@@ -75,15 +66,28 @@ bool writes_arguments(const std::shared_ptr<torch::jit::Graph> &graph) {
   return std::any_of(inputs.begin() + 1, inputs.end(), [&](auto *input) { return aliases.hasWriters(input); });
 }
 
-// Makes an executable ready to run, once its graph is as it should be.
+torch::jit::Symbol operator_of(TapKind kind) {
+  switch (kind) {
+  case TapKind::Substitute:
+    return c10::Symbol::fromQualString("tsquant::simulate");
+  case TapKind::Gradient:
+    return c10::Symbol::fromQualString("tsquant::gradient");
+  default:
+    return c10::Symbol::fromQualString("tsquant::tap");
+  }
+}
+
+} // namespace
+
+CurrentVisitor::CurrentVisitor(Visitor &visitor) : previous_(current_visitor) { current_visitor = &visitor; }
+CurrentVisitor::~CurrentVisitor() { current_visitor = previous_; }
+
 void prepare(Executable &executable, const torch::jit::Module &state) {
   executable.code = torch::jit::Code(executable.graph, "forward");
   executable.stateful = uses_self(*executable.graph);
   executable.writes_arguments = writes_arguments(executable.graph);
   executable.state = state;
 }
-
-} // namespace
 
 bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use) {
   const auto *user = use.user;
@@ -111,10 +115,22 @@ void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torc
       use.user->replaceInput(use.offset, substitute->output());
 }
 
+void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *> &values,
+                 rust::Slice<const TapRow> taps) {
+  register_operators();
+  for (const auto &row : taps) {
+    auto *value = values.at(row.value);
+    torch::jit::WithInsertPoint after(node_after(value));
+    auto *site = graph.insertConstant(static_cast<std::int64_t>(row.site));
+    auto *node = graph.insertNode(graph.create(operator_of(row.kind), {value, site}, 1));
+    node->output()->setType(value->type());
+    replace_inner_uses(graph, value, node);
+  }
+}
+
 std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
                                        rust::Slice<const std::size_t> constants,
                                        const Tensors &replacements) {
-  register_operators();
   auto executable = std::make_unique<Executable>();
   executable->graph = f.graph->copy();
   auto &graph = *executable->graph;
@@ -124,16 +140,7 @@ std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow
     torch::jit::WithInsertPoint before(constant->node());
     constant->replaceAllUsesWith(graph.insertConstant(replacements.inner.at(i)));
   }
-  static const auto tap_op = c10::Symbol::fromQualString("tsquant::tap");
-  static const auto simulate_op = c10::Symbol::fromQualString("tsquant::simulate");
-  for (const auto &row : taps) {
-    auto *value = values.at(row.value);
-    torch::jit::WithInsertPoint after(node_after(value));
-    auto *site = graph.insertConstant(static_cast<std::int64_t>(row.site));
-    auto *node = graph.insertNode(graph.create(row.substitutes ? simulate_op : tap_op, {value, site}, 1));
-    node->output()->setType(value->type());
-    replace_inner_uses(graph, value, node);
-  }
+  insert_taps(graph, values, taps);
   prepare(*executable, f.module);
   return executable;
 }
@@ -175,9 +182,7 @@ std::unique_ptr<Executable> executable_of(const Module &m) {
   return executable;
 }
 
-std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor) {
-  at::NoGradGuard no_grad;
-  const CurrentVisitor guard(visitor);
+torch::jit::Stack stack_for(const Executable &e, const Arguments &a) {
   torch::jit::Stack stack;
   stack.reserve(a.positional.size() + 1);
   stack.emplace_back(e.stateful ? e.state.deepcopy()._ivalue() : e.state._ivalue());
@@ -185,6 +190,13 @@ std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &vis
   stack.insert(stack.end(), arguments.begin(), arguments.end());
   // A model that draws random numbers draws the same ones in every run, so that runs can be compared.
   at::manual_seed(0);
+  return stack;
+}
+
+std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor) {
+  at::NoGradGuard no_grad;
+  const CurrentVisitor guard(visitor);
+  auto stack = stack_for(e, a);
   torch::jit::InterpreterState(e.code).run(stack);
   return std::make_unique<Value>(Value{torch::jit::pop(stack)});
 }

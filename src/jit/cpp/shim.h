@@ -43,6 +43,7 @@ struct AttributeRow;
 struct OpCount;
 struct ListingRows;
 struct TapRow;
+enum class TapKind : std::uint8_t;
 struct QuantizerRow;
 struct ParameterRow;
 struct ExtraFile;
@@ -131,6 +132,9 @@ struct Tensors {
 };
 std::unique_ptr<Tensors> new_tensors();
 void push_tensor(Tensors &list, const at::Tensor &tensor);
+std::size_t tensor_count(const Tensors &list);
+// Null for a tensor that is not defined.
+std::unique_ptr<at::Tensor> tensor_at(const Tensors &list, std::size_t index);
 
 // An instrumented copy of a graph, ready to run op by op.
 struct Executable {
@@ -150,6 +154,26 @@ std::size_t thread_count();
 void in_parallel(std::size_t count, const Work &work);
 std::unique_ptr<Value> run(const Executable &e, const Arguments &a, Visitor &visitor);
 
+// A run whose gradients can be asked for: its output, and what its gradients flow to.
+struct Gradients;
+struct Recording {
+  c10::IValue output;
+  std::vector<at::Tensor> leaves; // the lifted constants, then values that began to need a gradient at their tap
+  std::size_t lifted = 0;
+  std::shared_ptr<Gradients> gradients;
+};
+
+// As `instrument`, with these constants as further inputs.
+std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const TapRow> taps,
+                                           rust::Slice<const std::size_t> lifted);
+std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, Visitor &visitor);
+std::unique_ptr<Value> recorded_output(const Recording &r);
+// The gradients of sum(outputs * directions) with respect to the lifted constants, in their order; a constant that no
+// gradient reaches has an undefined one. The visitor gets those of tapped values as they come. Without `keep` the recording
+// is of no use afterwards.
+std::unique_ptr<Tensors> backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep,
+                                  Visitor &visitor);
+
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
                  rust::Slice<const ParameterRow> parameters, const Tensors &tensors,
                  rust::Slice<const ExtraFile> files, rust::Str path);
@@ -160,6 +184,26 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
 std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph);
 // A pass of our own marks a node with the module that owns its weight, as a scope of this name.
 extern const char *const kLayerScope;
+// Puts the taps into a graph whose values these are.
+void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *> &values,
+                 rust::Slice<const TapRow> taps);
+// Makes an executable ready to run, once its graph is as it should be.
+void prepare(Executable &executable, const torch::jit::Module &state);
+// The state and the arguments of one run.
+torch::jit::Stack stack_for(const Executable &e, const Arguments &a);
+// Makes the visitor that of the runs on this thread while it lives.
+class CurrentVisitor {
+public:
+  explicit CurrentVisitor(Visitor &visitor);
+  ~CurrentVisitor();
+  CurrentVisitor(const CurrentVisitor &) = delete;
+  CurrentVisitor &operator=(const CurrentVisitor &) = delete;
+
+private:
+  Visitor *previous_;
+};
+// The operator of taps on gradients.
+void tap_gradient(torch::jit::Stack &stack);
 // True if running the graph needs its module: something beside the constants folded into it.
 bool uses_self(const torch::jit::Graph &graph);
 bool has_tensor_data(const at::Tensor &t);

@@ -1,0 +1,155 @@
+//! The Hessian stage against a plain forward and backward of libtorch to all weights, over the same batches, in turn in one
+//! process: `cargo bench --bench hessian -- EXPERIMENT.yaml ...`.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use tch::Tensor;
+use tsquant::config::{Experiment, HessianPlan, HessianRequest};
+use tsquant::dataset::Dataset;
+use tsquant::hessian::{self, Layers};
+use tsquant::jit::{Clean, Differentiable, NoVisit};
+use tsquant::{feed, jit, pipeline, sites};
+
+#[derive(Parser)]
+struct Options {
+    /// Experiments of which the model and the calibration data count.
+    experiments: Vec<PathBuf>,
+    /// Rounds, each a plain pass and one of each kind of scores.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Rows.
+    #[arg(long, default_value_t = NonZeroUsize::new(32).expect("a count"))]
+    samples: NonZeroUsize,
+    /// Rows in a batch.
+    #[arg(long, default_value_t = NonZeroUsize::new(8).expect("a count"))]
+    batch_size: NonZeroUsize,
+    /// Passed by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What is scored, and with how many probes.
+const KINDS: [(&str, bool, bool, usize); 5] = [
+    ("weights, 1 probe", true, false, 1),
+    ("activations, 1 probe", false, true, 1),
+    ("both, 1 probe", true, true, 1),
+    ("both, 2 probes", true, true, 2),
+    ("both, 4 probes", true, true, 4),
+];
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let _ = options.bench;
+    if options.experiments.is_empty() {
+        println!("hessian: needs experiments: cargo bench --bench hessian -- EXPERIMENT.yaml ...");
+    }
+    jit::keep_freed_memory();
+    for path in &options.experiments {
+        measure(path, &options).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn measure(path: &Path, options: &Options) -> Result<()> {
+    let plan = Experiment::read(path)?.resolve(Path::new("."))?;
+    let data = Dataset::open(&plan.calibration)?;
+    let clean = pipeline::load_clean(&plan, &data)?;
+    let sites = sites::find(clean.listing());
+    let weights: Vec<_> = sites.weights.iter().collect();
+    let activations: Vec<_> = sites.activations.iter().collect();
+    let lifted: Vec<_> = weights.iter().flat_map(|site| site.values.iter().copied()).collect();
+    let graph = clean.differentiable(&[], &lifted)?;
+    let HessianRequest { distribution, .. } = HessianPlan::with_seed(0).request;
+    let request = |probes| HessianRequest {
+        samples: options.samples,
+        probes: NonZeroUsize::new(probes).expect("a count"),
+        batch_size: options.batch_size,
+        distribution,
+        tolerance: None,
+        seed: 0,
+    };
+    let score = |(_, of_weights, of_activations, probes): (&str, bool, bool, usize)| -> Result<()> {
+        let layers = Layers {
+            weights: if of_weights { &weights } else { &[] },
+            activations: if of_activations { &activations } else { &[] },
+        };
+        hessian::score(&clean, layers, &data, &request(probes), |_| ())?;
+        Ok(())
+    };
+    let loaded = memory("VmRSS:");
+    // Warm: libtorch optimizes in the first runs.
+    for _ in 0..2 {
+        plain(&clean, &graph, &data, &request(1))?;
+    }
+    let plain_peak = memory("VmHWM:");
+    let mut peaks = Vec::new();
+    for kind in KINDS {
+        score(kind)?;
+        peaks.push(memory("VmHWM:"));
+    }
+    let mut times = vec![Vec::new(); KINDS.len() + 1];
+    for _ in 0..options.rounds {
+        times[0].push(seconds(|| plain(&clean, &graph, &data, &request(1)))?);
+        for (kind, times) in KINDS.into_iter().zip(&mut times[1..]) {
+            times.push(seconds(|| score(kind))?);
+        }
+    }
+    let rows = data.sample(options.samples, 0, options.batch_size).rows();
+    println!(
+        "{}: {rows} rows in batches of {}; plain forward and backward {:.3} s; {loaded:.0} MB loaded, {plain_peak:.0} MB peak",
+        path.display(),
+        options.batch_size,
+        least(&times[0]),
+    );
+    for (index, (name, ..)) in KINDS.into_iter().enumerate() {
+        println!(
+            "  {name}: ratio of the best {:.3}, median of ratios {:.3}; peak so far {:.0} MB, {:.3} of plain",
+            least(&times[index + 1]) / least(&times[0]),
+            median_ratio(&times[index + 1], &times[0]),
+            peaks[index],
+            peaks[index] / plain_peak,
+        );
+    }
+    Ok(())
+}
+
+/// The same batches forward and back to all weights, as libtorch does it.
+fn plain(clean: &Clean, graph: &Differentiable, data: &Dataset, request: &HessianRequest) -> Result<()> {
+    for batch in data.sample(request.samples, request.seed, request.batch_size) {
+        let recording = graph.record(&feed::bind(clean.module(), batch?)?, &mut NoVisit)?;
+        let tensors = recording.output().tensors();
+        let outputs = tensors.iter().filter(|(_, output)| output.requires_grad());
+        let outputs = outputs.map(|(_, output)| Ok((*output, output.f_ones_like()?)));
+        let outputs: Vec<(&Tensor, Tensor)> = outputs.collect::<Result<_>>()?;
+        ensure!(!outputs.is_empty(), "expected an output with a gradient, found none");
+        recording.backward(&outputs, false, &mut NoVisit)?;
+    }
+    Ok(())
+}
+
+fn seconds(run: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    run()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn least(times: &[f64]) -> f64 {
+    times.iter().copied().fold(f64::INFINITY, f64::min)
+}
+
+fn median_ratio(times: &[f64], plain: &[f64]) -> f64 {
+    let mut ratios: Vec<f64> = times.iter().zip(plain).map(|(time, plain)| time / plain).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios.get(ratios.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A line of this process's status in MB, where the system tells.
+fn memory(line: &str) -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let found = status.lines().find_map(|text| text.strip_prefix(line)).unwrap_or_default();
+    found.trim().trim_end_matches(" kB").parse().map_or(f64::NAN, |kibibytes: f64| kibibytes / 1024.0)
+}

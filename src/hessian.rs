@@ -1,0 +1,338 @@
+//! Hessian scores: how much the model's outputs depend on each element of a weight or activation.
+//!
+//! With f the outputs, θ an element, and v random with independent components of mean 0 and variance 1,
+//! h = 1/(N·n) Σ over N samples and n probes of (∂ vᵀf / ∂θ)² is an unbiased estimate of the diagonal of the Gauss-Newton
+//! matrix JᵀJ, averaged over samples: that of the Hessian of ½‖f − f₀‖² at f = f₀. Gradients come from libtorch's
+//! autograd, batch by batch; squares are summed as they come, and nothing is kept of a batch.
+//!
+//! It refuses to know how scores are used.
+
+mod cuts;
+mod directions;
+mod sums;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::config::HessianRequest;
+use crate::dataset::{self, Dataset};
+use crate::feed;
+use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
+use crate::sites::{ActivationSite, WeightSite};
+use crate::statistics::{WeightedCounter, WeightedHistogram};
+
+use directions::{Directions, is_probed};
+use sums::{ActivationSums, WeightSums};
+
+/// Counters beyond these gain little.
+const MOST_COUNTERS: usize = 8;
+
+/// Probes after which a tolerance is given up.
+pub const MOST_PROBES: usize = 4096;
+
+/// Why there are no scores.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The data.
+    #[error(transparent)]
+    Dataset(#[from] dataset::Error),
+    /// The model.
+    #[error(transparent)]
+    Jit(#[from] jit::Error),
+    /// No gradient can be asked of any output.
+    #[error("Hessian scores need an output that gradients flow to, found none: {cuts}")]
+    NoGradient {
+        /// The ops that let no gradient through.
+        cuts: String,
+    },
+}
+
+/// What scores are wanted of.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Layers<'a> {
+    /// Weights.
+    pub weights: &'a [&'a WeightSite],
+    /// Activations.
+    pub activations: &'a [&'a ActivationSite],
+}
+
+/// The scores of all layers.
+#[derive(Debug)]
+pub struct Scores {
+    /// In the order of the layers: one score for each element, of the weight's shape.
+    pub weights: Vec<Scored<Tensor>>,
+    /// In the order of the layers: the scores by value.
+    pub activations: Vec<Scored<WeightedHistogram>>,
+    /// Rows that were used.
+    pub samples: usize,
+    /// Random directions for each row.
+    pub probes: usize,
+    /// Paths of outputs that no gradient can be asked of, such as indices.
+    pub left_out: Vec<String>,
+}
+
+/// The scores of one layer.
+#[derive(Debug)]
+pub struct Scored<T> {
+    /// The scores, if they are of use.
+    pub scores: Result<T, Unusable>,
+    /// ‖estimated standard error‖ / ‖scores‖, from the spread over probes; `None` for a single probe.
+    pub standard_error: Option<f64>,
+}
+
+/// Why the scores of a layer are of no use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unusable {
+    /// It did not run, or nothing that has a derivative leads from it to an output.
+    #[error("no gradient reached it on {samples} samples: it did not run, or {cuts}")]
+    NoGradient {
+        /// Rows that were used.
+        samples: usize,
+        /// The ops that let no gradient through.
+        cuts: String,
+    },
+    /// No output depends on it.
+    #[error("all its Hessian scores are zero on {samples} samples")]
+    Zero {
+        /// Rows that were used.
+        samples: usize,
+    },
+    /// NaN or infinity, in a gradient or because its square is too large.
+    #[error("its Hessian scores are NaN or infinite")]
+    NotFinite,
+}
+
+/// Computes the scores of `layers` on rows of `data`. `advance` is called with the rows of each finished batch.
+///
+/// The scores of activations do not depend on the batch size beyond rounding. In those of weights the samples of a batch
+/// share a gradient, whose mixed terms vanish in expectation.
+///
+/// # Errors
+/// Where the data cannot be read, the model fails, or no output has a gradient.
+pub fn score(
+    model: &Clean,
+    layers: Layers<'_>,
+    data: &Dataset,
+    request: &HessianRequest,
+    mut advance: impl FnMut(usize),
+) -> Result<Scores, Error> {
+    let mut run = Run::new(model, layers, request)?;
+    let mut lot = request.probes.get();
+    loop {
+        for batch in data.sample(request.samples, request.seed, request.batch_size) {
+            let batch = batch?;
+            let (rows, first_row) = (batch.rows, batch.first_row);
+            run.batch(&feed::bind(model.module(), batch)?, Place { rows, first_row }, lot)?;
+            advance(rows);
+        }
+        run.probes += lot;
+        lot = match request.tolerance {
+            Some(tolerance) => run.missing_probes(tolerance)?,
+            None => 0,
+        };
+        if lot == 0 {
+            break;
+        }
+    }
+    let samples = data.sample(request.samples, request.seed, request.batch_size).rows();
+    let cuts = if run.needs_cuts() { cuts::describe(model, layers, data, request)? } else { String::new() };
+    run.scores(samples, &cuts)
+}
+
+/// Where a batch lies among the rows.
+#[derive(Clone, Copy)]
+struct Place {
+    rows: usize,
+    first_row: usize,
+}
+
+struct Run<'a> {
+    model: &'a Clean,
+    layers: Layers<'a>,
+    request: &'a HessianRequest,
+    graph: Differentiable,
+    weights: Vec<WeightSums>,
+    activations: Listener,
+    /// Of the lots that are done.
+    probes: usize,
+    left_out: Option<Vec<String>>,
+}
+
+impl<'a> Run<'a> {
+    fn new(model: &'a Clean, layers: Layers<'a>, request: &'a HessianRequest) -> Result<Self, Error> {
+        let (taps, lifted) = (taps(layers), lifted(layers));
+        let weight =
+            |site: &&WeightSite| WeightSums::new(&model.constant(site.values.first().copied().unwrap_or_default())?);
+        Ok(Self {
+            model,
+            layers,
+            request,
+            graph: model.differentiable(&taps, &lifted)?,
+            weights: layers.weights.iter().map(weight).collect::<Result<_, _>>()?,
+            activations: Listener {
+                names: layers.activations.iter().map(|site| site.name.clone()).collect(),
+                sums: layers.activations.iter().map(|_| ActivationSums::default()).collect(),
+                counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| WeightedCounter::new()).collect(),
+            },
+            probes: 0,
+            left_out: None,
+        })
+    }
+
+    /// One forward, and a way back for each of `lot` probes.
+    fn batch(&mut self, arguments: &Arguments, place: Place, lot: usize) -> Result<(), Error> {
+        let recording = self.graph.record(arguments, &mut jit::NoVisit)?;
+        let tensors = recording.output().tensors();
+        let outputs: Vec<&Tensor> =
+            tensors.iter().map(|(_, output)| *output).filter(|output| is_probed(output)).collect();
+        if outputs.is_empty() {
+            return Err(Error::NoGradient { cuts: cuts::of_run(self.model, self.layers, arguments)? });
+        }
+        self.left_out.get_or_insert_with(|| {
+            let rest = tensors.iter().filter(|(_, output)| !is_probed(output));
+            rest.map(|(path, _)| path.clone()).collect()
+        });
+        let directions = Directions { request: self.request, first_row: place.first_row, rows: place.rows };
+        let has_spread = lot > 1;
+        for probe in 0..lot {
+            let drawn = directions.draw(&outputs, self.probes + probe)?;
+            let outputs: Vec<_> = outputs.iter().copied().zip(drawn).collect();
+            self.probe(&recording, &outputs, probe + 1 < lot, has_spread)?;
+        }
+        if has_spread {
+            self.weights.iter_mut().try_for_each(|sums| sums.end_batch(lot))?;
+            self.activations.sums.iter_mut().for_each(|sums| sums.end_batch(lot));
+        }
+        Ok(())
+    }
+
+    fn probe(
+        &mut self,
+        recording: &Recording,
+        outputs: &[(&Tensor, Tensor)],
+        keep: bool,
+        has_spread: bool,
+    ) -> Result<(), Error> {
+        let gradients = recording.backward(outputs, keep, &mut self.activations)?;
+        let mut gradients = gradients.into_iter();
+        for (site, sums) in self.layers.weights.iter().zip(&mut self.weights) {
+            // A weight that stands in the graph several times has the sum of their gradients.
+            let own = gradients.by_ref().take(site.values.len()).flatten();
+            let gradient = own.map(Ok).reduce(|sum: Result<Tensor, jit::Error>, next| Ok(sum?.f_add(&next?)?));
+            if let Some(gradient) = gradient.transpose()? {
+                sums.add(&gradient, has_spread)?;
+            }
+        }
+        if has_spread {
+            self.activations.sums.iter_mut().for_each(ActivationSums::end_probe);
+        }
+        Ok(())
+    }
+
+    /// How many probes more the least exact layer needs, by the law of 1/√n; at most as many again as there were.
+    fn missing_probes(&self, tolerance: f64) -> Result<usize, Error> {
+        let weights = self.weights.iter().map(WeightSums::relative_error);
+        let weights: Vec<Option<f64>> = weights.collect::<Result<_, _>>()?;
+        let activations = self.activations.sums.iter().map(ActivationSums::relative_error);
+        let largest = weights.into_iter().chain(activations).flatten().fold(0.0, f64::max);
+        if largest <= tolerance || self.probes >= MOST_PROBES {
+            return Ok(0);
+        }
+        let needed = self.probes as f64 * (largest / tolerance).powi(2);
+        let missing = (needed.ceil() - self.probes as f64).clamp(2.0, self.probes as f64) as usize;
+        Ok(missing.min((MOST_PROBES - self.probes).max(2)))
+    }
+
+    fn needs_cuts(&self) -> bool {
+        self.weights.iter().any(|sums| !sums.is_reached()) || self.activations.sums.iter().any(|sums| !sums.is_reached)
+    }
+
+    fn scores(self, samples: usize, cuts: &str) -> Result<Scores, Error> {
+        let factor = 1.0 / (samples as f64 * self.probes as f64);
+        let unreached = || Unusable::NoGradient { samples, cuts: cuts.to_owned() };
+        let weights = self.weights.into_iter().map(|sums| {
+            let standard_error = sums.relative_error()?;
+            let scores = match sums.scaled(factor)? {
+                None => Err(unreached()),
+                Some(scores) => usable(scores, samples)?,
+            };
+            Ok(Scored { scores, standard_error })
+        });
+        let activations = self.activations.sums.into_iter().map(|sums| {
+            let standard_error = sums.relative_error();
+            let mut histogram = sums.histogram;
+            histogram.scale(factor);
+            let scores = match histogram {
+                _ if !sums.is_reached => Err(unreached()),
+                histogram if !histogram.is_finite() => Err(Unusable::NotFinite),
+                histogram if histogram.is_zero() => Err(Unusable::Zero { samples }),
+                histogram => Ok(histogram),
+            };
+            Scored { scores, standard_error }
+        });
+        Ok(Scores {
+            weights: weights.collect::<Result<_, jit::Error>>()?,
+            activations: activations.collect(),
+            samples,
+            probes: self.probes,
+            left_out: self.left_out.unwrap_or_default(),
+        })
+    }
+}
+
+/// The scores, if all are finite and not all are zero.
+fn usable(scores: Tensor, samples: usize) -> Result<Result<Tensor, Unusable>, jit::Error> {
+    let (least, greatest) = (scores.f_min()?.f_double_value(&[])?, scores.f_max()?.f_double_value(&[])?);
+    // Either is NaN if any score is.
+    Ok(match greatest {
+        _ if !(least.is_finite() && greatest.is_finite()) => Err(Unusable::NotFinite),
+        0.0 => Err(Unusable::Zero { samples }),
+        _ => Ok(scores),
+    })
+}
+
+/// A tap on the gradients of each value of the activations.
+fn taps(layers: Layers<'_>) -> Vec<Tap> {
+    let sites = layers.activations.iter().enumerate();
+    let values = sites.flat_map(|(number, site)| site.anchors.iter().map(move |anchor| (number, anchor.value)));
+    values.map(|(number, value)| Tap { value, number, kind: TapKind::Gradient }).collect()
+}
+
+/// The constants that are the weights.
+fn lifted(layers: Layers<'_>) -> Vec<ValueId> {
+    layers.weights.iter().flat_map(|site| site.values.iter().copied()).collect()
+}
+
+/// Takes the gradients of activations as they come.
+struct Listener {
+    names: Vec<String>,
+    sums: Vec<ActivationSums>,
+    /// One for each thread.
+    counters: Vec<WeightedCounter>,
+}
+
+/// A gradient that does not fit its value.
+#[derive(Debug, thiserror::Error)]
+#[error("activation site {site}: {message}")]
+struct SiteError {
+    site: String,
+    message: String,
+}
+
+impl Visit for Listener {
+    fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
+        let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };
+        let counters = &mut self.counters;
+        sums.is_reached = true;
+        let observe = |values: &[f32], gradients: &[f32]| {
+            let mut outcome = Ok(());
+            sums.histogram.observe(values, gradients, counters, |parts, work| outcome = jit::in_parallel(parts, work));
+            outcome
+        };
+        jit::with_pairs(value, gradient, observe).and_then(|outcome| outcome).map_err(|error| {
+            let site = self.names.get(tap).cloned().unwrap_or_default();
+            SiteError { site, message: error.to_string() }.into()
+        })
+    }
+}

@@ -1,0 +1,188 @@
+//! What is summed up over batches and probes: squared gradients, and how much they differ between probes. Nothing is kept of
+//! a batch but its sum.
+
+use std::collections::BTreeMap;
+
+use tch::{Kind, Tensor};
+
+use crate::jit;
+use crate::statistics::WeightedHistogram;
+
+/// The spread over probes of a vector of sums.
+///
+/// With s the vector of one batch and probe, the variance of the sum over n probes of a batch is n times that of one, whose
+/// estimate is (Σ‖s‖² − ‖Σs‖²/n) / (n − 1), all elements taken together. Batches are independent and add up.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Spread {
+    /// Σ‖s‖² over the probes of the batch under way.
+    squares: f64,
+    variance: f64,
+    is_known: bool,
+}
+
+impl Spread {
+    pub(super) fn add_probe(&mut self, squared_norm: f64) {
+        self.squares += squared_norm;
+    }
+
+    pub(super) fn end_batch(&mut self, probes: usize, squared_norm_of_sum: f64) {
+        let n = probes as f64;
+        self.variance += (n / (n - 1.0) * (self.squares - squared_norm_of_sum / n)).max(0.0);
+        self.squares = 0.0;
+        self.is_known = true;
+    }
+
+    /// ‖standard error‖ / ‖sum‖; `None` where there never were two probes of a batch to compare, or nothing was summed.
+    pub(super) fn relative(&self, norm: f64) -> Option<f64> {
+        (self.is_known && norm > 0.0).then(|| self.variance.sqrt() / norm)
+    }
+}
+
+/// Of one weight: a sum for each element.
+pub(super) struct WeightSums {
+    sum: Tensor,
+    /// The sum of the batch under way; not needed with one probe.
+    batch: Option<Tensor>,
+    spread: Spread,
+    /// Whether a gradient ever came.
+    is_reached: bool,
+}
+
+impl WeightSums {
+    pub(super) fn new(weight: &Tensor) -> Result<Self, jit::Error> {
+        Ok(Self { sum: weight.f_zeros_like()?, batch: None, spread: Spread::default(), is_reached: false })
+    }
+
+    /// Adds the gradient of one probe; whether its spread counts is known from the start of the batch.
+    pub(super) fn add(&mut self, gradient: &Tensor, has_spread: bool) -> Result<(), jit::Error> {
+        self.is_reached = true;
+        if !has_spread {
+            let _ = self.sum.f_addcmul_(gradient, gradient)?;
+            return Ok(());
+        }
+        if self.batch.is_none() {
+            self.batch = Some(self.sum.f_zeros_like()?);
+        }
+        if let Some(batch) = &mut self.batch {
+            let _ = batch.f_addcmul_(gradient, gradient)?;
+        }
+        self.spread.add_probe(squared_norm(&gradient.f_square()?)?);
+        Ok(())
+    }
+
+    pub(super) fn end_batch(&mut self, probes: usize) -> Result<(), jit::Error> {
+        if let Some(batch) = &mut self.batch {
+            self.spread.end_batch(probes, squared_norm(batch)?);
+            let _ = self.sum.f_add_(batch)?;
+            let _ = batch.f_zero_()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_reached(&self) -> bool {
+        self.is_reached
+    }
+
+    pub(super) fn relative_error(&self) -> Result<Option<f64>, jit::Error> {
+        Ok(self.spread.relative(squared_norm(&self.sum)?.sqrt()))
+    }
+
+    /// The sums times `factor`; `None` if no gradient came.
+    pub(super) fn scaled(mut self, factor: f64) -> Result<Option<Tensor>, jit::Error> {
+        if !self.is_reached {
+            return Ok(None);
+        }
+        Ok(Some(self.sum.f_mul_scalar_(factor)?))
+    }
+}
+
+/// Σ x² in f64: squares of squared gradients leave the range of an f32.
+fn squared_norm(tensor: &Tensor) -> Result<f64, jit::Error> {
+    let flat = tensor.f_reshape([-1])?;
+    let norm = flat.f_linalg_norm(2.0, None::<i64>, false, Kind::Double)?.f_double_value(&[])?;
+    Ok(norm * norm)
+}
+
+/// Of one activation: a sum for each bin. Its spread is that of the sums of octaves: those of single bins converge more
+/// slowly, and no threshold depends on a single one.
+#[derive(Debug, Default)]
+pub(super) struct ActivationSums {
+    pub(super) histogram: WeightedHistogram,
+    /// Octave sums when the batch began, and after the last probe.
+    before: BTreeMap<u16, f64>,
+    last: BTreeMap<u16, f64>,
+    spread: Spread,
+    /// Whether a gradient ever came.
+    pub(super) is_reached: bool,
+}
+
+impl ActivationSums {
+    pub(super) fn end_probe(&mut self) {
+        let now: BTreeMap<u16, f64> = self.histogram.octave_sums().collect();
+        self.spread.add_probe(squared_distance(&now, &self.last));
+        self.last = now;
+    }
+
+    pub(super) fn end_batch(&mut self, probes: usize) {
+        self.spread.end_batch(probes, squared_distance(&self.last, &self.before));
+        self.before.clone_from(&self.last);
+    }
+
+    pub(super) fn relative_error(&self) -> Option<f64> {
+        let squares = self.histogram.octave_sums().map(|(_, sum)| sum * sum);
+        self.spread.relative(squares.sum::<f64>().sqrt())
+    }
+}
+
+/// ‖a − b‖², b having no octave that a has not.
+fn squared_distance(a: &BTreeMap<u16, f64>, b: &BTreeMap<u16, f64>) -> f64 {
+    a.iter().map(|(octave, sum)| (sum - b.get(octave).copied().unwrap_or_default()).powi(2)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spread_by_hand() {
+        let mut spread = Spread::default();
+        assert_eq!(spread.relative(1.0), None);
+        // Two probes, (1, 0) and (3, 0): variance 2 each, so that of their sum is 4.
+        spread.add_probe(1.0);
+        spread.add_probe(9.0);
+        spread.end_batch(2, 16.0);
+        assert_eq!(spread.relative(4.0), Some(2.0 / 4.0));
+        // A second batch of equal ones adds nothing.
+        spread.add_probe(4.0);
+        spread.add_probe(4.0);
+        spread.end_batch(2, 16.0);
+        assert_eq!(spread.relative(8.0), Some(2.0 / 8.0));
+        assert_eq!(spread.relative(0.0), None);
+    }
+
+    #[test]
+    fn weights_add_up_squares() {
+        let mut sums = WeightSums::new(&Tensor::from_slice(&[0.0f32, 0.0])).unwrap();
+        for gradient in [[1.0f32, 2.0], [3.0, 0.0]] {
+            sums.add(&Tensor::from_slice(&gradient), true).unwrap();
+        }
+        sums.end_batch(2).unwrap();
+        // (1, 4) and (9, 0): the variance of their sum is 8² / 2 · 2 + 4² / 2 · 2 = 80, ‖(10, 4)‖² = 116.
+        let error = sums.relative_error().unwrap().unwrap();
+        assert!((error - (80.0f64 / 116.0).sqrt()).abs() < 1e-6, "{error}");
+        let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap()).unwrap();
+        assert_eq!(scores, [5.0, 2.0]);
+    }
+
+    #[test]
+    fn activations_spread_by_octave() {
+        let mut sums = ActivationSums::default();
+        for gradients in [[1.0, 2.0], [3.0, 0.0]] {
+            sums.histogram.observe(&[1.0, 4.0], &gradients, &mut [], |parts, work| (0..parts).for_each(work));
+            sums.end_probe();
+        }
+        sums.end_batch(2);
+        let error = sums.relative_error().unwrap();
+        assert!((error - (80.0f64 / 116.0).sqrt()).abs() < 1e-12, "{error}");
+    }
+}

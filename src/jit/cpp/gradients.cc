@@ -1,0 +1,124 @@
+// Gradients of a graph's constants and values: a run that libtorch's autograd records, and walks back through it.
+#include "shim.h"
+
+#include <mutex>
+#include <utility>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/jit/ir/ir.h>
+
+#include "tsquant/src/jit/ffi.rs.h"
+
+namespace tsquant {
+
+// Whom the hooks of a recording tell: nobody but while a walk back is under way. Hooks run on the thread that walks back,
+// or on that of the device where its tensors are.
+struct Gradients {
+  std::mutex mutex;
+  Visitor *visitor = nullptr;
+};
+
+namespace {
+
+// The recording in progress on this thread.
+thread_local Recording *current_recording = nullptr;
+
+class CurrentRecording {
+public:
+  explicit CurrentRecording(Recording &recording) { current_recording = &recording; }
+  ~CurrentRecording() { current_recording = nullptr; }
+  CurrentRecording(const CurrentRecording &) = delete;
+  CurrentRecording &operator=(const CurrentRecording &) = delete;
+};
+
+class Listening {
+public:
+  Listening(Gradients &gradients, Visitor &visitor) : gradients_(gradients) { set(&visitor); }
+  ~Listening() { set(nullptr); }
+  Listening(const Listening &) = delete;
+  Listening &operator=(const Listening &) = delete;
+
+private:
+  void set(Visitor *visitor) {
+    const std::lock_guard<std::mutex> lock(gradients_.mutex);
+    gradients_.visitor = visitor;
+  }
+
+  Gradients &gradients_;
+};
+
+// A value that gradients flow through to its users, not to a model output that is the same tensor.
+at::Tensor own_path(Recording &recording, const at::Tensor &value) {
+  if (value.requires_grad())
+    return at::alias(value);
+  auto leaf = value.detach().requires_grad_();
+  recording.leaves.push_back(leaf);
+  return leaf;
+}
+
+} // namespace
+
+void tap_gradient(torch::jit::Stack &stack) {
+  const auto site = torch::jit::pop(stack).toInt();
+  auto value = torch::jit::pop(stack).toTensor();
+  if (!value.defined() || !at::isFloatingType(value.scalar_type())) {
+    torch::jit::push(stack, std::move(value));
+    return;
+  }
+  TORCH_CHECK(current_recording != nullptr, "a graph with taps on gradients was run without a recording");
+  auto tapped = own_path(*current_recording, value);
+  // The value itself would keep its history, and this hook with it, for ever.
+  tapped.register_hook([gradients = current_recording->gradients, site, held = value.detach()](const at::Tensor &gradient) {
+    const std::lock_guard<std::mutex> lock(gradients->mutex);
+    if (gradients->visitor != nullptr && gradient.defined())
+      gradients->visitor->gradient(site, held, gradient);
+  });
+  torch::jit::push(stack, std::move(tapped));
+}
+
+std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const TapRow> taps,
+                                           rust::Slice<const std::size_t> lifted) {
+  auto executable = std::make_unique<Executable>();
+  executable->graph = f.graph->copy();
+  auto &graph = *executable->graph;
+  const auto values = enumerate_values(graph);
+  for (const auto index : lifted) {
+    auto *input = graph.addInput();
+    input->setType(c10::TensorType::get());
+    values.at(index)->replaceAllUsesWith(input);
+  }
+  insert_taps(graph, values, taps);
+  prepare(*executable, f.module);
+  return executable;
+}
+
+std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, Visitor &visitor) {
+  const at::AutoGradMode with_gradients(true);
+  auto recording = std::make_unique<Recording>();
+  recording->gradients = std::make_shared<Gradients>();
+  const CurrentVisitor visits(visitor);
+  const CurrentRecording records(*recording);
+  auto stack = stack_for(e, a);
+  for (const auto &tensor : lifted.inner) {
+    recording->leaves.push_back(tensor.detach().requires_grad_());
+    stack.emplace_back(recording->leaves.back());
+  }
+  recording->lifted = lifted.inner.size();
+  torch::jit::InterpreterState(e.code).run(stack);
+  recording->output = torch::jit::pop(stack);
+  return recording;
+}
+
+std::unique_ptr<Value> recorded_output(const Recording &r) { return std::make_unique<Value>(Value{r.output}); }
+
+std::unique_ptr<Tensors> backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep,
+                                  Visitor &visitor) {
+  const Listening listens(*r.gradients, visitor);
+  const auto all = torch::autograd::grad(outputs.inner, r.leaves, directions.inner, keep, false, true);
+  auto gradients = std::make_unique<Tensors>();
+  gradients->inner.assign(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(r.lifted));
+  return gradients;
+}
+
+} // namespace tsquant

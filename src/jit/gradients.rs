@@ -1,0 +1,86 @@
+//! Runs of a graph that its gradients can be asked for. Which constants and values they are of is the caller's business.
+
+use cxx::UniquePtr;
+use tch::Tensor;
+
+use super::error::one_line;
+use super::ffi::bridge;
+use super::module::Arguments;
+use super::value::Output;
+use super::visit::{Visit, Visitor};
+use super::{Error, tensor};
+
+/// A graph some of whose constants are inputs, so that gradients flow to them; those of tapped values are told as they
+/// come.
+pub struct Differentiable {
+    executable: UniquePtr<bridge::Executable>,
+    constants: UniquePtr<bridge::Tensors>,
+}
+
+impl Differentiable {
+    pub(super) fn new(executable: UniquePtr<bridge::Executable>, constants: &[Tensor]) -> Self {
+        Self { executable, constants: tensor::list(constants.iter()) }
+    }
+
+    /// Runs the graph forward and keeps what the way back needs.
+    ///
+    /// # Errors
+    /// The visit's own error, or that of the model.
+    pub fn record(&self, arguments: &Arguments, visit: &mut dyn Visit) -> Result<Recording, Error> {
+        let executable = self.executable.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
+        let mut visitor = Visitor::new(visit);
+        let recording = bridge::record(executable, arguments.as_bridge()?, &self.constants, &mut visitor);
+        if let Some(error) = visitor.into_error() {
+            return Err(Error::Visit(error));
+        }
+        let inputs = arguments.describe().to_owned();
+        let recording =
+            recording.map_err(|error| Error::Run { inputs: inputs.clone(), message: one_line(error.what()) })?;
+        let output = bridge::recorded_output(&recording);
+        let output = Output::from_bridge(&output)?;
+        Ok(Recording { recording, output, inputs })
+    }
+}
+
+/// A run whose gradients can be asked for, with the memory that this takes.
+pub struct Recording {
+    recording: UniquePtr<bridge::Recording>,
+    output: Output,
+    inputs: String,
+}
+
+impl Recording {
+    /// What the model returned; tensors that gradients can be asked of say so ([`Tensor::requires_grad`]).
+    pub fn output(&self) -> &Output {
+        &self.output
+    }
+
+    /// Gradients of Σ outputs · directions with respect to the constants that are inputs, in their order; `None` where no
+    /// gradient reaches. Outputs are tensors of [`output`](Self::output), each with a direction of its shape.
+    ///
+    /// With `keep` it can be asked again. The visit is told the gradients of tapped values.
+    ///
+    /// # Errors
+    /// The visit's own error, or where libtorch has no derivative.
+    pub fn backward(
+        &self,
+        outputs: &[(&Tensor, Tensor)],
+        keep: bool,
+        visit: &mut (dyn Visit + Send),
+    ) -> Result<Vec<Option<Tensor>>, Error> {
+        let directions = tensor::list(outputs.iter().map(|(_, direction)| direction));
+        let outputs = tensor::list(outputs.iter().map(|(output, _)| *output));
+        let mut visitor = Visitor::new(visit);
+        let gradients = bridge::backward(&self.recording, &outputs, &directions, keep, &mut visitor);
+        if let Some(error) = visitor.into_error() {
+            return Err(Error::Visit(error));
+        }
+        let gradients = gradients
+            .map_err(|error| Error::Backward { inputs: self.inputs.clone(), message: one_line(error.what()) })?;
+        let gradient = |index| {
+            let gradient = bridge::tensor_at(&gradients, index)?;
+            Ok(Some(gradient).filter(|gradient| !gradient.is_null()).map(tensor::from_unique))
+        };
+        (0..bridge::tensor_count(&gradients)).map(gradient).collect()
+    }
+}
