@@ -144,7 +144,7 @@ fn names_the_place_of_what_is_wrong() {
         ),
         (
             "[{layers: fc, activations: {error_method: mse}}]",
-            ":3:54: `overrides[0].activations.error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found \
+            ":3:54: `overrides[0].activations.error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found \
              `mse`, did you mean `MSE`?",
         ),
         (
