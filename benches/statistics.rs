@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use tsquant::statistics::{Activation, ChannelLayout, Counter, Histogram, MinMax};
+use tsquant::statistics::{Activation, ChannelLayout, Counter, Histogram, MinMax, WeightedCounter, WeightedHistogram};
 
 const VALUES: usize = 1 << 20;
 
@@ -28,6 +28,8 @@ fn data() -> Vec<(&'static str, Vec<f32>)> {
 
 fn statistics(c: &mut Criterion) {
     let mut counter = [Counter::new()];
+    let mut weighted_counter = [WeightedCounter::new()];
+    let gradients = normal(11);
     for (name, values) in data() {
         let mut group = c.benchmark_group(name);
         group.throughput(Throughput::Elements(VALUES as u64));
@@ -55,6 +57,14 @@ fn statistics(c: &mut Criterion) {
         group.bench_function("histogram", |b| {
             let mut histogram = Histogram::new();
             b.iter(|| histogram.observe(black_box(&values), &mut counter[0]));
+        });
+        group.bench_function("weighted_histogram", |b| {
+            let mut weights = WeightedHistogram::new();
+            b.iter(|| {
+                weights.observe(black_box(&values), &gradients, &mut weighted_counter, |parts, run| {
+                    (0..parts).for_each(run);
+                });
+            });
         });
         for (layout, count, run_length) in
             [("channels_of_3136", 64, 3136), ("channels_of_49", 512, 49), ("last_axis", 512, 1)]

@@ -10,9 +10,13 @@ mod exact_sum;
 mod histogram;
 mod min_max;
 mod non_zero;
+mod weighted;
+mod weighted_counter;
 
 pub use activation::Activation;
 pub use channels::{Channel, ChannelLayout, Channels};
 pub use counter::Counter;
 pub use histogram::{Bin, Histogram, Moments};
 pub use min_max::{MinMax, NotFinite, Observed};
+pub use weighted::WeightedHistogram;
+pub use weighted_counter::WeightedCounter;

@@ -113,7 +113,7 @@ mod tests {
     fn runs_of_any_length() {
         for length in [1, 2, 3, 4095, 4096, 4097, 8193] {
             let bins = of(&vec![6.0; length]).positive_bins();
-            assert_eq!(bins.iter().map(|bin| bin.count).collect::<Vec<_>>(), [length as u64]);
+            assert_eq!(bins.iter().map(|bin| bin.mass).collect::<Vec<_>>(), [length as f64]);
         }
     }
 

@@ -44,8 +44,8 @@ pub struct Bin {
     pub lo: f64,
     /// The larger magnitude; equal to `lo` where all values of the bin are known to be equal.
     pub hi: f64,
-    /// How many values; not 0.
-    pub count: u64,
+    /// How many values, or the sum of their scores; above 0.
+    pub mass: f64,
 }
 
 /// Mean and standard deviation.
@@ -117,12 +117,12 @@ impl Histogram {
 
     fn bins(&self, octaves: Range<u16>) -> Vec<Bin> {
         let mut bins = Vec::new();
-        self.for_each_bin(octaves, |_, bin| bins.push(bin));
+        self.for_each_bin(octaves, |_, _, bin| bins.push(bin));
         bins
     }
 
-    /// Calls with the number of each bin and with the bin, by ascending magnitude.
-    fn for_each_bin(&self, octaves: Range<u16>, mut visit: impl FnMut(u32, Bin)) {
+    /// Calls with the number of each bin, its count and the bin, by ascending magnitude.
+    pub(super) fn for_each_bin(&self, octaves: Range<u16>, mut visit: impl FnMut(u32, u64, Bin)) {
         for (&octave, counts) in self.octaves.0.range(octaves) {
             let magnitudes = if octave < NEGATIVE { self.min_max.positive() } else { self.min_max.negative() };
             let Some([least, greatest]) = magnitudes.map(|ends| ends.map(|x| f64::from(x.abs()))) else { continue };
@@ -131,7 +131,7 @@ impl Histogram {
                 let (lo, end) = (edge(number).max(least), edge(number + 1));
                 let holds_greatest = greatest < end;
                 let lo = if count == 1 && holds_greatest { greatest } else { lo };
-                visit(number, Bin { lo, hi: end.min(greatest), count });
+                visit(number, count, Bin { lo, hi: end.min(greatest), mass: count as f64 });
             });
         }
     }
@@ -142,15 +142,14 @@ impl Histogram {
     pub fn moments(&self) -> Option<Moments> {
         let (positive, negative) = (self.positive_bins(), self.negative_bins());
         let signed = || positive.iter().map(|bin| (1.0, bin)).chain(negative.iter().map(|bin| (-1.0, bin)));
-        let binned: u64 = signed().map(|(_, bin)| bin.count).sum();
-        let count = (binned + self.min_max.zeros()) as f64;
+        let count = signed().map(|(_, bin)| bin.mass).sum::<f64>() + self.min_max.zeros() as f64;
         if count == 0.0 {
             return None;
         }
-        let mean = signed().map(|(sign, bin)| sign * bin.centre() * bin.count as f64).sum::<f64>() / count;
+        let mean = signed().map(|(sign, bin)| sign * bin.centre() * bin.mass).sum::<f64>() / count;
         let spread = |(sign, bin): (f64, &Bin)| {
             let distance = sign * bin.centre() - mean;
-            (distance * distance + (bin.hi - bin.lo) * (bin.hi - bin.lo) / 12.0) * bin.count as f64
+            (distance * distance + (bin.hi - bin.lo) * (bin.hi - bin.lo) / 12.0) * bin.mass
         };
         let squares = signed().map(spread).sum::<f64>() + mean * mean * self.min_max.zeros() as f64;
         Some(Moments { mean, standard_deviation: (squares / count).sqrt() })
@@ -166,12 +165,12 @@ impl Histogram {
         for &octave in self.octaves.0.keys() {
             let mut inside = [0u64; BINS_PER_OCTAVE];
             let sign = if octave < NEGATIVE { 1.0 } else { -1.0 };
-            self.for_each_bin(octave..octave + 1, |number, bin| {
+            self.for_each_bin(octave..octave + 1, |number, count, bin| {
                 if is_kept(sign * bin.centre()) {
-                    inside[number as usize % BINS_PER_OCTAVE] = bin.count;
+                    inside[number as usize % BINS_PER_OCTAVE] = count;
                     let first = number << DROPPED_BITS;
                     let last = first | ((1 << DROPPED_BITS) - 1);
-                    kept.min_max.merge(&self.min_max.within_bits(first, last, bin.count));
+                    kept.min_max.merge(&self.min_max.within_bits(first, last, count));
                 }
             });
             kept.octaves.add_wide(octave, &inside);
@@ -227,7 +226,7 @@ pub(super) fn finite_of(block: &[f32]) -> Vec<f32> {
 }
 
 /// The magnitude at which a bin begins.
-fn edge(bin: u32) -> f64 {
+pub(super) fn edge(bin: u32) -> f64 {
     let magnitude = f32::from_bits((bin << DROPPED_BITS) & (u32::MAX >> 1));
     if magnitude.is_finite() { f64::from(magnitude) } else { f64::from(f32::MAX) }
 }

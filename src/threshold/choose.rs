@@ -77,7 +77,7 @@ pub(super) fn choose(
 fn effort(histogram: &Histogram, exponent: u8) -> Effort {
     let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
     // As many equally filled bins would make as much noise.
-    let bins = values::equal_parts(negative.iter().chain(&positive).map(|bin| bin.count as f64));
+    let bins = values::equal_parts(negative.iter().chain(&positive).map(|bin| bin.mass));
     let effort = Effort::for_noise(exponent, bins);
     let (margin, fine_steps) = if exponent > 2 { (HIGH_POWER_MARGIN, HIGH_POWER_FINE_STEPS) } else { (MARGIN, 0) };
     Effort { margin: effort.margin.max(margin), fine_steps: effort.fine_steps.max(fine_steps), ..effort }

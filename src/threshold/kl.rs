@@ -368,7 +368,7 @@ fn bin_of(magnitude: f64, width: f64) -> usize {
 fn spread(bins: &[Bin], width: f64, counts: &mut [f64]) {
     for bin in bins {
         let (first, last) = (bin_of(bin.lo, width), bin_of(bin.hi, width));
-        let mass = bin.count as f64;
+        let mass = bin.mass;
         if first == last {
             counts[first] += mass;
             continue;

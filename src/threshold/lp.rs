@@ -65,7 +65,7 @@ struct Even {
 impl Powers {
     pub(super) fn new(bins: &[Bin], exponent: Exponent, unit: f64) -> Self {
         let per_unit = 1.0 / unit;
-        let in_units = |bin: &Bin| Even { lo: bin.lo * per_unit, hi: bin.hi * per_unit, mass: bin.count as f64 };
+        let in_units = |bin: &Bin| Even { lo: bin.lo * per_unit, hi: bin.hi * per_unit, mass: bin.mass };
         let bins: Vec<Even> = bins.iter().map(in_units).collect();
         let p = usize::from(exponent.get());
         let mut powers = Vec::with_capacity(bins.len() + 1);

@@ -41,7 +41,7 @@ impl Mass {
         let count = (number(last) - first) as usize + 1;
         let mut beyond = vec![Beyond::default(); count + 1];
         for bin in bins {
-            let (lo, hi, mass) = (bin.lo * per_unit, bin.hi * per_unit, bin.count as f64);
+            let (lo, hi, mass) = (bin.lo * per_unit, bin.hi * per_unit, bin.mass);
             let own = Beyond {
                 count: mass,
                 sum: mass * (lo + hi) / 2.0,

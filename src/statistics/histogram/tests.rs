@@ -133,7 +133,7 @@ fn nothing_has_no_bins_and_no_moments() {
 fn a_constant_is_one_bin_without_width() {
     for x in [0.1, 6.0, 2e-38, f32::MIN_POSITIVE, f32::MAX, 1.0] {
         let (positive, negative) = (of(&[x; 3]), of(&[-x; 3]));
-        let bin = Bin { lo: x.into(), hi: x.into(), count: 3 };
+        let bin = Bin { lo: x.into(), hi: x.into(), mass: 3.0 };
         assert_eq!((positive.positive_bins(), positive.negative_bins()), (vec![bin], vec![]));
         assert_eq!((negative.positive_bins(), negative.negative_bins()), (vec![], vec![bin]));
         let moments = Moments { mean: x.into(), standard_deviation: 0.0 };
@@ -165,7 +165,7 @@ fn counts_beyond_32_bits() {
     assert_eq!(is_wide(&large), [true, true]);
     assert_eq!(large.count(), 7 << 33);
     assert_eq!(large.observed().unwrap().unwrap().zeros(), 2 << 33);
-    let times = |(sign, bin): (f32, Bin)| (sign, Bin { count: bin.count << 33, ..bin });
+    let times = |(sign, bin): (f32, Bin)| (sign, Bin { mass: bin.mass * 2f64.powi(33), ..bin });
     assert_eq!(signed_bins(&large), signed_bins(&small).into_iter().map(times).collect::<Vec<_>>());
     // Powers of two do not change the rounding of any sum.
     assert_eq!(large.moments(), small.moments());
@@ -257,7 +257,7 @@ fn a_largest_value_alone_is_a_bin_of_no_width() {
         let bins_of = |values: &[f32]| {
             let histogram = of(&values.iter().map(|x| x * sign).collect::<Vec<_>>());
             let bins = if sign > 0.0 { histogram.positive_bins() } else { histogram.negative_bins() };
-            bins.iter().map(|bin| (bin.lo, bin.hi, bin.count)).collect::<Vec<_>>()
+            bins.iter().map(|bin| (bin.lo, bin.hi, bin.mass as u64)).collect::<Vec<_>>()
         };
         let below = (8.0 - 1.0 / 256.0, 8.0, 1);
         assert_eq!(bins_of(&[1.0, 7.999, 8.0]), [(1.0, 1.0 + 1.0 / 1024.0, 1), below, (8.0, 8.0, 1)]);
@@ -291,11 +291,11 @@ proptest! {
             }
         }
         let signed = signed_bins(&histogram);
-        let read: BTreeMap<u32, u64> = signed.iter().map(|(sign, bin)| (number_of(*sign, bin), bin.count)).collect();
+        let read: BTreeMap<u32, u64> = signed.iter().map(|(sign, bin)| (number_of(*sign, bin), bin.mass as u64)).collect();
         prop_assert_eq!(&read, &expected);
         prop_assert_eq!(read.len(), signed.len());
         prop_assert_eq!(&histogram.octaves.counts(), &expected);
-        prop_assert_eq!(signed.iter().map(|(_, bin)| bin.count).sum::<u64>() + zeros, finite.len() as u64);
+        prop_assert_eq!(signed.iter().map(|(_, bin)| bin.mass as u64).sum::<u64>() + zeros, finite.len() as u64);
     }
 
     #[test]
@@ -310,8 +310,8 @@ proptest! {
             prop_assert!(bins.windows(2).all(|pair| pair[0].hi <= pair[1].lo));
             let mut rest = magnitudes.as_slice();
             for bin in bins {
-                prop_assert!(bin.count > 0 && bin.lo <= bin.hi && bin.hi - bin.lo <= bin.lo / 1024.0, "{bin:?}");
-                let (own, others) = rest.split_at(bin.count as usize);
+                prop_assert!(bin.mass > 0.0 && bin.lo <= bin.hi && bin.hi - bin.lo <= bin.lo / 1024.0, "{bin:?}");
+                let (own, others) = rest.split_at(bin.mass as usize);
                 prop_assert!(bin.lo <= own[0] && own[own.len() - 1] <= bin.hi, "{bin:?}");
                 rest = others;
             }

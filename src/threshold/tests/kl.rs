@@ -35,9 +35,9 @@ impl Lines {
             let below = |x: f64| -> f64 {
                 let share =
                     |lo: f64, hi: f64| if hi > lo { ((x - lo) / (hi - lo)).clamp(0.0, 1.0) } else { f64::from(x > lo) };
-                bins.iter().map(|bin| bin.count as f64 * share(bin.lo, bin.hi)).sum()
+                bins.iter().map(|bin| bin.mass * share(bin.lo, bin.hi)).sum()
             };
-            let all: f64 = bins.iter().map(|bin| bin.count as f64).sum();
+            let all: f64 = bins.iter().map(|bin| bin.mass).sum();
             for bin in 0..BINS {
                 let upper = if bin == BINS - 1 { all } else { below(f64::from(bin + 1) * width) };
                 let index = if is_positive { BINS + bin } else { BINS - 1 - bin };

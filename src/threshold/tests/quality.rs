@@ -216,7 +216,7 @@ fn slow_histogram_error(histogram: &Histogram, params: &QuantParams, p: i32, uni
         for bin in bins {
             const POINTS: i32 = 200;
             let at = |i: i32| sign * (bin.lo + (bin.hi - bin.lo) * (f64::from(i) + 0.5) / f64::from(POINTS));
-            sum += bin.count as f64 * (0..POINTS).map(|i| error(at(i))).sum::<f64>() / f64::from(POINTS);
+            sum += bin.mass * (0..POINTS).map(|i| error(at(i))).sum::<f64>() / f64::from(POINTS);
         }
     }
     sum / histogram.count() as f64
