@@ -6,7 +6,7 @@ use super::histogram::{BINS_PER_OCTAVE, BLOCK, Octaves, bin_of};
 use super::non_zero::NonZero;
 
 /// Number of bins.
-const BINS: usize = 1 << 19;
+pub(super) const BINS: usize = 1 << 19;
 
 /// A table of all bins; reused, because only the memory of the octaves in use is ever touched.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Default for Counter {
 }
 
 /// All octaves between the least and the greatest magnitude of either sign.
-fn used_octaves(seen: &MinMax) -> impl Iterator<Item = u16> {
+pub(super) fn used_octaves(seen: &MinMax) -> impl Iterator<Item = u16> {
     let octave = |x: f32| (bin_of(x) as usize / BINS_PER_OCTAVE) as u16;
     let positive = seen.positive().map(|[least, greatest]| octave(least)..=octave(greatest));
     let negative = seen.negative().map(|[least, greatest]| octave(least)..=octave(greatest));

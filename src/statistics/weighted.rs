@@ -78,9 +78,9 @@ impl WeightedHistogram {
 
     fn take(&mut self, counter: &mut WeightedCounter) {
         counter.drain(|drained| match drained {
-            Drained::Zeros(scores) => self.zeros += sum(scores),
-            Drained::Octave(octave, scores) if has_bins(octave) => self.add(octave, scores),
-            Drained::Octave(..) => self.is_broken = true,
+            Drained::Zeros(score) => self.zeros += score,
+            Drained::Octave(octave, scores) => self.add(octave, scores),
+            Drained::Broken => self.is_broken = true,
         });
     }
 

@@ -1,17 +1,13 @@
 //! The table that scores are summed in before they go to a weighted histogram. It is empty between two uses, so that one per
 //! thread serves any number of histograms. It refuses to know what the scores are for.
 
+use super::MinMax;
+use super::counter::{BINS, used_octaves};
 use super::histogram::{BINS_PER_OCTAVE, BLOCK, bin_of};
 
-/// Signs and exponents.
-pub(super) const OCTAVES: usize = 512;
-
-/// Number of bins.
-const BINS: usize = OCTAVES * BINS_PER_OCTAVE;
-
-/// The first octave, which has no bins: each value of a block that counts as zero has a place of its own there, because sums
-/// in one place would wait for each other.
-const ZEROS: usize = 0;
+/// The first octave has no bins: each value of a block that counts as zero has a place of its own there, because sums in one
+/// place would wait for each other.
+const ZEROS: u16 = 0;
 
 const _: () = assert!(BLOCK <= BINS_PER_OCTAVE);
 
@@ -22,8 +18,8 @@ const LANES: usize = 8;
 #[derive(Debug)]
 pub struct WeightedCounter {
     table: Vec<f64>,
-    /// Octaves in which something was summed.
-    used: Box<[bool; OCTAVES]>,
+    /// Of the values whose scores are in the table; those of blocks with NaN or infinities are not.
+    seen: MinMax,
     /// Room for the bins of a block's values.
     bins: Box<[u32; BLOCK]>,
     /// Room for their scores.
@@ -33,21 +29,19 @@ pub struct WeightedCounter {
 /// What was in a counter.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Drained<'a> {
-    /// The scores of the values that count as zero.
-    Zeros(&'a [f64; BINS_PER_OCTAVE]),
-    /// The scores of an octave, which is that of NaN and infinities if its exponent is the last.
+    /// The sum over the values that count as zero.
+    Zeros(f64),
+    /// The sums of an octave.
     Octave(u16, &'a [f64; BINS_PER_OCTAVE]),
+    /// There was a NaN or an infinity among the values, and sums are missing.
+    Broken,
 }
 
 impl WeightedCounter {
     /// An empty table.
     pub fn new() -> Self {
-        Self {
-            table: vec![0.0; BINS],
-            used: Box::new([false; OCTAVES]),
-            bins: Box::new([0; BLOCK]),
-            scores: Box::new([0.0; BLOCK]),
-        }
+        let (bins, scores) = (Box::new([0; BLOCK]), Box::new([0.0; BLOCK]));
+        Self { table: vec![0.0; BINS], seen: MinMax::new(), bins, scores }
     }
 
     /// Adds the square of each gradient to the bin of its value; both are equally many.
@@ -57,37 +51,43 @@ impl WeightedCounter {
 
     /// Empties the table, by ascending octave.
     pub(super) fn drain(&mut self, mut take: impl FnMut(Drained<'_>)) {
-        for (octave, scores) in self.table.as_chunks_mut::<BINS_PER_OCTAVE>().0.iter_mut().enumerate() {
-            if std::mem::take(&mut self.used[octave]) {
-                take(if octave == ZEROS { Drained::Zeros(scores) } else { Drained::Octave(octave as u16, scores) });
+        let seen = std::mem::take(&mut self.seen);
+        if !seen.is_finite() {
+            take(Drained::Broken);
+        }
+        let zeros = (seen.zeros() > 0).then_some(ZEROS);
+        for octave in zeros.into_iter().chain(used_octaves(&seen)) {
+            if let Some(scores) = self.table.as_chunks_mut::<BINS_PER_OCTAVE>().0.get_mut(usize::from(octave)) {
+                take(if octave == ZEROS { Drained::Zeros(sum(scores)) } else { Drained::Octave(octave, scores) });
                 scores.fill(0.0);
             }
         }
     }
 
-    /// The bins and scores come first: that loop becomes vector instructions, and leaves the last one nothing but the sums,
+    /// The bins and scores come first: those loops become vector instructions, and leave the last one nothing but the sums,
     /// which cost most. Each of them waits for the one before if that had the same bin, as in a constant block.
     #[inline(always)]
     fn add_block(&mut self, values: &[f32], gradients: &[f32]) {
         let Ok(table) = <&mut [f64; BINS]>::try_from(self.table.as_mut_slice()) else { return };
-        let (bins, scores) = (&mut self.bins[..values.len()], &mut self.scores[..values.len()]);
-        let Some(&first) = values.first() else { return };
-        let mut difference = 0;
-        for (place, ((bin, score), (&x, &gradient))) in
-            bins.iter_mut().zip(&mut *scores).zip(values.iter().zip(gradients)).enumerate()
-        {
-            *bin = if x.abs() < f32::MIN_POSITIVE { place as u32 } else { bin_of(x) };
-            *score = f64::from(gradient) * f64::from(gradient);
-            difference |= bin_of(x) ^ bin_of(first);
-        }
-        if difference == 0 && first.abs() >= f32::MIN_POSITIVE {
-            table[bins[0] as usize % BINS] += sum(scores);
-            self.used[bins[0] as usize / BINS_PER_OCTAVE % OCTAVES] = true;
+        let seen = MinMax::of_block(values);
+        self.seen.merge(&seen);
+        if !seen.is_finite() {
             return;
+        }
+        let (bins, scores) = (&mut self.bins[..values.len()], &mut self.scores[..values.len()]);
+        for (score, &gradient) in scores.iter_mut().zip(gradients) {
+            *score = f64::from(gradient) * f64::from(gradient);
+        }
+        if seen.min() == seen.max() {
+            let bin = if seen.zeros() > 0 { 0 } else { bin_of(seen.min()) };
+            table[bin as usize % BINS] += sum(scores);
+            return;
+        }
+        for (place, (bin, &x)) in bins.iter_mut().zip(values).enumerate() {
+            *bin = if x.abs() < f32::MIN_POSITIVE { place as u32 } else { bin_of(x) };
         }
         for (&bin, &score) in bins.iter().zip(&*scores) {
             table[bin as usize % BINS] += score;
-            self.used[bin as usize / BINS_PER_OCTAVE % OCTAVES] = true;
         }
     }
 }
@@ -132,6 +132,6 @@ impl pulp::NullaryFnOnce for Add<'_> {
 #[cfg(test)]
 impl WeightedCounter {
     pub(super) fn is_empty(&self) -> bool {
-        self.table.iter().all(|&score| score == 0.0) && !self.used.contains(&true)
+        self.table.iter().all(|&score| score == 0.0) && self.seen == MinMax::new()
     }
 }
