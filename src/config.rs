@@ -308,8 +308,14 @@ output.dir='a "b": #c'"#;
     #[test]
     fn every_error_method_goes_to_either_side() {
         let p = Exponent::try_from(5).unwrap();
-        let methods =
-            [ErrorMethod::NoClipping, ErrorMethod::Mse, ErrorMethod::Mae, ErrorMethod::Lp { p }, ErrorMethod::Kl];
+        let methods = [
+            ErrorMethod::NoClipping,
+            ErrorMethod::Mse,
+            ErrorMethod::Mae,
+            ErrorMethod::Lp { p },
+            ErrorMethod::Kl,
+            ErrorMethod::Hmse,
+        ];
         assert_eq!(methods.map(ErrorMethod::name), ErrorMethod::NAMES);
         let folder = folder();
         for (weights, activations) in methods.iter().flat_map(|w| methods.iter().map(move |a| (*w, *a))) {
@@ -491,10 +497,6 @@ output.dir='a "b": #c'"#;
                  {const: VALUE}, found the number 1",
             ),
             (
-                format!("{SHORTEST}quantization: {{weights_error_method: HMSE}}"),
-                ":3:38: `quantization.weights_error_method: HMSE` is not built yet",
-            ),
-            (
                 format!("{SHORTEST}quantization: {{l_p_value: 65}}"),
                 ":3:27: `quantization.l_p_value`: expected a whole number from 1 to 64, found 65",
             ),
@@ -559,16 +561,14 @@ quantization.weights.grid=3 => `quantization.weights.grid` must be one of `symme
 quantization.weights.rounding=gptq => `quantization.weights.rounding` is not built yet
 quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`, which is not built yet?
 quantization.activations.granularity=per_channel => `quantization.activations.granularity`: activations are quantized per tensor, expected `per_tensor`, found `per_channel`
-quantization.weights_error_method=HMSE => `quantization.weights_error_method: HMSE` is not built yet
-quantization.activation_error_method=HMSE => `quantization.activation_error_method: HMSE` is not built yet
-quantization.weights_error_method=hmse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `hmse`, did you mean `HMSE`, which is not built yet?
-quantization.weights_error_method=mse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `mse`, did you mean `MSE`?
-quantization.activation_error_method=Mae => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `Mae`, did you mean `MAE`?
-quantization.weights_error_method=lp => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `lp`, did you mean `LP`?
-quantization.activation_error_method=Kl => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `Kl`, did you mean `KL`?
-quantization.weights_error_method=no_clipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `no_clipping`
-quantization.weights_error_method=NoClipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found `NoClipping`, did you mean `NOCLIPPING`?
-quantization.activation_error_method=2 => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found the number 2
+quantization.weights_error_method=hmse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `hmse`, did you mean `HMSE`?
+quantization.weights_error_method=mse => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `mse`, did you mean `MSE`?
+quantization.activation_error_method=Mae => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `Mae`, did you mean `MAE`?
+quantization.weights_error_method=lp => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `lp`, did you mean `LP`?
+quantization.activation_error_method=Kl => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `Kl`, did you mean `KL`?
+quantization.weights_error_method=no_clipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `no_clipping`
+quantization.weights_error_method=NoClipping => `quantization.weights_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found `NoClipping`, did you mean `NOCLIPPING`?
+quantization.activation_error_method=2 => `quantization.activation_error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, `HMSE`, found the number 2
 quantization={weights: {bits: 9}, weights_error_method: KL} => `quantization.weights_error_method`: KL chooses for at most 8 bits, found 9 in `quantization.weights.bits`
 quantization={activations: {bits: 16}, activation_error_method: KL} => `quantization.activation_error_method`: KL chooses for at most 8 bits, found 16 in `quantization.activations.bits`
 quantization.l_p_value=0 => `quantization.l_p_value`: expected a whole number from 1 to 64, found 0

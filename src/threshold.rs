@@ -8,6 +8,7 @@ mod channels;
 mod choose;
 mod closed_form;
 mod family;
+mod hmse;
 mod kl;
 mod lp;
 mod mae;
@@ -16,6 +17,7 @@ mod measure;
 mod moments;
 mod mse;
 mod no_clipping;
+mod scored;
 mod search;
 mod select;
 mod selection;
@@ -29,6 +31,7 @@ use crate::quantizer::Bits;
 use crate::statistics::NotFinite;
 
 pub use channels::{Channels, ChannelsError, quantize_weights};
+pub use hmse::{select_activation_scored, select_weights_scored};
 pub use select::{select_activation, select_weights};
 pub use selection::{CurvePoint, Note, Selection};
 
@@ -48,6 +51,8 @@ pub enum ErrorMethod {
     },
     /// The Kullback-Leibler divergence of the distribution from its quantized image; up to [`ErrorMethod::KL_MAX_BITS`].
     Kl,
+    /// Σ h (x − q)² / Σ h, h being the Hessian score of each value.
+    Hmse,
 }
 
 /// The p of [`ErrorMethod::Lp`]: a whole number from 1 to 64. Beyond, the largest error alone counts, which NOCLIPPING
@@ -120,6 +125,28 @@ pub enum SelectError {
         /// Width of the grid.
         bits: Bits,
     },
+    /// HMSE for values alone.
+    #[error("HMSE needs Hessian scores, found none")]
+    NoScores,
+    /// Weights and their Hessian scores differ in number.
+    #[error("expected {expected} Hessian scores, one per weight, found {found}")]
+    ScoreCount {
+        /// Number of weights.
+        expected: usize,
+        /// Number of scores.
+        found: usize,
+    },
+    /// A negative, NaN or infinite score of a weight.
+    #[error("channel {channel}: expected Hessian scores that are finite and not negative, found {score:?}")]
+    Score {
+        /// Index along the channel axis; 0 of a tensor with one threshold.
+        channel: usize,
+        /// The first such score.
+        score: f32,
+    },
+    /// NaN, infinity or an overflow in the scores of an activation.
+    #[error("expected finite Hessian scores, found sums with NaN or infinity")]
+    ScoresNotFinite,
     /// A grid that would have to map a value to infinity, or clip it.
     #[error("expected magnitudes within reach of a power_of_two grid of {bits} bits in f32, found {largest:e}")]
     TooLarge {
@@ -132,7 +159,7 @@ pub enum SelectError {
 
 impl ErrorMethod {
     /// The names of all error methods, as written in YAML and reports.
-    pub const NAMES: [&'static str; 5] = ["NOCLIPPING", "MSE", "MAE", "LP", "KL"];
+    pub const NAMES: [&'static str; 6] = ["NOCLIPPING", "MSE", "MAE", "LP", "KL", "HMSE"];
 
     /// The widest quantizer that [`ErrorMethod::Kl`] chooses for: on heavy tails at 10 bits it can lose 17 times against
     /// MSE.
@@ -146,6 +173,7 @@ impl ErrorMethod {
             Self::Mae => "MAE",
             Self::Lp { .. } => "LP",
             Self::Kl => "KL",
+            Self::Hmse => "HMSE",
         }
     }
 
@@ -178,10 +206,17 @@ mod names {
     #[test]
     fn names_are_complete() {
         let p = Exponent::default();
-        let all = [ErrorMethod::NoClipping, ErrorMethod::Mse, ErrorMethod::Mae, ErrorMethod::Lp { p }, ErrorMethod::Kl];
+        let all = [
+            ErrorMethod::NoClipping,
+            ErrorMethod::Mse,
+            ErrorMethod::Mae,
+            ErrorMethod::Lp { p },
+            ErrorMethod::Kl,
+            ErrorMethod::Hmse,
+        ];
         assert_eq!(all.map(ErrorMethod::name), ErrorMethod::NAMES);
         assert_eq!(serde_json::to_string(&all[3]).unwrap(), "\"LP\"");
-        assert_eq!(all.map(ErrorMethod::exponent), [None, None, None, Some(p), None]);
+        assert_eq!(all.map(ErrorMethod::exponent), [None, None, None, Some(p), None, None]);
     }
 
     #[test]

@@ -341,10 +341,6 @@ fn a_wrong_experiment_exits_with_2() {
         ),
         (good() + "mixed_precision: {}\n", &["e.yaml:5:1: `mixed_precision` is not built yet"]),
         (
-            with("weights_error_method: NOCLIPPING", "weights_error_method: HMSE"),
-            &["e.yaml:3:38: `quantization.weights_error_method: HMSE` is not built yet"],
-        ),
-        (
             with("weights_error_method: NOCLIPPING", "weights: {bits: 9}, weights_error_method: KL"),
             &[
                 "e.yaml:3:58: `quantization.weights_error_method`: KL chooses for at most 8 bits",

@@ -164,6 +164,8 @@ pub enum Method {
     Lp,
     /// [`ErrorMethod::Kl`].
     Kl,
+    /// [`ErrorMethod::Hmse`].
+    Hmse,
 }
 
 impl Method {
@@ -175,6 +177,7 @@ impl Method {
             Self::Mae => ErrorMethod::Mae,
             Self::Lp => ErrorMethod::Lp { p },
             Self::Kl => ErrorMethod::Kl,
+            Self::Hmse => ErrorMethod::Hmse,
         }
     }
 }

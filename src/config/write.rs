@@ -117,6 +117,7 @@ impl From<ErrorMethod> for Method {
             ErrorMethod::Mae => Self::Mae,
             ErrorMethod::Lp { .. } => Self::Lp,
             ErrorMethod::Kl => Self::Kl,
+            ErrorMethod::Hmse => Self::Hmse,
         }
     }
 }

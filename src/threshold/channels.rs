@@ -84,6 +84,17 @@ impl<'a> Channels<'a> {
         self.values
     }
 
+    /// As many other values, divided in the same way; `None` if they are more or less.
+    pub(super) fn with_values<'b>(&self, values: &'b [f32]) -> Option<Channels<'b>> {
+        let Self { count, run_length, .. } = *self;
+        (values.len() == self.values.len()).then_some(Channels { values, count, run_length })
+    }
+
+    /// The channel to which the value at this place in memory belongs.
+    pub(super) fn channel_of(&self, place: usize) -> usize {
+        place / self.run_length % self.count
+    }
+
     /// The values of one channel in order; copied only where they do not lie together. Empty if there is no such
     /// channel.
     pub fn channel(&self, index: usize) -> Cow<'a, [f32]> {

@@ -4,7 +4,6 @@ use super::closed_form::Closed;
 use super::family::{Family, Sign};
 use super::lp::{Power, Powers};
 use super::mae::Absolute;
-use super::mass::Mass;
 use super::mse::Square;
 use super::search::{Effort, Found, Point, Side, Sides, search};
 use super::values::{self, Loss, Values};
@@ -36,91 +35,109 @@ pub(super) struct Chosen {
     pub(super) curve: Vec<CurvePoint>,
 }
 
-/// The threshold that `error_method` chooses.
+/// The threshold that `by` chooses, which is asked unless all values are zero.
 ///
 /// # Errors
-/// If the data are so large that the grid cannot represent them, or the method cannot choose for so many bits.
+/// If the data are so large that the grid cannot represent them, or those of `by`.
 pub(super) fn choose(
-    data: Data<'_>,
     observed: Observed,
     sign: Sign,
     scheme: Scheme,
-    error_method: ErrorMethod,
+    by: impl FnOnce(&Chooser) -> Result<Chosen, SelectError>,
 ) -> Result<Chosen, SelectError> {
     let family = Family::new(observed, sign, scheme);
     if observed.is_all_zero() {
         return Ok(Chosen { threshold: family.with_scale(1.0).snapped(scheme.bits), curve: Vec::new() });
     }
     let no_clipping = no_clipping::threshold(observed, family)?.snapped(scheme.bits);
-    let chooser = Chooser { data, observed, family, scheme, no_clipping: no_clipping.params(scheme.bits) };
-    match error_method {
-        ErrorMethod::NoClipping => Ok(Chosen { threshold: no_clipping, curve: Vec::new() }),
-        ErrorMethod::Mse => {
-            Ok(chooser.by_loss(Square, |bins, unit| Closed { form: Square, mass: Mass::new(bins, unit) }))
-        }
-        ErrorMethod::Mae => {
-            Ok(chooser.by_loss(Absolute, |bins, unit| Closed { form: Absolute, mass: Mass::new(bins, unit) }))
-        }
-        ErrorMethod::Lp { p } => match p.get() {
-            1 => choose(data, observed, sign, scheme, ErrorMethod::Mae),
-            2 => choose(data, observed, sign, scheme, ErrorMethod::Mse),
-            _ => Ok(chooser.by_loss(Power(p), |bins, unit| Powers::new(bins, p, unit))),
-        },
-        ErrorMethod::Kl if scheme.bits.get() > ErrorMethod::KL_MAX_BITS => {
-            Err(SelectError::KlBits { bits: scheme.bits })
-        }
-        ErrorMethod::Kl => Ok(chooser.by_divergence()),
-    }
+    by(&Chooser { observed, family, scheme, no_clipping: no_clipping.params(scheme.bits) })
 }
 
-/// The effort for a histogram: smooth, unless much of its mass is in few bins.
-fn effort(histogram: &Histogram, exponent: u8) -> Effort {
-    let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
+/// The effort for bins: smooth, unless much of their mass is in few of them.
+pub(super) fn effort<'a>(bins: impl Iterator<Item = &'a Bin>, exponent: u8) -> Effort {
     // As many equally filled bins would make as much noise.
-    let bins = values::equal_parts(negative.iter().chain(&positive).map(|bin| bin.mass));
-    let effort = Effort::for_noise(exponent, bins);
+    let effort = Effort::for_noise(exponent, values::equal_parts(bins.map(|bin| bin.mass)));
     let (margin, fine_steps) = if exponent > 2 { (HIGH_POWER_MARGIN, HIGH_POWER_FINE_STEPS) } else { (MARGIN, 0) };
     Effort { margin: effort.margin.max(margin), fine_steps: effort.fine_steps.max(fine_steps), ..effort }
 }
 
-struct Chooser<'a> {
-    data: Data<'a>,
-    observed: Observed,
+/// Chooses for data of which it knows the extremes, and not all of them zero.
+pub(super) struct Chooser {
+    pub(super) observed: Observed,
     family: Family,
     scheme: Scheme,
-    no_clipping: QuantParams,
+    pub(super) no_clipping: QuantParams,
 }
 
-impl Chooser<'_> {
-    fn by_loss<L: Loss, S: Side>(&self, loss: L, side: impl Fn(&[Bin], f64) -> S) -> Chosen {
-        // A power of two, so that counting in this unit changes no digit.
-        let unit = f64::from(self.no_clipping.scale()).log2().floor().exp2();
+impl Chooser {
+    /// The threshold that `error_method` chooses.
+    ///
+    /// # Errors
+    /// If the method cannot choose for so many bits, or not for values alone.
+    pub(super) fn by_method(&self, data: Data<'_>, error_method: ErrorMethod) -> Result<Chosen, SelectError> {
+        match error_method {
+            ErrorMethod::NoClipping => {
+                Ok(Chosen { threshold: self.family.of_params(&self.no_clipping), curve: Vec::new() })
+            }
+            ErrorMethod::Mse => Ok(self.by_loss(data, Square, |bins, unit| Closed::new(Square, bins, unit))),
+            ErrorMethod::Mae => Ok(self.by_loss(data, Absolute, |bins, unit| Closed::new(Absolute, bins, unit))),
+            ErrorMethod::Lp { p } => match p.get() {
+                1 => self.by_method(data, ErrorMethod::Mae),
+                2 => self.by_method(data, ErrorMethod::Mse),
+                _ => Ok(self.by_loss(data, Power(p), |bins, unit| Powers::new(bins, p, unit))),
+            },
+            ErrorMethod::Kl if self.scheme.bits.get() > ErrorMethod::KL_MAX_BITS => {
+                Err(SelectError::KlBits { bits: self.scheme.bits })
+            }
+            ErrorMethod::Kl => {
+                let found = kl::search(data, self.observed, self.family, &self.no_clipping);
+                Ok(self.chosen(&found, |_| true, |divergence| divergence))
+            }
+            ErrorMethod::Hmse => Err(SelectError::NoScores),
+        }
+    }
+
+    fn by_loss<L: Loss, S: Side>(&self, data: Data<'_>, loss: L, side: impl Fn(&[Bin], f64) -> S) -> Chosen {
+        let unit = self.unit();
         let mean = |sum: f64| sum * unit.powi(loss.exponent().into()) / self.observed.count() as f64;
-        match self.data {
+        match data {
             Data::Values(all) => {
-                let sides = Values::sides(all, loss, unit, self.scheme.grid == Grid::Uniform);
-                let effort = values::effort(loss.exponent(), all);
-                let found = search(&sides, self.family, &self.no_clipping, effort);
+                let sides = Values::sides(all, loss, unit, self.is_uniform());
                 let exact = |params: &QuantParams| -> f64 {
                     let error = |x: &f32| loss.of((f64::from(*x) - f64::from(params.fake_quantize(*x))) / unit);
                     all.iter().map(error).sum()
                 };
-                self.chosen(&found, |params| exact(params) < exact(&self.no_clipping), mean)
+                let is_better = |params: &QuantParams| exact(params) < exact(&self.no_clipping);
+                self.by_search(&sides, values::effort(loss.exponent(), all), is_better, mean)
             }
             Data::Histogram(histogram) => {
-                let sides = Sides {
-                    negative: side(&histogram.negative_bins(), unit),
-                    positive: side(&histogram.positive_bins(), unit),
-                };
-                let found = search(&sides, self.family, &self.no_clipping, effort(histogram, loss.exponent()));
-                self.chosen(&found, |_| true, mean)
+                let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
+                let sides = Sides { negative: side(&negative, unit), positive: side(&positive, unit) };
+                let effort = effort(negative.iter().chain(&positive), loss.exponent());
+                self.by_search(&sides, effort, |_| true, mean)
             }
         }
     }
 
-    fn by_divergence(&self) -> Chosen {
-        let found = kl::search(self.data, self.observed, self.family, &self.no_clipping);
-        self.chosen(&found, |_| true, |divergence| divergence)
+    /// A power of two near NOCLIPPING's scale, so that counting in this unit changes no digit.
+    pub(super) fn unit(&self) -> f64 {
+        f64::from(self.no_clipping.scale()).log2().floor().exp2()
+    }
+
+    /// Whether each end of the grid is chosen for itself.
+    pub(super) fn is_uniform(&self) -> bool {
+        self.scheme.grid == Grid::Uniform
+    }
+
+    /// The threshold with the least error of these sides.
+    pub(super) fn by_search<S: Side>(
+        &self,
+        sides: &Sides<S>,
+        effort: Effort,
+        is_better: impl Fn(&QuantParams) -> bool,
+        curve_error: impl Fn(f64) -> f64,
+    ) -> Chosen {
+        self.chosen(&search(sides, self.family, &self.no_clipping, effort), is_better, curve_error)
     }
 
     /// The best quantizer found, if it maps no value to infinity and really is better than NOCLIPPING.

@@ -3,6 +3,7 @@
 
 use super::mass::{Mass, from_the_last};
 use super::search::Side;
+use crate::statistics::Bin;
 
 /// The error of a histogram in closed form.
 pub(super) trait ClosedForm: Copy {
@@ -24,6 +25,11 @@ pub(super) struct Closed<F> {
 }
 
 impl<F: ClosedForm> Closed<F> {
+    /// Of these bins, in a unit that is a power of two.
+    pub(super) fn new(form: F, bins: &[Bin], unit: f64) -> Self {
+        Self { form, mass: Mass::new(bins, unit) }
+    }
+
     /// Calls with the error for each last level from 0 to `last`, or to the first that clips nothing.
     #[inline]
     fn for_each(&self, scale: f64, last: u32, mut visit: impl FnMut(f64)) {

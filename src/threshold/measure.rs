@@ -3,11 +3,10 @@
 
 use super::closed_form::Closed;
 use super::family::Ends;
-use super::mass::Mass;
 use super::mse::Square;
-use super::search::Side;
+use super::search::{Side, Sides};
 use crate::quantizer::{QuantParams, Range};
-use crate::statistics::{Histogram, Observed};
+use crate::statistics::{Bin, Histogram, Observed};
 
 /// Values quantized at a time, so that their images stay in the first cache.
 const BLOCK: usize = 1024;
@@ -45,16 +44,14 @@ impl Measured {
 
     /// What the quantizer does to the values of a histogram, spread evenly within bins.
     pub(super) fn of_histogram(histogram: &Histogram, observed: Observed, params: &QuantParams) -> Self {
-        let unit = f64::from(params.scale()).log2().floor().exp2();
-        let [negative, positive] = [histogram.negative_bins(), histogram.positive_bins()]
-            .map(|bins| Closed { form: Square, mass: Mass::new(&bins, unit) });
-        let scale = f64::from(params.scale());
-        let Ends { below, above } = Ends::of(params);
+        let unit = unit(params);
+        let sides = sides(&[histogram.negative_bins(), histogram.positive_bins()], unit);
+        let Sides { negative: Closed { mass: negative, .. }, positive: Closed { mass: positive, .. } } = &sides;
         let Range { lo, hi } = params.unclipped();
-        let clipped = negative.mass.count_beyond(-lo / unit) + positive.mass.count_beyond(hi / unit);
+        let clipped = negative.count_beyond(-lo / unit) + positive.count_beyond(hi / unit);
         Self {
-            squared_error: (negative.error(scale, below) + positive.error(scale, above)) * unit * unit,
-            signal: (negative.mass.squares() + positive.mass.squares()) * unit * unit,
+            squared_error: squared_error(&sides, params) * unit * unit,
+            signal: (negative.squares() + positive.squares()) * unit * unit,
             clipped: clipped.round() as u64,
             count: observed.count(),
         }
@@ -84,6 +81,46 @@ impl Measured {
     pub(super) fn clipped_share(&self) -> f64 {
         self.clipped as f64 / self.count.max(1) as f64
     }
+}
+
+/// Σ m (x − q)² over the masses m of negative and positive bins, spread evenly within them.
+pub(super) fn squared_error_of_bins(bins: &[Vec<Bin>; 2], params: &QuantParams) -> f64 {
+    let unit = unit(params);
+    squared_error(&sides(bins, unit), params) * unit * unit
+}
+
+/// Σ h (x − q)² over values with a score h each.
+pub(super) fn weighted_squared_error(values: &[f32], scores: &[f32], params: &QuantParams) -> f64 {
+    let mut images = [0.0; BLOCK];
+    let mut lanes = [0.0; LANES];
+    for (values, scores) in values.chunks(BLOCK).zip(scores.chunks(BLOCK)) {
+        params.fake_quantize_slice(values, &mut images);
+        let groups = values.chunks(LANES).zip(images.chunks(LANES)).zip(scores.chunks(LANES));
+        for ((values, images), scores) in groups {
+            for (lane, ((&x, &image), &score)) in lanes.iter_mut().zip(values.iter().zip(images).zip(scores)) {
+                let error = f64::from(x) - f64::from(image);
+                *lane += f64::from(score) * error * error;
+            }
+        }
+    }
+    lanes.iter().sum()
+}
+
+/// A power of two near the scale.
+fn unit(params: &QuantParams) -> f64 {
+    f64::from(params.scale()).log2().floor().exp2()
+}
+
+fn sides(bins: &[Vec<Bin>; 2], unit: f64) -> Sides<Closed<Square>> {
+    let [negative, positive] = bins.each_ref().map(|bins| Closed::new(Square, bins, unit));
+    Sides { negative, positive }
+}
+
+/// In units.
+fn squared_error(sides: &Sides<Closed<Square>>, params: &QuantParams) -> f64 {
+    let Ends { below, above } = Ends::of(params);
+    let scale = f64::from(params.scale());
+    sides.negative.error(scale, below) + sides.positive.error(scale, above)
 }
 
 /// The sums of whole groups, without their count. Not inlined: within a larger function the lanes fall apart.

@@ -26,9 +26,9 @@ impl Moments {
         &self.sums[..=self.exponent]
     }
 
-    /// A value at this distance.
-    pub(super) fn add_point(&mut self, distance: f64) {
-        let mut power = 1.0;
+    /// A value of this mass at this distance.
+    pub(super) fn add_point(&mut self, mass: f64, distance: f64) {
+        let mut power = mass;
         for sum in &mut self.sums[..=self.exponent] {
             *sum += power;
             power *= distance;
@@ -80,8 +80,8 @@ mod tests {
     fn shifting_equals_adding_from_farther_away() {
         let (mut moved, mut direct) = (Moments::new(5), Moments::new(5));
         for distance in [0.25, 1.0, 3.5] {
-            moved.add_point(distance);
-            direct.add_point(distance + 0.5);
+            moved.add_point(1.0, distance);
+            direct.add_point(1.0, distance + 0.5);
         }
         moved.shift(0.5);
         for (a, b) in moved.sums().iter().zip(direct.sums()) {

@@ -34,6 +34,9 @@ const WHOLE_FINALISTS: usize = 4;
 /// halves the distance between minima.
 const HALVINGS: u8 = 6;
 
+/// How often the scale is computed anew from the levels that it gives.
+const FITS: usize = 3;
+
 /// Where the sweep begins, in units of NOCLIPPING's scale.
 const FIRST: f64 = 2.0;
 
@@ -53,6 +56,32 @@ pub(super) trait Side {
 
     /// The greatest magnitude; 0 of nothing.
     fn greatest(&self) -> f64;
+
+    /// The magnitude that should lie on a level if any can, and how much it counts.
+    fn anchor(&self) -> Anchor {
+        Anchor { magnitude: self.greatest(), weight: self.greatest() }
+    }
+
+    /// How the scale that is best for the levels that magnitudes have is computed; `None` if it is not.
+    fn fit(&self, _scale: f64, _levels: u32) -> Option<Fit> {
+        None
+    }
+}
+
+/// A magnitude that should lie on a level.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Anchor {
+    pub(super) magnitude: f64,
+    pub(super) weight: f64,
+}
+
+/// Sums over magnitudes x with weights h and levels k, which the scale Σ h x k / Σ h k² fits best.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fit {
+    /// Σ h x k.
+    pub(super) products: f64,
+    /// Σ h k².
+    pub(super) squares: f64,
 }
 
 /// The values of both signs.
@@ -257,22 +286,51 @@ impl<S: Side> Search<'_, S> {
                 }
             }
         }
+        self.fitted(best)
+    }
+
+    /// The quantizer with the scale that is best for the levels that the values have, as long as it is better, where it can be
+    /// computed: steps do not get to the bottom of the valleys of a few values that make almost all of the error.
+    fn fitted(&mut self, start: Point) -> Point {
+        let mut best = start;
+        for _ in 0..FITS {
+            let Some(point) = self.best_scale(best).and_then(|scale| self.at_valid(scale, f64::INFINITY)) else {
+                break;
+            };
+            if point.error >= best.error {
+                break;
+            }
+            best = point;
+        }
         best
+    }
+
+    fn best_scale(&self, Point { scale, zero_point, .. }: Point) -> Option<f64> {
+        let Sides { negative, positive } = self.sides;
+        let last = self.family.bits().level_count().unsigned_abs() - 1;
+        let ends = self.family.ends().unwrap_or_else(|| {
+            let below = zero_point.unsigned_abs();
+            Ends { below, above: last.saturating_sub(below) }
+        });
+        let (below, above) = (negative.fit(scale.into(), ends.below)?, positive.fit(scale.into(), ends.above)?);
+        Some((below.products + above.products) / (below.squares + above.squares))
     }
 }
 
 impl<S: Side> Search<'_, S> {
-    /// The best of the scales of which the greatest magnitude is a whole multiple: if all values can lie on levels at once,
-    /// it is at one of these.
+    /// The best of the scales of which the greatest magnitude, or the one that counts most, is a whole multiple: if all values
+    /// can lie on levels at once, it is at one of these.
     fn best_whole_scales(&mut self, least: f32, no_clipping: f32) -> Vec<Point> {
-        let greatest = self.sides.negative.greatest().max(self.sides.positive.greatest());
+        let [below, above] = [self.sides.negative.anchor(), self.sides.positive.anchor()];
+        let anchor = if below.weight > above.weight { below.magnitude } else { above.magnitude };
         let level_count = self.family.bits().level_count().unsigned_abs();
         if level_count > MOST_WHOLE_LEVELS {
             return Vec::new();
         }
         let region = f64::from(least)..=f64::from(no_clipping) * FIRST;
-        let scales = (1..=level_count).map(|level| greatest / f64::from(level)).filter(|scale| region.contains(scale));
-        let mut points: Vec<Point> = scales.filter_map(|scale| self.at_valid(scale, f64::INFINITY)).collect();
+        let scales = (1..=level_count).map(|level| anchor / f64::from(level)).filter(|scale| region.contains(scale));
+        let points: Vec<Point> = scales.filter_map(|scale| self.at_valid(scale, f64::INFINITY)).collect();
+        let mut points: Vec<Point> = points.into_iter().map(|point| self.fitted(point)).collect();
         sort_by_error(&mut points);
         points.truncate(WHOLE_FINALISTS);
         points

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::choose::{Chosen, Data, choose};
+use super::choose::{Chooser, Chosen, Data, choose};
 use super::family::Sign;
 use super::measure::Measured;
 use super::selection::{Note, notes};
@@ -16,14 +16,49 @@ use crate::statistics::{Histogram, MinMax, Observed};
 /// The result depends on nothing but the values, not on the number of threads.
 ///
 /// # Errors
-/// If a value is NaN or infinite, or so large that the grid cannot represent it.
+/// If a value is NaN or infinite, or so large that the grid cannot represent it, or the method is HMSE, for which there is
+/// [`select_weights_scored`](super::select_weights_scored).
 pub fn select_weights(
     weights: &Channels<'_>,
     scheme: Scheme,
     error_method: ErrorMethod,
 ) -> Result<Selection, SelectError> {
+    if error_method == ErrorMethod::Hmse {
+        return Err(SelectError::NoScores);
+    }
+    each_channel(weights, scheme, |_, values, chooser| chooser.by_method(Data::Values(values), error_method))
+}
+
+/// Chooses the one quantizer of an activation from its histogram; a symmetric grid is unsigned if no value is negative.
+///
+/// With `z_threshold`, values more than that many standard deviations from the mean do not count when the threshold is
+/// chosen; what the quantizer costs is told of all values.
+///
+/// # Errors
+/// If nothing was observed or would be left to count, a NaN or an infinity was observed, or a value so large that the grid
+/// cannot represent it, or the method is HMSE, for which there is
+/// [`select_activation_scored`](super::select_activation_scored).
+pub fn select_activation(
+    histogram: &Histogram,
+    scheme: Scheme,
+    error_method: ErrorMethod,
+    z_threshold: Option<f64>,
+) -> Result<Selection, SelectError> {
+    if error_method == ErrorMethod::Hmse {
+        return Err(SelectError::NoScores);
+    }
+    whole(histogram, scheme, z_threshold, |counted, chooser| chooser.by_method(Data::Histogram(counted), error_method))
+}
+
+/// The selection whose thresholds `by` chooses, from the index and the values of each channel.
+pub(super) fn each_channel(
+    weights: &Channels<'_>,
+    scheme: Scheme,
+    by: impl Fn(usize, &[f32], &Chooser) -> Result<Chosen, SelectError> + Sync,
+) -> Result<Selection, SelectError> {
     let select = |index| {
-        select_channel(&weights.channel(index), scheme, error_method).map_err(|error| match error {
+        let values = weights.channel(index);
+        select_channel(&values, scheme, |chooser| by(index, &values, chooser)).map_err(|error| match error {
             SelectError::NotFinite(found) if weights.count() > 1 => {
                 SelectError::NotFiniteChannel { channel: index, found }
             }
@@ -48,19 +83,12 @@ pub fn select_weights(
     Ok(selection)
 }
 
-/// Chooses the one quantizer of an activation from its histogram; a symmetric grid is unsigned if no value is negative.
-///
-/// With `z_threshold`, values more than that many standard deviations from the mean do not count when the threshold is
-/// chosen; what the quantizer costs is told of all values.
-///
-/// # Errors
-/// If nothing was observed or would be left to count, a NaN or an infinity was observed, or a value so large that the grid
-/// cannot represent it.
-pub fn select_activation(
+/// The selection whose threshold `by` chooses, from the values that count.
+pub(super) fn whole(
     histogram: &Histogram,
     scheme: Scheme,
-    error_method: ErrorMethod,
     z_threshold: Option<f64>,
+    by: impl FnOnce(&Histogram, &Chooser) -> Result<Chosen, SelectError>,
 ) -> Result<Selection, SelectError> {
     let observed = histogram.observed()?.ok_or(SelectError::Empty)?;
     let mut notes = notes(&[observed]);
@@ -83,7 +111,7 @@ pub fn select_activation(
         return Err(SelectError::AllOutliers { deviations });
     }
     let sign = if observed.has_negative() { Sign::Signed } else { Sign::Unsigned };
-    let Chosen { threshold, curve } = choose(Data::Histogram(counted), data, sign, scheme, error_method)?;
+    let Chosen { threshold, curve } = choose(data, sign, scheme, |chooser| by(counted, chooser))?;
     let params = threshold.params(scheme.bits);
     Ok(Selection {
         params: vec![params],
@@ -100,11 +128,15 @@ struct SelectedChannel {
     measured: Measured,
 }
 
-fn select_channel(values: &[f32], scheme: Scheme, error_method: ErrorMethod) -> Result<SelectedChannel, SelectError> {
+fn select_channel(
+    values: &[f32],
+    scheme: Scheme,
+    by: impl FnOnce(&Chooser) -> Result<Chosen, SelectError>,
+) -> Result<SelectedChannel, SelectError> {
     let mut min_max = MinMax::new();
     min_max.observe(values);
     let observed = min_max.observed()?.ok_or(SelectError::Empty)?;
-    let chosen = choose(Data::Values(values), observed, Sign::Signed, scheme, error_method)?;
+    let chosen = choose(observed, Sign::Signed, scheme, by)?;
     let measured = Measured::of(values, &chosen.threshold.params(scheme.bits));
     Ok(SelectedChannel { chosen, observed, measured })
 }

@@ -23,6 +23,9 @@ pub struct Selection {
     pub error: f64,
     /// 10 log10(Σ x² / Σ (x − q)²) in dB, infinite without an error.
     pub sqnr_db: f64,
+    /// Σ h (x − q)² / Σ h over all values, h being their Hessian scores; `None` of a selection without scores, or whose
+    /// scores are all zero.
+    pub weighted_error: Option<f64>,
     /// Share of clipped values, from 0 to 1.
     pub clipped_share: f64,
     /// What a reader of the report should know.
@@ -34,7 +37,8 @@ pub struct Selection {
 pub struct CurvePoint {
     /// The threshold, snapped.
     pub threshold: Threshold,
-    /// What the method minimises: the mean of abs(x − q)^p in the unit of the data, or the divergence in nats.
+    /// What the method minimises: the mean of abs(x − q)^p in the unit of the data, for HMSE weighted, or the divergence in
+    /// nats.
     pub error: f64,
 }
 
@@ -50,6 +54,13 @@ pub enum Note {
         /// Their indices, ascending.
         channels: Vec<usize>,
         /// Number of channels in all.
+        count: usize,
+    },
+    /// The Hessian scores of some channels are zero, at least those of all values that are not, so that MSE chose for them.
+    ZeroScores {
+        /// Their indices, ascending.
+        channels: Vec<usize>,
+        /// Number of channels in all; 1 for one threshold.
         count: usize,
     },
     /// Values too far from the mean to count.
@@ -72,6 +83,7 @@ impl Selection {
             curves: Vec::new(),
             error: measured.mean_squared_error(),
             sqnr_db: measured.sqnr_db(),
+            weighted_error: None,
             clipped_share: measured.clipped_share(),
             notes: Vec::new(),
         }
@@ -84,16 +96,25 @@ impl fmt::Display for Note {
             Self::AllZero => write!(f, "all values are zero: scale 1, zero point 0"),
             Self::Constant(value) => write!(f, "all values are {value}"),
             Self::ZeroChannels { channels, count } => {
-                let listed: Vec<_> = channels.iter().take(LISTED_CHANNELS).map(ToString::to_string).collect();
-                let more = if channels.len() > LISTED_CHANNELS { ", …" } else { "" };
-                let (zero, listed) = (channels.len(), listed.join(", "));
-                write!(f, "{zero} of {count} channels are all zero ({listed}{more}): scale 1, zero point 0")
+                let (zero, listed) = (channels.len(), listed(channels));
+                write!(f, "{zero} of {count} channels are all zero ({listed}): scale 1, zero point 0")
+            }
+            Self::ZeroScores { count: 1, .. } => write!(f, "all Hessian scores are zero: MSE"),
+            Self::ZeroScores { channels, count } => {
+                let (zero, listed) = (channels.len(), listed(channels));
+                write!(f, "{zero} of {count} channels have Hessian scores of zero ({listed}): MSE there")
             }
             Self::Outliers { outliers, count, deviations } => {
                 write!(f, "{outliers} of {count} values lie beyond {deviations} standard deviations and do not count")
             }
         }
     }
+}
+
+fn listed(channels: &[usize]) -> String {
+    let listed: Vec<_> = channels.iter().take(LISTED_CHANNELS).map(ToString::to_string).collect();
+    let more = if channels.len() > LISTED_CHANNELS { ", …" } else { "" };
+    listed.join(", ") + more
 }
 
 /// The notes on a tensor whose channels have these extremes.
@@ -140,6 +161,16 @@ mod tests {
         many[0] = &[1.0];
         let line = "19 of 20 channels are all zero (1, 2, 3, 4, 5, 6, 7, 8, …): scale 1, zero point 0";
         assert_eq!(lines(&many), [line]);
+    }
+
+    #[test]
+    fn lists_channels_without_scores() {
+        let line = |channels: &[usize], count| Note::ZeroScores { channels: channels.to_vec(), count }.to_string();
+        assert_eq!(line(&[0, 3], 4), "2 of 4 channels have Hessian scores of zero (0, 3): MSE there");
+        let all: Vec<usize> = (0..9).collect();
+        let nine = "9 of 9 channels have Hessian scores of zero (0, 1, 2, 3, 4, 5, 6, 7, …): MSE there";
+        assert_eq!(line(&all, 9), nine);
+        assert_eq!(line(&[0], 1), "all Hessian scores are zero: MSE");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! How good the chosen thresholds are: against brute force, within stated bounds, on data of many kinds.
 
 mod data;
+mod hmse;
 mod kl;
 mod quality;

@@ -9,19 +9,19 @@ use super::moments::{Moments, nearest_level};
 use super::search::{Effort, Side, Sides};
 
 /// Values taken at a time; lists are padded with zeros, which cost nothing, to whole groups.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Groups summed in `f32` before the sum goes on in `f64`.
 const GROUPS_PER_BLOCK: usize = 32;
 
-/// Values worth a thread of their own, in whole blocks.
-const VALUES_PER_TASK: usize = LANES * GROUPS_PER_BLOCK * 64;
+/// Groups worth a thread of their own, in whole blocks.
+const GROUPS_PER_TASK: usize = GROUPS_PER_BLOCK * 64;
 
 /// 1.5 · 2^23: an `f32` of magnitude up to 2^22 added to this loses exactly its fraction, half to even.
 const ROUNDER: f32 = 12_582_912.0;
 
 /// Levels beyond which nothing has to be rounded: more than any grid has.
-const UNCLIPPED: f32 = (1 << 22) as f32;
+pub(super) const UNCLIPPED: f32 = (1 << 22) as f32;
 
 /// abs(x − q)^p for one p.
 pub(super) trait Loss: Copy + Sync {
@@ -68,13 +68,8 @@ impl<L: Loss> Values<L> {
 
     /// Sum of the losses in level units.
     fn sum(&self, term: Term) -> f64 {
-        let sum = |values: &[f32]| pulp::Arch::new().dispatch(Sum { loss: self.loss, values, term });
-        if self.magnitudes.len() <= VALUES_PER_TASK {
-            return sum(&self.magnitudes);
-        }
-        // Summed in the order of the values, however many threads there are.
-        let sums: Vec<f64> = self.magnitudes.par_chunks(VALUES_PER_TASK).map(sum).collect();
-        sums.iter().sum()
+        let sum = |groups: &[[f32; LANES]]| pulp::Arch::new().dispatch(Sum { loss: self.loss, groups, term });
+        in_tasks(self.magnitudes.as_chunks().0, sum)
     }
 
     fn power(&self, scale: f64) -> f64 {
@@ -110,24 +105,9 @@ impl<L: Loss> Side for Values<L> {
     }
 
     fn errors(&self, scale: f64, levels: std::ops::RangeInclusive<u32>, limit: f64, errors: &mut Vec<f64>) {
-        errors.clear();
         let scale = scale * self.per_unit;
-        let mut inside = self.unclipped(scale);
-        let mut outside = Moments::new(self.loss.exponent());
-        let mut rest = self.magnitudes.iter().map(|&x| f64::from(x)).peekable();
-        for last in levels.rev() {
-            let end = scale * f64::from(last);
-            while let Some(x) = rest.next_if(|x| nearest_level(x / scale) > f64::from(last)) {
-                inside -= self.loss.of(x - nearest_level(x / scale) * scale);
-                outside.add_point(x - end);
-            }
-            let clipping = outside.highest();
-            if clipping > limit {
-                return;
-            }
-            errors.push(inside.max(0.0) + clipping);
-            outside.shift(scale);
-        }
+        let values = self.magnitudes.iter().map(|&x| (f64::from(x), 1.0));
+        errors_by_level(self.loss, self.unclipped(scale), values, scale, levels, limit, errors);
     }
 
     fn clipping(&self, end: f64) -> f64 {
@@ -139,19 +119,88 @@ impl<L: Loss> Side for Values<L> {
     }
 }
 
+/// The errors of [`Side::errors`]: from the error without any clipping, and from the values by descending magnitude with the
+/// weight of each, as far as they are clipped.
+pub(super) fn errors_by_level(
+    loss: impl Loss,
+    unclipped: f64,
+    values: impl Iterator<Item = (f64, f64)>,
+    scale: f64,
+    levels: std::ops::RangeInclusive<u32>,
+    limit: f64,
+    errors: &mut Vec<f64>,
+) {
+    errors.clear();
+    let mut inside = unclipped;
+    let mut outside = Moments::new(loss.exponent());
+    let mut rest = values.peekable();
+    for last in levels.rev() {
+        let end = scale * f64::from(last);
+        while let Some((x, weight)) = rest.next_if(|(x, _)| nearest_level(x / scale) > f64::from(last)) {
+            inside -= weight * loss.of(x - nearest_level(x / scale) * scale);
+            outside.add_point(weight, x - end);
+        }
+        let clipping = outside.highest();
+        if clipping > limit {
+            return;
+        }
+        errors.push(inside.max(0.0) + clipping);
+        outside.shift(scale);
+    }
+}
+
 /// What is summed over the magnitudes.
 #[derive(Clone, Copy)]
-enum Term {
+pub(super) enum Term {
     /// The loss of the distance to the nearest of the levels 0, 1, … `last`, in level units.
     Rounded { inverse: f32, last: f32 },
     /// The loss of the part beyond `end`.
     Beyond { end: f32 },
 }
 
+/// The distance of a magnitude to the nearest of the levels 0, 1, … `last`, in level units.
+#[inline(always)]
+pub(super) fn rounded(x: f32, inverse: f32, last: f32) -> f32 {
+    let y = x * inverse;
+    let clamped = if y < last { y } else { last };
+    y - ((clamped + ROUNDER) - ROUNDER)
+}
+
+/// The part of a magnitude beyond `end`.
+#[inline(always)]
+pub(super) fn beyond(x: f32, end: f32) -> f32 {
+    if x > end { x - end } else { 0.0 }
+}
+
+/// The sum over all groups, in parallel if they are many, in their order however many threads there are.
+pub(super) fn in_tasks<G: Sync>(groups: &[G], sum: impl Fn(&[G]) -> f64 + Send + Sync) -> f64 {
+    if groups.len() <= GROUPS_PER_TASK {
+        return sum(groups);
+    }
+    let sums: Vec<f64> = groups.par_chunks(GROUPS_PER_TASK).map(sum).collect();
+    sums.iter().sum()
+}
+
+/// The sum of the losses of all groups: in `f32` within a block of groups, in `f64` over blocks.
+#[inline(always)]
+pub(super) fn in_blocks<G>(groups: &[G], losses: impl Fn(&G) -> [f32; LANES]) -> f64 {
+    let mut total = 0.0;
+    for block in groups.chunks(GROUPS_PER_BLOCK) {
+        let mut sums = [0.0f32; LANES];
+        for group in block {
+            for (sum, loss) in sums.iter_mut().zip(losses(group)) {
+                *sum += loss;
+            }
+        }
+        total += sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
+    }
+    total
+}
+
 /// A type, because a closure would not be compiled for each set of vector instructions.
 struct Sum<'a, L> {
     loss: L,
-    values: &'a [f32],
+    groups: &'a [[f32; LANES]],
     term: Term,
 }
 
@@ -163,15 +212,11 @@ impl<L: Loss> pulp::NullaryFnOnce for Sum<'_, L> {
         match self.term {
             Term::Rounded { inverse, last } => self.over(
                 #[inline(always)]
-                |x| {
-                    let y = x * inverse;
-                    let clamped = if y < last { y } else { last };
-                    y - ((clamped + ROUNDER) - ROUNDER)
-                },
+                |x| rounded(x, inverse, last),
             ),
             Term::Beyond { end } => self.over(
                 #[inline(always)]
-                |x| if x > end { x - end } else { 0.0 },
+                |x| beyond(x, end),
             ),
         }
     }
@@ -180,22 +225,18 @@ impl<L: Loss> pulp::NullaryFnOnce for Sum<'_, L> {
 impl<L: Loss> Sum<'_, L> {
     #[inline(always)]
     fn over(&self, error: impl Fn(f32) -> f32) -> f64 {
-        let mut total = 0.0;
         let factor = self.loss.lane_factor();
-        for block in self.values.as_chunks::<LANES>().0.chunks(GROUPS_PER_BLOCK) {
-            let mut sums = [0.0f32; LANES];
-            for group in block {
+        in_blocks(
+            self.groups,
+            #[inline(always)]
+            |group| {
                 let mut errors = [0.0f32; LANES];
                 for (place, &x) in errors.iter_mut().zip(group) {
                     *place = error(x) * factor;
                 }
                 self.loss.lanes(&mut errors);
-                for (sum, loss) in sums.iter_mut().zip(errors) {
-                    *sum += loss;
-                }
-            }
-            total += sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
-        }
-        total
+                errors
+            },
+        )
     }
 }

@@ -143,13 +143,9 @@ fn names_the_place_of_what_is_wrong() {
              `per_channel`",
         ),
         (
-            "[{layers: fc, weights: {error_method: HMSE}}]",
-            ":3:50: `overrides[0].weights.error_method: HMSE` is not built yet",
-        ),
-        (
             "[{layers: fc, activations: {error_method: mse}}]",
-            ":3:54: `overrides[0].activations.error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, found \
-             `mse`, did you mean `MSE`?",
+            ":3:54: `overrides[0].activations.error_method` must be one of `NOCLIPPING`, `MSE`, `MAE`, `LP`, `KL`, \
+             `HMSE`, found `mse`, did you mean `MSE`?",
         ),
         (
             "[{layers: fc, weights: {bits: 9, error_method: KL}}]",

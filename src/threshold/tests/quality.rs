@@ -2,28 +2,27 @@
 
 use super::data::{KINDS, Kind, histogram};
 use crate::quantizer::{Bits, Grid, QuantParams, Range, Scheme, Threshold};
-use crate::statistics::Histogram;
+use crate::statistics::{Bin, Histogram};
 use crate::threshold::closed_form::Closed;
 use crate::threshold::family::Ends;
 use crate::threshold::lp::Powers;
 use crate::threshold::mae::Absolute;
-use crate::threshold::mass::Mass;
 use crate::threshold::mse::Square;
 use crate::threshold::search::Side;
 use crate::threshold::{Channels, ErrorMethod, Exponent, Selection, select_activation, select_weights};
 
-const GRIDS: [Grid; 3] = [Grid::Symmetric, Grid::PowerOfTwo, Grid::Uniform];
+pub(super) const GRIDS: [Grid; 3] = [Grid::Symmetric, Grid::PowerOfTwo, Grid::Uniform];
 
 /// Thresholds of the brute force in (0, 2 T], T being NOCLIPPING's.
 const THRESHOLDS: usize = 10_000;
 
 /// What rounding of the scale to `f32` may cost where all values lie on levels, in levels.
-const SLACK: f64 = 1e-4;
+pub(super) const SLACK: f64 = 1e-4;
 
 /// Ends on each side of the brute force on a uniform grid, each from 0 to twice the extreme.
 const ENDS: usize = 128;
 
-fn scheme(bits: u64, grid: Grid) -> Scheme {
+pub(super) fn scheme(bits: u64, grid: Grid) -> Scheme {
     Scheme { bits: Bits::try_from(bits).unwrap(), grid }
 }
 
@@ -32,7 +31,7 @@ fn methods() -> Vec<(ErrorMethod, i32)> {
     vec![(ErrorMethod::Mse, 2), (ErrorMethod::Mae, 1), lp(3), lp(4)]
 }
 
-fn of_weights(values: &[f32], scheme: Scheme, method: ErrorMethod) -> Selection {
+pub(super) fn of_weights(values: &[f32], scheme: Scheme, method: ErrorMethod) -> Selection {
     select_weights(&Channels::new(values, &[values.len()], None).unwrap(), scheme, method).unwrap()
 }
 
@@ -52,7 +51,7 @@ fn raw_error(values: &[f32], params: &QuantParams, p: i32, unit: f64) -> f64 {
 }
 
 /// All quantizers of the brute force.
-fn candidates(no_clipping: Threshold, extremes: Range, scheme: Scheme) -> Vec<QuantParams> {
+pub(super) fn candidates(no_clipping: Threshold, extremes: Range, scheme: Scheme) -> Vec<QuantParams> {
     let thresholds = |t: f64| (1..=THRESHOLDS).map(move |i| 2.0 * t * i as f64 / THRESHOLDS as f64);
     let mut params: Vec<QuantParams> = match (scheme.grid, no_clipping) {
         (Grid::PowerOfTwo, Threshold::Signed(t)) => {
@@ -74,14 +73,14 @@ fn candidates(no_clipping: Threshold, extremes: Range, scheme: Scheme) -> Vec<Qu
     params
 }
 
-fn extremes(values: &[f32]) -> Range {
+pub(super) fn extremes(values: &[f32]) -> Range {
     let fold = |f: fn(f32, f32) -> f32| f64::from(values.iter().copied().fold(0.0, f));
     Range { lo: fold(f32::min), hi: fold(f32::max) }
 }
 
 /// The worst ratio seen, and all that break their bounds.
 #[derive(Default)]
-struct Worst {
+pub(super) struct Worst {
     ratio: f64,
     case: String,
     failures: Vec<String>,
@@ -89,7 +88,7 @@ struct Worst {
 
 impl Worst {
     /// Compares what was found with the best of the brute force times the bound, plus an absolute slack.
-    fn check(&mut self, found: f64, best: f64, bound: f64, slack: f64, case: impl Fn() -> String) {
+    pub(super) fn check(&mut self, found: f64, best: f64, bound: f64, slack: f64, case: impl Fn() -> String) {
         let ratio = if found <= best + slack { 1.0 } else { found / best };
         if ratio > bound || ratio.is_nan() {
             self.failures.push(format!("{}: {found:e}, best {best:e}, ratio {ratio}", case()));
@@ -100,19 +99,19 @@ impl Worst {
     }
 
     /// Prints the worst case; fails if any was out of bounds.
-    fn finish(self, what: &str, method: ErrorMethod, p: i32, grid: Grid) {
+    pub(super) fn finish(self, what: &str, method: ErrorMethod, p: i32, grid: Grid) {
         println!("{what} {method} p {p} {grid:?}: {:.6} at {}", self.ratio, self.case);
         assert!(self.failures.is_empty(), "{what} {method} p {p} {grid:?}: {:#?}", self.failures);
     }
 }
 
 /// Every kind of data with every grid, and with one in three of the widths in each turn: all of them would take minutes.
-fn is_sampled(kind: Kind, grid: Grid, bits: u64, turn: usize) -> bool {
+pub(super) fn is_sampled(kind: Kind, grid: Grid, bits: u64, turn: usize) -> bool {
     (kind as usize + grid as usize + bits as usize / 2 + turn).is_multiple_of(3)
 }
 
 /// The largest ratio to the best of brute force that raw values may have.
-fn bound_of_weights(grid: Grid) -> f64 {
+pub(super) fn bound_of_weights(grid: Grid) -> f64 {
     if grid == Grid::Uniform { 1.005 } else { 1.001 }
 }
 
@@ -223,23 +222,27 @@ fn slow_histogram_error(histogram: &Histogram, params: &QuantParams, p: i32, uni
 }
 
 /// What `choose` minimises, for any quantizer, by the same sides: no search in it.
-fn objective<'a>(histogram: &'a Histogram, p: i32, unit: f64) -> impl Fn(&QuantParams) -> f64 + 'a {
-    let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
-    let sides: [Box<dyn Side>; 2] = [negative, positive].map(|bins| -> Box<dyn Side> {
+fn objective(histogram: &Histogram, p: i32, unit: f64) -> impl Fn(&QuantParams) -> f64 + use<> {
+    objective_of_bins([histogram.negative_bins(), histogram.positive_bins()], histogram.count() as f64, p, unit)
+}
+
+/// The same for any bins, and what the masses of all and of the zeros come to.
+pub(super) fn objective_of_bins(bins: [Vec<Bin>; 2], total: f64, p: i32, unit: f64) -> impl Fn(&QuantParams) -> f64 {
+    let sides: [Box<dyn Side>; 2] = bins.map(|bins| -> Box<dyn Side> {
         match p {
-            1 => Box::new(Closed { form: Absolute, mass: Mass::new(&bins, unit) }),
-            2 => Box::new(Closed { form: Square, mass: Mass::new(&bins, unit) }),
+            1 => Box::new(Closed::new(Absolute, &bins, unit)),
+            2 => Box::new(Closed::new(Square, &bins, unit)),
             p => Box::new(Powers::new(&bins, Exponent::try_from(i128::from(p)).unwrap(), unit)),
         }
     });
     move |params| {
         let Ends { below, above } = Ends::of(params);
         let scale = f64::from(params.scale());
-        (sides[0].error(scale, below) + sides[1].error(scale, above)) / histogram.count() as f64
+        (sides[0].error(scale, below) + sides[1].error(scale, above)) / total
     }
 }
 
-fn power_of_two_near(params: &QuantParams) -> f64 {
+pub(super) fn power_of_two_near(params: &QuantParams) -> f64 {
     f64::from(params.scale()).log2().floor().exp2()
 }
 
