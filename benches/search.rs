@@ -6,8 +6,10 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use tsquant::quantizer::{Bits, Grid, Scheme};
-use tsquant::statistics::{Counter, Histogram};
-use tsquant::threshold::{Channels, ErrorMethod, Exponent, select_activation, select_weights};
+use tsquant::statistics::{Counter, Histogram, WeightedCounter, WeightedHistogram};
+use tsquant::threshold::{
+    Channels, ErrorMethod, Exponent, select_activation, select_activation_scored, select_weights, select_weights_scored,
+};
 
 /// Runs of which the best counts.
 const RUNS: usize = 1;
@@ -45,8 +47,13 @@ fn normal(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| (0..12).map(|_| uniform(&mut state)).sum::<f32>() - 6.0).collect()
 }
 
+/// Log-normal, so that the effective number of values is a third to a quarter of all.
+fn scores(count: usize, seed: u64) -> Vec<f32> {
+    normal(count, seed).into_iter().map(f32::exp).collect()
+}
+
 /// Half of the sites after a ReLU, half two-sided with heavier tails.
-fn histograms() -> Vec<Histogram> {
+fn histograms() -> Vec<(Histogram, WeightedHistogram)> {
     let site = |index: usize| {
         let mut values = normal(VALUES, 1000 + index as u64);
         for x in &mut values {
@@ -54,7 +61,10 @@ fn histograms() -> Vec<Histogram> {
         }
         let mut histogram = Histogram::new();
         histogram.observe(&values, &mut Counter::new());
-        histogram
+        let mut weights = WeightedHistogram::new();
+        let gradients = normal(VALUES, 2000 + index as u64);
+        weights.observe(&values, &gradients, &mut [WeightedCounter::new()], |parts, run| (0..parts).for_each(run));
+        (histogram, weights)
     };
     (0..SITES).into_par_iter().map(site).collect()
 }
@@ -69,13 +79,13 @@ fn seconds(mut work: impl FnMut()) -> f64 {
 }
 
 fn main() {
-    let weights: Vec<(Vec<f32>, [usize; 2])> = layers()
-        .into_iter()
-        .enumerate()
-        .map(|(index, shape)| (normal(shape[0] * shape[1], index as u64), shape))
-        .collect();
+    let layer = |(index, shape): (usize, [usize; 2])| {
+        let count = shape[0] * shape[1];
+        (normal(count, index as u64), scores(count, 100 + index as u64), shape)
+    };
+    let weights: Vec<(Vec<f32>, Vec<f32>, [usize; 2])> = layers().into_iter().enumerate().map(layer).collect();
     let histograms = histograms();
-    let total: usize = weights.iter().map(|(values, _)| values.len()).sum();
+    let total: usize = weights.iter().map(|(values, ..)| values.len()).sum();
     let eight = Bits::try_from(8u64).unwrap_or(Bits::MAX);
     let p = Exponent::try_from(3i128).unwrap_or_default();
     println!("{} threads; seconds, best of {RUNS} runs, 8 bits", rayon::current_num_threads());
@@ -86,19 +96,26 @@ fn main() {
         ("MAE", ErrorMethod::Mae),
         ("LP 3", ErrorMethod::Lp { p }),
         ("KL", ErrorMethod::Kl),
+        ("HMSE", ErrorMethod::Hmse),
     ] {
         for (grid_name, grid) in
             [("symmetric", Grid::Symmetric), ("power_of_two", Grid::PowerOfTwo), ("uniform", Grid::Uniform)]
         {
             let scheme = Scheme { bits: eight, grid };
             let of_weights = seconds(|| {
-                for (values, shape) in &weights {
-                    let channels = Channels::new(values, shape, Some(0));
-                    let _ = black_box(channels.map(|channels| select_weights(&channels, scheme, method)));
+                for (values, scores, shape) in &weights {
+                    let Ok(channels) = Channels::new(values, shape, Some(0)) else { continue };
+                    let _ = black_box(match method {
+                        ErrorMethod::Hmse => select_weights_scored(&channels, scores, scheme),
+                        _ => select_weights(&channels, scheme, method),
+                    });
                 }
             });
             let of_sites = seconds(|| {
-                let select = |histogram| select_activation(histogram, scheme, method, None).is_ok();
+                let select = |(histogram, scores): &(Histogram, WeightedHistogram)| match method {
+                    ErrorMethod::Hmse => select_activation_scored(histogram, scores, scheme, None).is_ok(),
+                    _ => select_activation(histogram, scheme, method, None).is_ok(),
+                };
                 black_box(histograms.par_iter().map(select).filter(|&is_ok| is_ok).count());
             });
             println!("{name:12} {grid_name:14} {of_weights:>20.3} {of_sites:>18.3}");

@@ -2,7 +2,7 @@
 
 use super::data::{KINDS, Kind, histogram};
 use crate::quantizer::{Bits, Grid, QuantParams, Range, Scheme, Threshold};
-use crate::statistics::Histogram;
+use crate::statistics::{Bin, Histogram};
 use crate::threshold::closed_form::Closed;
 use crate::threshold::family::Ends;
 use crate::threshold::lp::Powers;
@@ -81,9 +81,9 @@ pub(super) fn extremes(values: &[f32]) -> Range {
 /// The worst ratio seen, and all that break their bounds.
 #[derive(Default)]
 pub(super) struct Worst {
-    pub(super) ratio: f64,
+    ratio: f64,
     case: String,
-    pub(super) failures: Vec<String>,
+    failures: Vec<String>,
 }
 
 impl Worst {
@@ -222,9 +222,13 @@ fn slow_histogram_error(histogram: &Histogram, params: &QuantParams, p: i32, uni
 }
 
 /// What `choose` minimises, for any quantizer, by the same sides: no search in it.
-fn objective<'a>(histogram: &'a Histogram, p: i32, unit: f64) -> impl Fn(&QuantParams) -> f64 + 'a {
-    let (negative, positive) = (histogram.negative_bins(), histogram.positive_bins());
-    let sides: [Box<dyn Side>; 2] = [negative, positive].map(|bins| -> Box<dyn Side> {
+fn objective(histogram: &Histogram, p: i32, unit: f64) -> impl Fn(&QuantParams) -> f64 + use<> {
+    objective_of_bins([histogram.negative_bins(), histogram.positive_bins()], histogram.count() as f64, p, unit)
+}
+
+/// The same for any bins, and what the masses of all and of the zeros come to.
+pub(super) fn objective_of_bins(bins: [Vec<Bin>; 2], total: f64, p: i32, unit: f64) -> impl Fn(&QuantParams) -> f64 {
+    let sides: [Box<dyn Side>; 2] = bins.map(|bins| -> Box<dyn Side> {
         match p {
             1 => Box::new(Closed::new(Absolute, &bins, unit)),
             2 => Box::new(Closed::new(Square, &bins, unit)),
@@ -234,7 +238,7 @@ fn objective<'a>(histogram: &'a Histogram, p: i32, unit: f64) -> impl Fn(&QuantP
     move |params| {
         let Ends { below, above } = Ends::of(params);
         let scale = f64::from(params.scale());
-        (sides[0].error(scale, below) + sides[1].error(scale, above)) / histogram.count() as f64
+        (sides[0].error(scale, below) + sides[1].error(scale, above)) / total
     }
 }
 
