@@ -492,37 +492,3 @@ fn thresholds_depend_on_nothing_but_values_and_scores() {
     };
     assert_eq!(with_threads(1), with_threads(3));
 }
-
-#[test]
-fn explore_bins() {
-    let salts: u64 = std::env::var("SALTS").map_or(1, |x| x.parse().unwrap());
-    use rayon::prelude::*;
-    for scores in SCORES {
-        for grid in [Grid::Symmetric, Grid::Uniform] {
-            let mut cases = Vec::new();
-            for kind in KINDS {
-                for count in [20, 200, 4096, 40000] {
-                    for bits in [2, 3, 4, 6, 8] {
-                        for salt in 0..salts { cases.push((kind, count, bits, salt)); }
-                    }
-                }
-            }
-            let failed: Vec<_> = cases.par_iter().filter_map(|&(kind, count, bits, salt)| {
-                let values = kind.values(count, bits + count as u64 + 1000 * salt);
-                let histogram = histogram(&values);
-                let weights = weights_of(&values, &scores.of(count, bits + 7 + count as u64 + 1000 * salt));
-                let scheme = scheme(bits, grid);
-                    let no_clipping = select_activation(&histogram, scheme, ErrorMethod::NoClipping, None).unwrap();
-                    let error = objective(&histogram, &weights, power_of_two_near(&no_clipping.params[0]));
-                    let found = select_activation_scored(&histogram, &weights, scheme, None).unwrap().params[0];
-                    let all = candidates(no_clipping.thresholds[0], extremes(&values), scheme);
-                    let best = all.iter().chain(&no_clipping.params).map(&error).fold(f64::INFINITY, f64::min);
-        let bound = if grid == Grid::Uniform { 1.002 } else { 1.0005 };
-                    let found = error(&found);
-                (found > best * bound + SQUARED_SLACK + 1e-9).then(|| format!("{kind:?} {count} {bits} {salt}: {found:e} {best:e} {}", found / best))
-            }).collect();
-            println!("{scores:?} {grid:?}: {} of {} fail", failed.len(), cases.len());
-            for f in failed.iter().take(12) { println!("   {f}"); }
-        }
-    }
-}
