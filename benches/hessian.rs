@@ -92,8 +92,10 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
         peaks.push(memory("VmHWM:"));
     }
     let mut times = vec![Vec::new(); KINDS.len() + 1];
+    let mut four_ways_back = Vec::new();
     for _ in 0..options.rounds {
         times[0].push(seconds(|| plain(&clean, &graph, &data, &request(1)))?);
+        four_ways_back.push(seconds(|| plain(&clean, &graph, &data, &request(4)))?);
         for (kind, times) in KINDS.into_iter().zip(&mut times[1..]) {
             times.push(seconds(|| score(kind))?);
         }
@@ -104,6 +106,11 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
         path.display(),
         options.batch_size,
         least(&times[0]),
+    );
+    println!(
+        "  forward and 4 ways back without scores: ratio of the best {:.3}, median of ratios {:.3}",
+        least(&four_ways_back) / least(&times[0]),
+        median_ratio(&four_ways_back, &times[0])
     );
     for (index, (name, ..)) in KINDS.into_iter().enumerate() {
         println!(
@@ -117,8 +124,9 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The same batches forward and back to all weights, as libtorch does it.
+/// The same batches forward and, for each probe, back to all weights, as libtorch does it.
 fn plain(clean: &Clean, graph: &Differentiable, data: &Dataset, request: &HessianRequest) -> Result<()> {
+    let ways_back = request.probes.get();
     for batch in data.sample(request.samples, request.seed, request.batch_size) {
         let recording = graph.record(&feed::bind(clean.module(), batch?)?, &mut NoVisit)?;
         let tensors = recording.output().tensors();
@@ -126,7 +134,9 @@ fn plain(clean: &Clean, graph: &Differentiable, data: &Dataset, request: &Hessia
         let outputs = outputs.map(|(_, output)| Ok((*output, output.f_ones_like()?)));
         let outputs: Vec<(&Tensor, Tensor)> = outputs.collect::<Result<_>>()?;
         ensure!(!outputs.is_empty(), "expected an output with a gradient, found none");
-        recording.backward(&outputs, false, &mut NoVisit)?;
+        for way in 1..=ways_back {
+            recording.backward(&outputs, way < ways_back, &mut NoVisit)?;
+        }
     }
     Ok(())
 }

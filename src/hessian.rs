@@ -3,13 +3,15 @@
 //! With f the outputs, θ an element, and v random with independent components of mean 0 and variance 1,
 //! h = 1/(N·n) Σ over N samples and n probes of (∂ vᵀf / ∂θ)² is an unbiased estimate of the diagonal of the Gauss-Newton
 //! matrix JᵀJ, averaged over samples: that of the Hessian of ½‖f − f₀‖² at f = f₀. Gradients come from libtorch's
-//! autograd, batch by batch; squares are summed as they come, and nothing is kept of a batch.
+//! autograd, batch by batch; squares are summed as they come, and nothing is kept of a batch. Of large activations each probe
+//! looks at a part, which leaves the estimate unbiased.
 //!
 //! It refuses to know how scores are used.
 
 mod cuts;
 mod directions;
 mod sums;
+mod thinning;
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -23,6 +25,7 @@ use crate::statistics::{WeightedCounter, WeightedHistogram};
 
 use directions::{Directions, is_probed};
 use sums::{ActivationSums, WeightSums};
+use thinning::{Draw, Thinning};
 
 /// Counters beyond these gain little.
 const MOST_COUNTERS: usize = 8;
@@ -174,6 +177,9 @@ impl<'a> Run<'a> {
                 names: layers.activations.iter().map(|site| site.name.clone()).collect(),
                 sums: layers.activations.iter().map(|_| ActivationSums::default()).collect(),
                 counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| WeightedCounter::new()).collect(),
+                rows: 0,
+                draw: Draw { seed: request.seed, site: 0, first_row: 0, probe: 0 },
+                kept: [Vec::new(), Vec::new()],
             },
             probes: 0,
             left_out: None,
@@ -197,6 +203,9 @@ impl<'a> Run<'a> {
         let has_spread = lot > 1;
         for probe in 0..lot {
             let drawn = directions.draw(&outputs, self.probes + probe)?;
+            self.activations.rows = place.rows;
+            let draw = &mut self.activations.draw;
+            (draw.first_row, draw.probe) = (place.first_row, self.probes + probe);
             let outputs: Vec<_> = outputs.iter().copied().zip(drawn).collect();
             self.probe(&recording, &outputs, probe + 1 < lot, has_spread)?;
         }
@@ -310,6 +319,22 @@ struct Listener {
     sums: Vec<ActivationSums>,
     /// One for each thread.
     counters: Vec<WeightedCounter>,
+    /// Of the batch under way.
+    rows: usize,
+    /// Of the probe under way.
+    draw: Draw,
+    /// Room for what is looked at of a large activation.
+    kept: [Vec<f32>; 2],
+}
+
+impl Listener {
+    /// How the rows of this value are thinned out, if they lie one after the other.
+    fn thinning(&self, value: &Tensor) -> Option<Thinning> {
+        let row_length = value.numel().checked_div(self.rows)?;
+        let first = (value.size().first().copied()?, value.stride().first().copied()?);
+        let is_by_row = first == (i64::try_from(self.rows).ok()?, i64::try_from(row_length).ok()?);
+        Some(Thinning::new(row_length)).filter(|thinning| is_by_row && thinning.is_needed())
+    }
 }
 
 /// A gradient that does not fit its value.
@@ -322,11 +347,20 @@ struct SiteError {
 
 impl Visit for Listener {
     fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
+        let thinning = self.thinning(value);
+        let draw = Draw { site: tap, ..self.draw };
         let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };
-        let counters = &mut self.counters;
+        let (counters, kept) = (&mut self.counters, &mut self.kept);
         sums.is_reached = true;
         let observe = |values: &[f32], gradients: &[f32]| {
             let mut outcome = Ok(());
+            let (values, gradients) = match thinning {
+                Some(thinning) => {
+                    thinning.collect(draw, values, gradients, kept);
+                    (kept[0].as_slice(), kept[1].as_slice())
+                }
+                None => (values, gradients),
+            };
             sums.histogram.observe(values, gradients, counters, |parts, work| outcome = jit::in_parallel(parts, work));
             outcome
         };
