@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 pub use error::{Error, Origin, Place, Problem, Spot};
 pub use flags::Typed;
+pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{

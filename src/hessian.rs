@@ -16,7 +16,7 @@ mod thinning;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::config::HessianRequest;
+use crate::config::{HessianRequest, MOST_PROBES};
 use crate::dataset::{self, Dataset};
 use crate::feed;
 use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
@@ -30,9 +30,6 @@ use thinning::{Draw, Thinning};
 /// Counters beyond these gain little.
 const MOST_COUNTERS: usize = 8;
 
-/// Probes after which a tolerance is given up.
-pub const MOST_PROBES: usize = 4096;
-
 /// Why there are no scores.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -42,12 +39,6 @@ pub enum Error {
     /// The model.
     #[error(transparent)]
     Jit(#[from] jit::Error),
-    /// No gradient can be asked of any output.
-    #[error("Hessian scores need an output that gradients flow to, found none: {cuts}")]
-    NoGradient {
-        /// The ops that let no gradient through.
-        cuts: String,
-    },
 }
 
 /// What scores are wanted of.
@@ -70,7 +61,8 @@ pub struct Scores {
     pub samples: usize,
     /// Random directions for each row.
     pub probes: usize,
-    /// Paths of outputs that no gradient can be asked of, such as indices.
+    /// Paths of outputs that have no derivative with respect to any of the layers, in some batch at least: indices, and those
+    /// that depend on none of the layers.
     pub left_out: Vec<String>,
 }
 
@@ -112,7 +104,7 @@ pub enum Unusable {
 /// share a gradient, whose mixed terms vanish in expectation.
 ///
 /// # Errors
-/// Where the data cannot be read, the model fails, or no output has a gradient.
+/// Where the data cannot be read or the model fails. Layers that no gradient reaches are [`Unusable`].
 pub fn score(
     model: &Clean,
     layers: Layers<'_>,
@@ -151,7 +143,6 @@ struct Place {
 }
 
 struct Run<'a> {
-    model: &'a Clean,
     layers: Layers<'a>,
     request: &'a HessianRequest,
     graph: Differentiable,
@@ -159,7 +150,7 @@ struct Run<'a> {
     activations: Listener,
     /// Of the lots that are done.
     probes: usize,
-    left_out: Option<Vec<String>>,
+    left_out: Vec<String>,
 }
 
 impl<'a> Run<'a> {
@@ -168,7 +159,6 @@ impl<'a> Run<'a> {
         let weight =
             |site: &&WeightSite| WeightSums::new(&model.constant(site.values.first().copied().unwrap_or_default())?);
         Ok(Self {
-            model,
             layers,
             request,
             graph: model.differentiable(&taps, &lifted)?,
@@ -182,7 +172,7 @@ impl<'a> Run<'a> {
                 kept: [Vec::new(), Vec::new()],
             },
             probes: 0,
-            left_out: None,
+            left_out: Vec::new(),
         })
     }
 
@@ -192,13 +182,15 @@ impl<'a> Run<'a> {
         let tensors = recording.output().tensors();
         let outputs: Vec<&Tensor> =
             tensors.iter().map(|(_, output)| *output).filter(|output| is_probed(output)).collect();
-        if outputs.is_empty() {
-            return Err(Error::NoGradient { cuts: cuts::of_run(self.model, self.layers, arguments)? });
+        for (path, _) in tensors.iter().filter(|(_, output)| !is_probed(output)) {
+            if !self.left_out.contains(path) {
+                self.left_out.push(path.clone());
+            }
         }
-        self.left_out.get_or_insert_with(|| {
-            let rest = tensors.iter().filter(|(_, output)| !is_probed(output));
-            rest.map(|(path, _)| path.clone()).collect()
-        });
+        if outputs.is_empty() {
+            // None of the layers ran in this batch, or no gradient reaches any.
+            return Ok(());
+        }
         let directions = Directions { request: self.request, first_row: place.first_row, rows: place.rows };
         let has_spread = lot > 1;
         for probe in 0..lot {
@@ -250,7 +242,7 @@ impl<'a> Run<'a> {
         }
         let needed = self.probes as f64 * (largest / tolerance).powi(2);
         let missing = (needed.ceil() - self.probes as f64).clamp(2.0, self.probes as f64) as usize;
-        Ok(missing.min((MOST_PROBES - self.probes).max(2)))
+        Ok(missing.min(MOST_PROBES - self.probes))
     }
 
     fn needs_cuts(&self) -> bool {
@@ -285,7 +277,7 @@ impl<'a> Run<'a> {
             activations: activations.collect(),
             samples,
             probes: self.probes,
-            left_out: self.left_out.unwrap_or_default(),
+            left_out: self.left_out,
         })
     }
 }
@@ -368,5 +360,20 @@ impl Visit for Listener {
             let site = self.names.get(tap).cloned().unwrap_or_default();
             SiteError { site, message: error.to_string() }.into()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_of_no_use() {
+        let reason = |scores: &[f32]| usable(Tensor::from_slice(scores), 7).unwrap().err();
+        assert_eq!(reason(&[0.0, 1e-30]), None);
+        assert_eq!(reason(&[0.0, 0.0]), Some(Unusable::Zero { samples: 7 }));
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert_eq!(reason(&[1.0, bad, 0.0]), Some(Unusable::NotFinite));
+        }
     }
 }

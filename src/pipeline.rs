@@ -63,7 +63,7 @@ pub enum Error {
     Hessian(#[from] hessian::Error),
     /// Hessian scores of a layer that are of no use.
     #[error(
-        "{kind} site {site}: HMSE needs Hessian scores, but {source}; `hessian: {{allow_fallback: true}}` takes MSE there, \
+        "{kind} site {site}: HMSE needs Hessian scores, but {reason}; `hessian: {{allow_fallback: true}}` takes MSE there, \
          and `overrides` can set its error_method"
     )]
     Scores {
@@ -72,7 +72,7 @@ pub enum Error {
         /// Its name.
         site: String,
         /// Why.
-        source: hessian::Unusable,
+        reason: hessian::Unusable,
     },
     /// Float against quantized.
     #[error(transparent)]
@@ -216,7 +216,9 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 
     let versions = versions();
     let scoring = plan.hessian.as_ref().map(|hessian| {
-        progress.stage("hessian", Work::Rows(hessian.request.samples.get().min(calibration.rows())));
+        // How often all rows run is not known beforehand where there is a tolerance.
+        let rows = Work::Rows(hessian.request.samples.get().min(calibration.rows()));
+        progress.stage("hessian", if hessian.request.tolerance.is_none() { rows } else { Work::Uncounted });
         let keeping = Keeping { plan, hashes: &hashes, versions: &versions, dir: run_dir.path() };
         let asking = Asking::new(&settings, &sites, Some(&statistics));
         asking.score(hessian, &keeping, &model, &calibration, |rows| progress.advance(rows))

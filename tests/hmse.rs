@@ -84,9 +84,10 @@ fn nobody_asks() {
 fn a_layer_without_scores_is_an_error_or_falls_back_by_leave() {
     let folder = Folder::new();
     let line = folder.refuses(1, &hmse("control_flow", "{}"), &[]);
-    let start = "weight site dark.weight: HMSE needs Hessian scores, but no gradient reached it on 16 samples: it did not run, or ";
-    assert!(line.starts_with(start), "{line}");
-    assert!(line.contains("`hessian: {allow_fallback: true}` takes MSE there"), "{line}");
+    let expected = "weight site dark.weight: HMSE needs Hessian scores, but no gradient reached it on 16 samples: it did not \
+                    run, or no op was seen that lets no gradient through; `hessian: {allow_fallback: true}` takes MSE there, \
+                    and `overrides` can set its error_method";
+    assert_eq!(line, expected);
 
     folder.quantize(&hmse("control_flow", "{allow_fallback: true}"), &[]).succeeded();
     let report = folder.report("run");
@@ -153,11 +154,20 @@ fn kept_scores_are_used_again_and_no_others() {
     assert!(run(&[]).0);
 
     // Another request, another number of rows, other sites.
-    for setting in ["hessian.seed=4", "calibration.samples=9", "quantization.activation_error_method=MSE"] {
-        let (is_reused, told) = run(&[setting]);
-        assert!(!is_reused && anew(&told, "are of another model, data or request"), "{setting}: {told:?}");
-        let (is_reused, _) = run(&[setting]);
-        assert!(is_reused, "{setting}");
+    let shuffled = "calibration={data: DATA, inputs: [x], samples: 6, shuffle: true}";
+    let shuffled = shuffled.replace("DATA", &serde_json::to_string(&test_data("small_conv")).unwrap());
+    for settings in [
+        vec!["hessian.seed=4"],
+        vec!["calibration.samples=9"],
+        vec!["quantization.activation_error_method=MSE"],
+        vec![&shuffled, "seed=1"],
+        // Other rows.
+        vec![&shuffled, "seed=2"],
+    ] {
+        let (is_reused, told) = run(&settings);
+        assert!(!is_reused && anew(&told, "are of another model, data or request"), "{settings:?}: {told:?}");
+        let (is_reused, _) = run(&settings);
+        assert!(is_reused, "{settings:?}");
     }
     run(&[]);
     assert_eq!((bytes(&folder, "quantized.pt"), bytes(&folder, "hessian.safetensors")), (model, scores.clone()));
@@ -170,6 +180,31 @@ fn kept_scores_are_used_again_and_no_others() {
         assert!(!is_reused && anew(&told, "is damaged: "), "{told:?}");
         assert_eq!(bytes(&folder, "hessian.safetensors"), scores);
     }
+}
+
+/// A weight that lies transposed in memory is kept in the order of its shape.
+#[test]
+fn kept_scores_of_a_transposed_weight_are_its_own() {
+    let folder = Folder::new();
+    let yaml = hmse("traps", "{save: true, probes: 1}");
+    folder.quantize(&yaml, &["quantization.weights.bits=4"]).succeeded();
+    let first = (bytes(&folder, "quantized.pt"), bytes(&folder, "hessian.safetensors"));
+    folder.quantize(&yaml, &["quantization.weights.bits=4"]).succeeded();
+    assert_eq!(folder.report("run")["hessian"]["reused"], true);
+    assert!((bytes(&folder, "quantized.pt"), bytes(&folder, "hessian.safetensors")) == first);
+}
+
+/// A method that overrides take away again asks for nothing.
+#[test]
+fn overrides_take_the_method_away() {
+    let folder = Folder::new();
+    let overrides = "overrides=[{layers: '**', weights: {error_method: MSE}, activations: float, inputs: float}]";
+    folder.quantize(&hmse("mlp", "{}"), &[overrides]).succeeded();
+    assert!(folder.report("run").get("hessian").is_none());
+    // A layer that never runs alone, by leave.
+    let yaml = hmse("control_flow", "{allow_fallback: true}").replace("HMSE", "MSE");
+    folder.quantize(&yaml, &["overrides=[{layers: dark, weights: {error_method: HMSE}}]"]).succeeded();
+    assert_eq!(site(&folder.report("run"), "dark.weight")["error_method"], "MSE");
 }
 
 #[test]

@@ -14,8 +14,8 @@ const SAMPLES: usize = 64;
 const PROBES: usize = 4;
 const BATCH_SIZE: usize = 8;
 
-/// Probes that a typed number may ask for.
-const MOST_PROBES: usize = 4096;
+/// The most probes that may be asked for, and that a tolerance may take.
+pub const MOST_PROBES: usize = 4096;
 
 /// How the Hessian scores of HMSE are computed.
 #[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]

@@ -38,9 +38,16 @@ impl Spread {
     }
 }
 
+/// Gradients from 2^-20 to 2^20 are squared and summed up as they are; others in a unit of their own, because their squares
+/// would leave the range of an f32.
+const PLAIN: std::ops::RangeInclusive<f64> = 1.0 / (1 << 20) as f64..=(1 << 20) as f64;
+
 /// Of one weight: a sum for each element.
 pub(super) struct WeightSums {
+    /// In squared units.
     sum: Tensor,
+    /// What gradients are counted in, a power of two; known from the first one on that is not zero.
+    unit: Option<f64>,
     /// The sum of the batch under way; not needed with one probe.
     batch: Option<Tensor>,
     spread: Spread,
@@ -50,12 +57,21 @@ pub(super) struct WeightSums {
 
 impl WeightSums {
     pub(super) fn new(weight: &Tensor) -> Result<Self, jit::Error> {
-        Ok(Self { sum: weight.f_zeros_like()?, batch: None, spread: Spread::default(), is_reached: false })
+        Ok(Self { sum: weight.f_zeros_like()?, unit: None, batch: None, spread: Spread::default(), is_reached: false })
     }
 
     /// Adds the gradient of one probe; whether its spread counts is known from the start of the batch.
     pub(super) fn add(&mut self, gradient: &Tensor, has_spread: bool) -> Result<(), jit::Error> {
         self.is_reached = true;
+        if self.unit.is_none() {
+            let largest = gradient.f_abs()?.f_max()?.f_double_value(&[])?;
+            let unit = if PLAIN.contains(&largest) { 1.0 } else { largest.log2().floor().exp2() };
+            self.unit = Some(unit).filter(|unit| unit.is_normal());
+        }
+        let gradient = match self.unit {
+            Some(unit) if unit != 1.0 => &gradient.f_mul_scalar(1.0 / unit)?,
+            _ => gradient,
+        };
         if !has_spread {
             let _ = self.sum.f_addcmul_(gradient, gradient)?;
             return Ok(());
@@ -63,10 +79,11 @@ impl WeightSums {
         if self.batch.is_none() {
             self.batch = Some(self.sum.f_zeros_like()?);
         }
+        let squares = gradient.f_square()?;
         if let Some(batch) = &mut self.batch {
-            let _ = batch.f_addcmul_(gradient, gradient)?;
+            let _ = batch.f_add_(&squares)?;
         }
-        self.spread.add_probe(squared_norm(&gradient.f_square()?)?);
+        self.spread.add_probe(squared_norm(&squares)?);
         Ok(())
     }
 
@@ -87,12 +104,16 @@ impl WeightSums {
         Ok(self.spread.relative(squared_norm(&self.sum)?.sqrt()))
     }
 
-    /// The sums times `factor`; `None` if no gradient came.
+    /// The sums times `factor`, and times a power of two where the largest would be out of the range of an f32: scores are
+    /// compared within a weight alone. `None` if no gradient came.
     pub(super) fn scaled(mut self, factor: f64) -> Result<Option<Tensor>, jit::Error> {
         if !self.is_reached {
             return Ok(None);
         }
-        Ok(Some(self.sum.f_mul_scalar_(factor)?))
+        let unit = self.unit.unwrap_or(1.0);
+        let largest = self.sum.f_max()?.f_double_value(&[])? * factor * unit * unit;
+        let is_in_range = largest == 0.0 || (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&largest);
+        Ok(Some(self.sum.f_mul_scalar_(if is_in_range { factor * unit * unit } else { factor })?))
     }
 }
 
@@ -172,6 +193,24 @@ mod tests {
         assert!((error - (80.0f64 / 116.0).sqrt()).abs() < 1e-6, "{error}");
         let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap()).unwrap();
         assert_eq!(scores, [5.0, 2.0]);
+    }
+
+    /// Squares of 1e-30 and 1e30 leave the range of an f32.
+    #[test]
+    fn no_gradient_is_too_small_or_too_large() {
+        for size in [1e-30f32, 1e30] {
+            for has_spread in [false, true] {
+                let mut sums = WeightSums::new(&Tensor::from_slice(&[0.0f32, 0.0])).unwrap();
+                for gradient in [[0.0, 0.0], [size, 2.0 * size], [3.0 * size, 0.0]] {
+                    sums.add(&Tensor::from_slice(&gradient), has_spread).unwrap();
+                }
+                if has_spread {
+                    sums.end_batch(3).unwrap();
+                }
+                let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap()).unwrap();
+                assert!((scores[0] / scores[1] - 2.5).abs() < 1e-5, "{scores:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a run would do and cost, from one batch: everything that can be wrong before calibration is found, nothing is written.
 
+use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use super::score::Asking;
@@ -133,15 +134,22 @@ fn hessian_seconds(
 ) -> Result<(f64, usize), Error> {
     let HessianRequest { samples, batch_size, .. } = plan.request;
     let rows = samples.get().min(data.rows());
-    let request = HessianRequest { samples: batch_size.min(samples), tolerance: None, ..plan.request.clone() };
-    let one_batch = HessianPlan { request, ..plan.clone() };
-    let mut batch = f64::INFINITY;
-    // The first one is slow.
-    for _ in 0..2 {
-        let start = Instant::now();
-        Asking::new(settings, sites, None).compute(&one_batch, model, data, |_| ())?;
-        batch = batch.min(start.elapsed().as_secs_f64());
+    let asking = Asking::new(settings, sites, None);
+    if asking.is_empty() {
+        return Ok((0.0, 0));
     }
+    let seconds = |probes: usize| -> Result<f64, Error> {
+        let probes = NonZeroUsize::new(probes).unwrap_or(NonZeroUsize::MIN);
+        let samples = batch_size.min(samples);
+        let request = HessianRequest { samples, probes, tolerance: None, ..plan.request.clone() };
+        let start = Instant::now();
+        asking.compute(&HessianPlan { request, ..plan.clone() }, model, data, |_| ())?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    // The first one is slow. Each probe beyond the first takes another way back.
+    seconds(1)?;
+    let (one, two) = (seconds(1)?, seconds(2)?);
+    let batch = one + (plan.request.probes.get() - 1) as f64 * (two - one).max(0.0);
     Ok((batch * rows as f64 / batch_size.min(samples).get().min(rows) as f64, rows))
 }
 
@@ -151,7 +159,7 @@ fn per_weight(settings: &SiteSettings) -> f64 {
     let nanoseconds = match settings.error_method {
         ErrorMethod::NoClipping => 5.0,
         ErrorMethod::Kl => 1300.0,
-        // HMSE too: the scores go through the same loops.
+        ErrorMethod::Hmse => 110.0,
         _ if is_uniform => 160.0,
         _ => 70.0,
     };

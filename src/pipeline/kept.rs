@@ -69,7 +69,8 @@ pub(super) fn request(
     data.path = Path::new("/").to_owned();
     let names = layers.weights.iter().map(|site| &site.name).chain(layers.activations.iter().map(|site| &site.name));
     let names: Vec<&String> = names.collect();
-    let all = (versions, &hashes.model, &hashes.calibration, data.to_yaml()?, hessian.request_to_yaml()?, names);
+    let all =
+        (versions, &hashes.model, &hashes.calibration, data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names);
     Ok(hash::hex(&Sha256::digest(serde_json::to_string(&all)?.as_bytes())))
 }
 
@@ -80,7 +81,10 @@ pub(super) fn write(path: &Path, request: &str, layers: Layers<'_>, scores: &Sco
     for (site, scored) in layers.weights.iter().zip(&scores.weights) {
         if let Ok(scores) = &scored.scores {
             let shape = scores.size().iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect();
-            let bytes = jit::with_values(scores, |values| values.iter().flat_map(|x| x.to_le_bytes()).collect())?;
+            // In the order of the shape, whatever that in memory is.
+            let bytes = jit::with_values(&scores.f_contiguous()?, |values| {
+                values.iter().flat_map(|x| x.to_le_bytes()).collect()
+            })?;
             tensors.push((site.name.clone(), Stored { dtype: Dtype::F32, shape, bytes }));
         }
         sites.insert(site.name.clone(), describe(scored, |_| None));
@@ -173,9 +177,10 @@ impl File<'_> {
 
     fn weight(&self, site: &str, shape: &[i64]) -> Result<Tensor, String> {
         let values: Vec<f32> = self.numbers(site, Dtype::F32, f32::from_le_bytes)?;
-        let expected: i64 = shape.iter().product();
-        if i64::try_from(values.len()) != Ok(expected) || !values.iter().all(|x| x.is_finite() && *x >= 0.0) {
-            return Err(format!("expected {expected} finite scores, none negative, for {site}, found others"));
+        let stored = self.tensors.tensor(site).map_err(|error| error.to_string())?;
+        let has_shape = stored.shape().iter().map(|&size| i64::try_from(size)).eq(shape.iter().map(|&size| Ok(size)));
+        if !has_shape || !values.iter().all(|x| x.is_finite() && *x >= 0.0) {
+            return Err(format!("expected finite scores of shape {shape:?}, none negative, for {site}, found others"));
         }
         Tensor::f_from_slice(&values).and_then(|tensor| tensor.f_reshape(shape)).map_err(|error| error.to_string())
     }
@@ -185,7 +190,7 @@ impl File<'_> {
         let scores: Vec<f64> = self.numbers(&scores_of(site), Dtype::F64, f64::from_le_bytes)?;
         let pairs = (bins.len() == scores.len()).then(|| bins.into_iter().zip(scores));
         let histogram =
-            pairs.and_then(|pairs| WeightedHistogram::from_sparse(pairs, described.zeros.unwrap_or_default()));
+            pairs.zip(described.zeros).and_then(|(pairs, zeros)| WeightedHistogram::from_sparse(pairs, zeros));
         histogram.ok_or_else(|| format!("expected a score for each bin of {site}, none negative, found others"))
     }
 

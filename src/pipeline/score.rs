@@ -20,6 +20,10 @@ use crate::threshold::ErrorMethod;
 pub(super) struct SiteScores {
     pub(super) weights: Vec<Option<Scored<Tensor>>>,
     pub(super) activations: Vec<Option<Scored<WeightedHistogram>>>,
+    /// Rows that were used.
+    pub(super) samples: usize,
+    /// Whether MSE may stand in where they are of no use.
+    pub(super) allow_fallback: bool,
 }
 
 /// The scores of a run, and what the report says of them.
@@ -64,6 +68,11 @@ impl<'a> Asking<'a> {
         }
     }
 
+    /// Whether no site needs scores.
+    pub(super) fn is_empty(&self) -> bool {
+        self.weights.is_empty() && self.activations.is_empty()
+    }
+
     fn layers(&self) -> Layers<'_> {
         Layers { weights: &self.weights, activations: &self.activations }
     }
@@ -92,8 +101,12 @@ impl<'a> Asking<'a> {
         keeping: &Keeping<'_>,
         model: &Clean,
         data: &Dataset,
-        advance: impl FnMut(usize),
+        mut advance: impl FnMut(usize),
     ) -> Result<Scoring, Error> {
+        if self.is_empty() {
+            // Overrides took the method away again, or left the sites float.
+            return Ok(Scoring::default());
+        }
         let mut warnings = Vec::new();
         let mut reused = false;
         let scores = if plan.save {
@@ -105,13 +118,14 @@ impl<'a> Asking<'a> {
                     warnings
                         .push(format!("the Hessian scores are those that an earlier run kept in {}", path.display()));
                     reused = true;
+                    advance(scores.samples);
                     scores
                 }
                 found => {
                     if let kept::Found::Useless(reason) = found {
                         warnings.push(format!("Hessian scores were computed anew: {reason}"));
                     }
-                    self.compute(plan, model, data, advance)?
+                    self.compute(plan, model, data, &mut advance)?
                 }
             };
             kept::write(&dir.join(kept::FILE), &request, self.layers(), &scores)?;
@@ -128,6 +142,8 @@ impl<'a> Asking<'a> {
         let sites = SiteScores {
             weights: in_order(of_weights, scores.weights),
             activations: in_order(of_activations, scores.activations),
+            samples: scores.samples,
+            allow_fallback: plan.allow_fallback,
         };
         Ok(Scoring { sites, report: Some(report), warnings })
     }
@@ -140,7 +156,7 @@ impl<'a> Asking<'a> {
         let activations = activations.map(|(site, scored)| ("activation", &site.name, reason(scored)));
         let unusable = weights.chain(activations).find_map(|(kind, site, reason)| Some((kind, site, reason?)));
         match unusable {
-            Some((kind, site, source)) => Err(Error::Scores { kind, site: site.clone(), source: source.clone() }),
+            Some((kind, site, reason)) => Err(Error::Scores { kind, site: site.clone(), reason: reason.clone() }),
             None => Ok(()),
         }
     }

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::Error;
 use super::score::SiteScores;
-use crate::hessian::Scored;
+use crate::hessian::{Scored, Unusable};
 use crate::jit::{self, Clean};
 use crate::quantizer::{Granularity, QuantParams};
 use crate::report::{self, Kind, Quantizers, SiteReport};
@@ -48,8 +48,12 @@ pub(super) fn select(
     let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
     let Given { settings, statistics, scores } = given;
     for (index, (site, settings)) in sites.weights.iter().zip(&settings.weights).enumerate() {
-        let method = Method::new(settings.error_method, scored(&scores.weights, index));
+        let mut method = Method::new(settings.error_method, scored(&scores.weights, index));
         let (tensor, selection) = weight(settings, &method, model, site)?;
+        method.check(&selection, scores).map_err(|reason| {
+            let (kind, site) = ("weight", site.name.clone());
+            Error::Scores { kind, site, reason }
+        })?;
         let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections.weights.push(tensor);
         selections.reports.push(report(Kind::Weight, &named, settings, &method, &selection));
@@ -62,7 +66,7 @@ pub(super) fn select(
         .zip(statistics)
         .map(|(site, observed)| drop_unseen(site, observed, &mut sites.left_float))
         .collect();
-    let methods: Vec<Method<'_, WeightedHistogram>> = settings
+    let mut methods: Vec<Method<'_, WeightedHistogram>> = settings
         .activations
         .iter()
         .enumerate()
@@ -84,9 +88,15 @@ pub(super) fn select(
     let settled = sites.activations.par_iter().zip(&settings.activations);
     let results: Vec<_> = settled.zip(&merged).zip(&methods).map(choose).collect();
     let settled = sites.activations.iter().zip(&settings.activations);
-    for (((site, settings), method), result) in settled.zip(&methods).zip(results) {
+    for (((site, settings), method), result) in settled.zip(&mut methods).zip(results) {
         let selection =
             result.map_err(|source| Error::Select { kind: "activation", site: site.name.clone(), source })?;
+        if let Some(selection) = &selection {
+            method.check(selection, scores).map_err(|reason| {
+                let (kind, site) = ("activation", site.name.clone());
+                Error::Scores { kind, site, reason }
+            })?;
+        }
         selections.activations.push(selection.as_ref().and_then(|selection| selection.params.first().copied()));
         let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections
@@ -126,6 +136,18 @@ impl<'a, T> Method<'a, T> {
         let scores = scored.and_then(|scored| scored.scores.as_ref().ok());
         let falls_back = asked == ErrorMethod::Hmse && scored.is_some() && scores.is_none();
         Self { error_method: if falls_back { ErrorMethod::Mse } else { asked }, scores, scored }
+    }
+
+    /// Sees whether MSE chose for all channels, because nothing that is quantized has a score but zeros.
+    fn check(&mut self, selection: &Selection, scores: &SiteScores) -> Result<(), Unusable> {
+        let is_whole = |note: &Note| matches!(note, Note::ZeroScores { channels, count } if channels.len() == *count);
+        if self.scores.is_some() && selection.notes.iter().any(is_whole) {
+            if !scores.allow_fallback {
+                return Err(Unusable::Zero { samples: scores.samples });
+            }
+            (self.error_method, self.scores) = (ErrorMethod::Mse, None);
+        }
+        Ok(())
     }
 
     /// A line for the report where another method had to do.

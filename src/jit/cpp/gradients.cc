@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/ir/ir.h>
 
 #include "tsquant/src/jit/ffi.rs.h"
@@ -48,6 +49,45 @@ private:
   Gradients &gradients_;
 };
 
+// Ways back give the same sums in every run: some of libtorch's kernels add up in any order otherwise.
+class Deterministic {
+public:
+  Deterministic() : context_(at::globalContext()), was_(context_.deterministicAlgorithms()),
+                    warned_(context_.deterministicAlgorithmsWarnOnly()),
+                    filled_(context_.deterministicFillUninitializedMemory()) {
+    context_.setDeterministicAlgorithms(true, true);
+    context_.setDeterministicFillUninitializedMemory(false);
+  }
+  ~Deterministic() {
+    context_.setDeterministicAlgorithms(was_, warned_);
+    context_.setDeterministicFillUninitializedMemory(filled_);
+  }
+  Deterministic(const Deterministic &) = delete;
+  Deterministic &operator=(const Deterministic &) = delete;
+
+private:
+  at::Context &context_;
+  bool was_;
+  bool warned_;
+  bool filled_;
+};
+
+// An embedding's flags change its gradient alone: rows that count by how often they are asked for, a row without any, a
+// sparse result.
+void use_plain_gradients(torch::jit::Block *block) {
+  for (auto *node : block->nodes()) {
+    for (auto *inner : node->blocks())
+      use_plain_gradients(inner);
+    if (node->kind() != c10::aten::embedding || node->inputs().size() != 5)
+      continue;
+    torch::jit::WithInsertPoint before(node);
+    auto &graph = *node->owningGraph();
+    node->replaceInput(2, graph.insertConstant(std::int64_t{-1}));
+    node->replaceInput(3, graph.insertConstant(false));
+    node->replaceInput(4, graph.insertConstant(false));
+  }
+}
+
 // A value that gradients flow through to its users, not to a model output that is the same tensor.
 at::Tensor own_path(Recording &recording, const at::Tensor &value) {
   if (value.requires_grad())
@@ -88,6 +128,7 @@ std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const Ta
     input->setType(c10::TensorType::get());
     values.at(index)->replaceAllUsesWith(input);
   }
+  use_plain_gradients(graph.block());
   insert_taps(graph, values, taps);
   prepare(*executable, f.module);
   return executable;
@@ -115,6 +156,7 @@ std::unique_ptr<Value> recorded_output(const Recording &r) { return std::make_un
 std::unique_ptr<Tensors> backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep,
                                   Visitor &visitor) {
   const Listening listens(*r.gradients, visitor);
+  const Deterministic same_sums;
   const auto all = torch::autograd::grad(outputs.inner, r.leaves, directions.inner, keep, false, true);
   auto gradients = std::make_unique<Tensors>();
   gradients->inner.assign(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(r.lifted));
