@@ -85,7 +85,7 @@ fn a_layer_without_scores_is_an_error_or_falls_back_by_leave() {
     let folder = Folder::new();
     let line = folder.refuses(1, &hmse("control_flow", "{}"), &[]);
     let expected = "weight site dark.weight: HMSE needs Hessian scores, but no gradient reached it on 16 samples: it did not \
-                    run, or no op was seen that lets no gradient through; `hessian: {allow_fallback: true}` takes MSE there, \
+                    run, or aten::gt lets no gradient through; `hessian: {allow_fallback: true}` takes MSE there, \
                     and `overrides` can set its error_method";
     assert_eq!(line, expected);
 
