@@ -374,12 +374,10 @@ fn each_channel_minimises_its_own_sum() {
             select_weights_scored(&weights, &[scores[0].clone(), scores[1].clone()].concat(), scheme).unwrap()
         };
         let found = both([&small, &large]);
-        for index in 0..2 {
-            assert_eq!(found.params[index], alone[index].params[0]);
-            assert_eq!(
-                (&found.curves[index], found.thresholds[index]),
-                (&alone[index].curves[0], alone[index].thresholds[0])
-            );
+        for (index, alone) in alone.iter().enumerate() {
+            assert_eq!(found.params[index], alone.params[0]);
+            assert_eq!(found.thresholds[index], alone.thresholds[0]);
+            assert_eq!(found.curves[index], alone.curves[0]);
         }
         let swapped = both([&large, &small]);
         assert_eq!(swapped.params, [found.params[1], found.params[0]]);
