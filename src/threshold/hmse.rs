@@ -98,7 +98,7 @@ fn by_values(values: &[f32], scores: &[f32], chooser: &Chooser) -> Result<Chosen
 
 fn by_masses(Masses { bins, total }: Masses, chooser: &Chooser) -> Chosen {
     let unit = chooser.unit();
-    let effort = choose::effort(bins.iter().flatten(), 2);
+    let effort = choose::effort(bins.iter().flatten(), 2).patient();
     let [negative, positive] = bins.map(|bins| Closed::new(Square, &bins, unit));
     let mean = |sum: f64| sum * unit * unit / total;
     chooser.by_search(&Sides { negative, positive }, effort, |_| true, mean)

@@ -81,7 +81,7 @@ pub(super) fn effort(values: &[f32], scores: &[f32]) -> Effort {
         scored(values, scores).map(|(x, score)| (x.abs().to_bits(), score.into())).collect();
     pairs.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
     let parts = pairs.chunk_by(|a, b| a.0 == b.0).map(|equal| equal.iter().map(|(_, score)| score).sum());
-    Effort::for_noise(2, equal_parts(parts))
+    Effort::for_noise(2, equal_parts(parts)).patient()
 }
 
 impl Scored {

@@ -30,6 +30,10 @@ const MOST_WHOLE_LEVELS: u32 = 512;
 /// How many of the scales are polished that put the greatest magnitude on a level.
 const WHOLE_FINALISTS: usize = 4;
 
+/// Hopeless coarse steps on end after which the sweep ends: they halve the scale, and an extreme between level 1 and level 2
+/// has one of them at its own by then.
+const PATIENCE: u32 = 12;
+
 /// Halvings of the step when a local minimum is polished on a grid of up to 8 bits; each bit more takes one more, as it
 /// halves the distance between minima.
 const HALVINGS: u8 = 6;
@@ -103,6 +107,8 @@ pub(super) struct Effort {
     pub(super) is_discrete: bool,
     /// Whether the error is no smooth function of the scale.
     pub(super) has_few_values: bool,
+    /// How many coarse steps on end may be hopeless before a uniform grid's sweep ends.
+    pub(super) patience: u32,
 }
 
 impl Effort {
@@ -117,7 +123,13 @@ impl Effort {
         let is_discrete = values < FEW;
         let margin = if is_discrete { f64::INFINITY } else { 0.03 + 6.0 * noise / values.sqrt() };
         let (finalists, fine_steps) = if values < MANY { (24, FINER_STEPS) } else { (6, FINE_STEPS) };
-        Self { margin, fine_steps, finalists, is_discrete, has_few_values: values < MANY }
+        Self { margin, fine_steps, finalists, is_discrete, has_few_values: values < MANY, patience: 0 }
+    }
+
+    /// The same where single values may make most of the error. A uniform grid then has good scales below hopeless ones: an
+    /// extreme that lies between two levels counts as clipped to the lower one, until the scale brings the next one near.
+    pub(super) fn patient(self) -> Self {
+        Self { patience: PATIENCE, ..self }
     }
 }
 
@@ -128,6 +140,13 @@ pub(super) struct Point {
     pub(super) zero_point: i32,
     /// Sum over all values, in the unit of the sides.
     pub(super) error: f64,
+}
+
+impl Point {
+    /// Whether its error was worth computing.
+    fn is_hopeful(&self) -> bool {
+        self.error < f64::INFINITY
+    }
 }
 
 /// What a search found.
@@ -141,11 +160,12 @@ pub(super) struct Found {
 pub(super) fn search<S: Side>(sides: &Sides<S>, family: Family, no_clipping: &QuantParams, effort: Effort) -> Found {
     let mut search = Search { sides, family, below: Vec::new(), above: Vec::new() };
     let mut best = search.of_params(no_clipping);
-    let curve = search.sweep(best);
+    let mut curve = search.sweep(best, effort.patience);
     for point in &curve {
         keep_better(&mut best, *point);
     }
     if !family.is_continuous() || best.error == 0.0 {
+        curve.retain(Point::is_hopeful);
         return Found { best, curve };
     }
     let fine = search.fine(&curve, best.error * (1.0 + effort.margin), effort.fine_steps);
@@ -160,6 +180,7 @@ pub(super) fn search<S: Side>(sides: &Sides<S>, family: Family, no_clipping: &Qu
     if family.bits().get() > 8 && effort.has_few_values {
         search.equal_steps(no_clipping.scale(), &mut best);
     }
+    curve.retain(Point::is_hopeful);
     Found { best, curve }
 }
 
@@ -187,20 +208,29 @@ impl<S: Side> Search<'_, S> {
         self.sides.negative.error(scale, ends.below) + self.sides.positive.error(scale, ends.above)
     }
 
-    /// Scales from the largest down until no quantizer is left whose clipping alone does not cost more than the best one.
-    fn sweep(&mut self, no_clipping: Point) -> Vec<Point> {
+    /// Scales from the largest down until no quantizer is left whose clipping alone does not cost more than the best one;
+    /// those of which that is true, and which are gone through with patience, have an infinite error.
+    fn sweep(&mut self, no_clipping: Point, patience: u32) -> Vec<Point> {
+        let patience = if self.family.ends().is_none() { patience } else { 0 };
         let ratio = if self.family.is_continuous() { COARSE_STEP } else { 2.0 };
         let mut curve = Vec::new();
         let mut best = no_clipping.error;
         let mut scale = f64::from(no_clipping.scale) * FIRST;
         while scale as f32 >= MIN_SCALE {
             if scale <= f64::from(f32::MAX) && self.family.has_scale(scale as f32) {
-                let Some(point) = self.at(scale, best) else { break };
+                let hopeless = Point { scale: scale as f32, zero_point: 0, error: f64::INFINITY };
+                let point = self.at(scale, best).unwrap_or(hopeless);
                 best = best.min(point.error);
                 curve.push(point);
+                let waited = curve.iter().rev().take_while(|point| !point.is_hopeful()).count();
+                if waited > patience as usize {
+                    break;
+                }
             }
             scale /= ratio;
         }
+        let hopeful = curve.iter().rposition(Point::is_hopeful).map_or(0, |last| last + 1);
+        curve.truncate(hopeful);
         curve
     }
 
