@@ -259,11 +259,12 @@ fn a_tolerance_adds_probes() {
 #[test]
 fn same_seed_same_scores() {
     let subject = Subject::new(model("small_conv"));
-    let numbers = |seed| -> (Vec<Vec<f32>>, Vec<Vec<(u32, f64)>>) {
+    let numbers = |seed| {
         let scores = subject.score(&HessianRequest { seed, samples: count(9), ..request(2, 4) });
-        let weights =
-            subject.weights(&scores).values().map(|tensor| Vec::try_from(tensor.reshape([-1])).unwrap()).collect();
-        (weights, subject.activations(&scores).values().map(|histogram| histogram.sparse()).collect())
+        let weights = subject.weights(&scores).into_values();
+        let weights: Vec<Vec<f32>> = weights.map(|tensor| Vec::try_from(tensor.reshape([-1])).unwrap()).collect();
+        let activations = subject.activations(&scores).into_values();
+        (weights, activations.map(WeightedHistogram::sparse).collect::<Vec<_>>())
     };
     assert_eq!(numbers(1), numbers(1));
     assert_ne!(numbers(1), numbers(2));

@@ -17,20 +17,24 @@ pub(super) struct Directions<'a> {
 
 impl Directions<'_> {
     /// One direction for each of `outputs`, of its shape, dtype and device. Each row has its own stream of numbers, so that its
-    /// directions do not depend on the batch that it is in. Where the first axis of an output is not that of the rows, the
-    /// whole output counts as the first row's.
+    /// directions do not depend on the batch that it is in. Rows lie along the first axis of their number; an output without
+    /// such an axis counts as the first row's.
     pub(super) fn draw(&self, outputs: &[&Tensor], probe: usize) -> Result<Vec<Tensor>, jit::Error> {
         let stream = |row| SplitMix64::of(&[self.request.seed, (self.first_row + row) as u64, probe as u64]);
         let mut streams: Vec<SplitMix64> = (0..self.rows).map(stream).collect();
         let directions = outputs.iter().map(|output| {
             let mut values = vec![0.0; output.numel()];
-            let shape = output.size();
-            let is_by_row = shape.first().is_some_and(|&rows| usize::try_from(rows) == Ok(self.rows));
-            let shares = if is_by_row { self.rows } else { 1 };
+            let mut shape = output.size();
+            let axis = shape.iter().position(|&size| usize::try_from(size) == Ok(self.rows));
+            let shares = if axis.is_some() { self.rows } else { 1 };
             for (part, stream) in values.chunks_mut((output.numel() / shares).max(1)).zip(&mut streams) {
                 fill(part, self.request.distribution, stream);
             }
+            // Rows first, then put where they belong.
+            let axis = axis.unwrap_or_default();
+            shape.get_mut(..=axis).unwrap_or_default().rotate_right(1);
             let direction = Tensor::f_from_slice(&values)?.f_reshape(&shape)?;
+            let direction = if axis == 0 { direction } else { direction.f_movedim_int(0, axis as i64)? };
             Ok(direction.f_to_device(output.device())?.f_to_kind(output.kind())?)
         });
         directions.collect()
@@ -102,11 +106,23 @@ mod tests {
         }
     }
 
+    /// Time first: rows are the second axis.
+    #[test]
+    fn rows_may_lie_along_another_axis() {
+        let request = request(Distribution::Normal, 3);
+        let whole = draw(&request, 0, 4, 1, &[&[5, 4, 3]]).remove(0);
+        for row in 0..4 {
+            let alone = draw(&request, row, 1, 1, &[&[5, 1, 3]]).remove(0);
+            let own: Vec<f64> = (0..5).flat_map(|time| whole[(time * 4 + row) * 3..][..3].to_vec()).collect();
+            assert_eq!(alone, own, "{row}");
+        }
+    }
+
     #[test]
     fn outputs_without_an_axis_of_rows_are_drawn_whole() {
         let request = request(Distribution::Rademacher, 3);
-        let drawn = draw(&request, 0, 4, 0, &[&[2, 4, 5], &[]]);
-        assert_eq!(drawn.iter().map(Vec::len).collect::<Vec<_>>(), [40, 1]);
+        let drawn = draw(&request, 0, 4, 0, &[&[2, 3, 5], &[]]);
+        assert_eq!(drawn.iter().map(Vec::len).collect::<Vec<_>>(), [30, 1]);
         assert!(drawn.iter().flatten().all(|x| x.abs() == 1.0));
     }
 

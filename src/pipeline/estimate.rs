@@ -159,7 +159,8 @@ fn per_weight(settings: &SiteSettings) -> f64 {
     let nanoseconds = match settings.error_method {
         ErrorMethod::NoClipping => 5.0,
         ErrorMethod::Kl => 1300.0,
-        ErrorMethod::Hmse => 110.0,
+        ErrorMethod::Hmse if is_uniform => 200.0,
+        ErrorMethod::Hmse => 170.0,
         _ if is_uniform => 160.0,
         _ => 70.0,
     };

@@ -204,10 +204,18 @@ fn missed_tolerance(report: &report::Hessian) -> Option<String> {
 
 /// A model that was traced for one batch size fails with another.
 fn named(error: hessian::Error, plan: &HessianPlan, data: &Dataset) -> Error {
-    let is_other_size = plan.request.batch_size != data.batch_size();
+    let HessianPlan { request, .. } = plan;
+    let key = if request.batch_size != data.batch_size() {
+        "hessian.batch_size"
+    } else if !request.samples.get().min(data.rows()).is_multiple_of(request.batch_size.get()) {
+        // The last batch is smaller.
+        "hessian.samples"
+    } else {
+        return error.into();
+    };
     match error {
-        hessian::Error::Jit(error @ jit::Error::Run { .. }) if is_other_size => {
-            Error::Key { key: "hessian.batch_size".to_owned(), source: Box::new(error.into()) }
+        hessian::Error::Jit(error @ jit::Error::Run { .. }) => {
+            Error::Key { key: key.to_owned(), source: Box::new(error.into()) }
         }
         other => other.into(),
     }
