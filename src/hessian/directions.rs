@@ -32,7 +32,9 @@ impl Directions<'_> {
             }
             // Rows first, then put where they belong.
             let axis = axis.unwrap_or_default();
-            shape.get_mut(..=axis).unwrap_or_default().rotate_right(1);
+            if let Some(before) = shape.get_mut(..=axis) {
+                before.rotate_right(1);
+            }
             let direction = Tensor::f_from_slice(&values)?.f_reshape(&shape)?;
             let direction = if axis == 0 { direction } else { direction.f_movedim_int(0, axis as i64)? };
             Ok(direction.f_to_device(output.device())?.f_to_kind(output.kind())?)
