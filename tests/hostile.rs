@@ -340,7 +340,7 @@ fn a_wrong_experiment_exits_with_2() {
             &["e.yaml:2:", "unknown key `batchsize`", "did you mean `batch_size`?"],
         ),
         (good() + "mixed_precision: {}\n", &["e.yaml:5:1: `mixed_precision` is not built yet"]),
-        (good() + "hessian: {probes: 0}\n", &["e.yaml:5:20: `hessian.probes`: expected a whole number from 1"]),
+        (good() + "hessian: {probes: 0}\n", &["e.yaml:5:19: `hessian.probes`: expected a whole number from 1"]),
         (
             with("weights_error_method: NOCLIPPING", "weights: {bits: 9}, weights_error_method: KL"),
             &[
