@@ -142,6 +142,25 @@ struct Place {
     first_row: usize,
 }
 
+/// A probe among those of a lot, which share a forward.
+#[derive(Clone, Copy)]
+struct OfLot {
+    probe: usize,
+    probes: usize,
+}
+
+impl OfLot {
+    /// Whether another way back follows.
+    fn is_followed(self) -> bool {
+        self.probe + 1 < self.probes
+    }
+
+    /// Whether there is another probe to differ from.
+    fn has_spread(self) -> bool {
+        self.probes > 1
+    }
+}
+
 struct Run<'a> {
     layers: Layers<'a>,
     request: &'a HessianRequest,
@@ -192,40 +211,33 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let directions = Directions { request: self.request, first_row: place.first_row, rows: place.rows };
-        let has_spread = lot > 1;
         for probe in 0..lot {
             let drawn = directions.draw(&outputs, self.probes + probe)?;
             self.activations.rows = place.rows;
             let draw = &mut self.activations.draw;
             (draw.first_row, draw.probe) = (place.first_row, self.probes + probe);
             let outputs: Vec<_> = outputs.iter().copied().zip(drawn).collect();
-            self.probe(&recording, &outputs, probe + 1 < lot, has_spread)?;
+            self.probe(&recording, &outputs, OfLot { probe, probes: lot })?;
         }
-        if has_spread {
+        if lot > 1 {
             self.weights.iter_mut().try_for_each(|sums| sums.end_batch(lot))?;
             self.activations.sums.iter_mut().for_each(|sums| sums.end_batch(lot));
         }
         Ok(())
     }
 
-    fn probe(
-        &mut self,
-        recording: &Recording,
-        outputs: &[(&Tensor, Tensor)],
-        keep: bool,
-        has_spread: bool,
-    ) -> Result<(), Error> {
-        let gradients = recording.backward(outputs, keep, &mut self.activations)?;
+    fn probe(&mut self, recording: &Recording, outputs: &[(&Tensor, Tensor)], place: OfLot) -> Result<(), Error> {
+        let gradients = recording.backward(outputs, place.is_followed(), &mut self.activations)?;
         let mut gradients = gradients.into_iter();
         for (site, sums) in self.layers.weights.iter().zip(&mut self.weights) {
             // A weight that stands in the graph several times has the sum of their gradients.
             let own = gradients.by_ref().take(site.values.len()).flatten();
             let gradient = own.map(Ok).reduce(|sum: Result<Tensor, jit::Error>, next| Ok(sum?.f_add(&next?)?));
             if let Some(gradient) = gradient.transpose()? {
-                sums.add(&gradient, has_spread)?;
+                sums.add(&gradient, place.has_spread())?;
             }
         }
-        if has_spread {
+        if place.has_spread() {
             self.activations.sums.iter_mut().for_each(ActivationSums::end_probe);
         }
         Ok(())
