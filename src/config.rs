@@ -4,6 +4,7 @@
 //! and the key's full path. Plain data: it opens the YAML alone, and refuses to know what models and data files hold.
 
 mod decode;
+mod device;
 mod document;
 mod error;
 mod flags;
@@ -20,13 +21,14 @@ mod write;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+pub use device::DevicePlan;
 pub use error::{Error, Origin, Place, Problem, Spot};
 pub use flags::Typed;
 pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, ComparisonPlan, Constant, DataPlan, DevicePlan, Distribution, EvaluationPlan, Format, HessianPlan,
+    ActivationPlan, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan, Format, HessianPlan,
     HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
 };
 pub use schema::json_schema;
@@ -260,6 +262,7 @@ quantization:
   weights_error_method: MSE
   activation_error_method: MSE
 device: auto
+allow_tf32: false
 output:
   dir: /dir/runs/e
   format: fake_quant
@@ -283,7 +286,8 @@ quantization.weights_error_method=LP
 quantization.activation_error_method=LP
 quantization.l_p_value=3
 quantization.z_threshold=7
-device=cpu
+device=cuda
+allow_tf32=true
 seed=18446744073709551615
 output.dir='a "b": #c'"#;
         let every: Vec<&str> = every.lines().skip(1).collect();
@@ -376,7 +380,7 @@ output.dir='a "b": #c'"#;
         let inputs =
             run(SHIPPED, &["calibration.inputs={a: x}", "calibration.inputs={b: y}"]).unwrap().calibration.inputs;
         assert_eq!(inputs, InputsPlan::Named(vec![("b".to_owned(), InputSource::Tensor("y".to_owned()))]));
-        let mended = SHIPPED.replace("device: auto", "device: cuda");
+        let mended = SHIPPED.replace("device: auto", "device: gpu");
         assert!(run(&mended, &[]).is_err() && run(&mended, &["device=cpu"]).is_ok());
     }
 
@@ -537,7 +541,10 @@ output.dir='a "b": #c'"#;
         fs_err::write(&file, SHORTEST).unwrap();
         let on = |name: &str| Experiment::read(&file).unwrap().with_device(name).resolve(folder.path());
         assert_eq!(on("cpu").unwrap().device, DevicePlan::Cpu);
-        assert_eq!(on("cuda:1").unwrap_err().to_string(), "--device cuda:1: `device: cuda:1` is not built yet");
+        assert_eq!(on("cuda").unwrap().device, DevicePlan::Cuda(0));
+        assert_eq!(on("cuda:1").unwrap().device, DevicePlan::Cuda(1));
+        let refused = "--device cuda:x: `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `cuda:x`";
+        assert!(on("cuda:x").unwrap_err().to_string().starts_with(refused));
     }
 
     #[test]
@@ -595,10 +602,13 @@ quantization.z_threshold=nan => `quantization.z_threshold` must be a number, fou
 quantization.z_threshold=off => `quantization.z_threshold` must be a number, found the text `off`
 quantization.z_threshol=3 => unknown key `z_threshol` in `quantization`, did you mean `z_threshold`?
 overrides={} => `overrides` must be a list, found a map
-device=cuda => `device: cuda` is not built yet
-device=cuda:1 => `device: cuda:1` is not built yet
-device=cuda:x => `device` must be one of `auto`, `cpu`, found `cuda:x`, did you mean `cuda:N`, which is not built yet?
-device=gpu => `device` must be one of `auto`, `cpu`, found `gpu`, did you mean `cpu`?
+device=cuda:x => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `cuda:x`, did you mean `cuda:N`?
+device=cuda:+1 => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `cuda:+1`, did you mean `cuda:N`?
+device=cuda:128 => `device`: expected the number of a GPU, 0 to 127, found 128
+device=cuda:99999999999 => `device`: expected the number of a GPU, 0 to 127, found 99999999999
+device=gpu => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `gpu`, did you mean `cpu`?
+device=1 => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found the number 1
+allow_tf32=yes => `allow_tf32` must be true or false, found the text `yes`
 output.format=int8 => `output.format: int8` is not built yet
 output.format=[fake_quant, int8] => `output.format[1]: int8` is not built yet
 output.format=[fake_quant, fake_quant] => `output.format: a list of several` is not built yet

@@ -435,7 +435,7 @@ fn versions() -> report::Versions {
 
 fn device_name(device: DevicePlan) -> &'static str {
     match device {
-        DevicePlan::Auto | DevicePlan::Cpu => "cpu",
+        _ => "cpu",
     }
 }
 

@@ -77,6 +77,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
         overrides: tsquant::config::Overrides::default(),
         hessian: None,
         device: DevicePlan::Cpu,
+        allow_tf32: false,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,
         seed: 5,

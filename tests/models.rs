@@ -325,6 +325,7 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
         overrides: Overrides::default(),
         hessian: None,
         device: DevicePlan::Cpu,
+        allow_tf32: false,
         output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
         evaluation: None,
         seed: 0,

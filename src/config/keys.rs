@@ -12,9 +12,10 @@ use schemars::JsonSchema;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::device::DevicePlan;
 use super::hessian::HessianKeys;
 use super::overrides::OverrideKeys;
-use super::plan::{DevicePlan, Format, InputsPlan, Layout, Metric};
+use super::plan::{Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent, ExponentError};
 
@@ -36,6 +37,8 @@ pub(super) struct Keys {
     pub(super) hessian: Option<HessianKeys>,
     /// Where the model runs.
     pub(super) device: Option<DevicePlan>,
+    /// Let products and convolutions on a GPU round what they multiply to TF32.
+    pub(super) allow_tf32: Option<bool>,
     /// What is written, and where.
     pub(super) output: Option<OutputKeys>,
     /// What the float and the quantized model are compared on; the calibration data where it is not given.

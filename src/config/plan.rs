@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::device::DevicePlan;
 use super::overrides::Overrides;
 use crate::quantizer::{Granularity, Scheme};
 use crate::threshold::ErrorMethod;
@@ -29,6 +30,8 @@ pub struct Plan {
     pub hessian: Option<HessianPlan>,
     /// Where the model runs.
     pub device: DevicePlan,
+    /// On a GPU, products and convolutions may round what they multiply to TF32, with 10 bits of mantissa.
+    pub allow_tf32: bool,
     /// What is written, and where.
     pub output: OutputPlan,
     /// What float and quantized model are compared on; `None` compares them on the calibration data, without labels.
@@ -242,16 +245,6 @@ pub enum Distribution {
     Rademacher,
     /// The normal distribution.
     Normal,
-}
-
-/// Where the model runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DevicePlan {
-    /// The best device that works.
-    Auto,
-    /// The processor.
-    Cpu,
 }
 
 /// What is written, and where.

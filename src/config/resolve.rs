@@ -6,6 +6,7 @@
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
 
+use super::device::DevicePlan;
 use super::document::Node;
 use super::error::{Error, Problem, path_text};
 use super::keys::{
@@ -14,7 +15,7 @@ use super::keys::{
 };
 use super::overrides::Overrides;
 use super::plan::{
-    ActivationPlan, ComparisonPlan, DataPlan, DevicePlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
+    ActivationPlan, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
     OutputPlan, Plan, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
@@ -65,7 +66,7 @@ impl Resolver<'_> {
         let methods = [weights.error_method, activations.error_method];
         let is_asked = methods.contains(&ErrorMethod::Hmse) || overrides.ask_for(Method::Hmse);
         let hessian = is_asked.then_some(hessian);
-        let device = keys.device.unwrap_or(DevicePlan::Auto);
+        let (device, allow_tf32) = (keys.device.unwrap_or(DevicePlan::Auto), keys.allow_tf32.unwrap_or(false));
         let output = self.output(keys.output.unwrap_or_default())?;
         let evaluation = keys.evaluation.map(|keys| {
             let data = self.required_data("evaluation.data", keys.data.as_deref())?;
@@ -90,7 +91,19 @@ impl Resolver<'_> {
                 return Err(self.invalid("output.dir", reason));
             }
         }
-        Ok(Plan { model, calibration, weights, activations, overrides, hessian, device, output, evaluation, seed })
+        Ok(Plan {
+            model,
+            calibration,
+            weights,
+            activations,
+            overrides,
+            hessian,
+            device,
+            allow_tf32,
+            output,
+            evaluation,
+            seed,
+        })
     }
 
     /// What `evaluate` does with `keys`: neither model nor calibration data need be there, and data that is not named

@@ -79,6 +79,7 @@ impl From<&Plan> for Keys {
             overrides: Some(overrides).filter(|overrides| !overrides.is_empty()),
             hessian: plan.hessian.as_ref().map(Into::into),
             device: Some(plan.device),
+            allow_tf32: Some(plan.allow_tf32),
             output: Some(OutputKeys {
                 dir: Some(plan.output.dir.clone()),
                 format: Some(OneOrMany::One(plan.output.format)),
