@@ -4,6 +4,7 @@
 //! replaces them and which tensors are written is the caller's business.
 
 mod clean;
+mod device;
 mod error;
 mod ffi;
 mod file;
@@ -16,6 +17,9 @@ mod value;
 mod visit;
 
 pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap, TapKind};
+pub use device::{
+    Flat, NoCuda, cuda, device_name, flat, in_any_order, peak_device_memory, prepare, synchronize, upload,
+};
 pub use error::Error;
 pub(crate) use error::one_line;
 pub use file::extra_file;

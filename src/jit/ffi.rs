@@ -205,6 +205,18 @@ pub(super) mod bridge {
         fn list_graph(f: &Frozen) -> Result<ListingRows>;
         fn constant_tensor(f: &Frozen, value: usize) -> Result<UniquePtr<Tensor>>;
 
+        fn libtorch_folder() -> String;
+        fn open_cuda(library: &str) -> Result<()>;
+        fn device_count() -> i32;
+        fn try_device(index: i32) -> Result<()>;
+        fn prepare_device(allow_tf32: bool) -> Result<()>;
+        fn set_deterministic(on: bool) -> Result<bool>;
+        fn move_module(m: &Module, index: i32) -> Result<()>;
+        fn upload(t: &Tensor, index: i32) -> Result<UniquePtr<Tensor>>;
+        fn synchronize(index: i32) -> Result<()>;
+        fn peak_device_bytes(index: i32) -> Result<i64>;
+        fn forget_peak(index: i32) -> Result<()>;
+
         fn new_tensors() -> UniquePtr<Tensors>;
         fn push_tensor(list: Pin<&mut Tensors>, tensor: &Tensor);
         fn tensor_count(list: &Tensors) -> usize;

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use cxx::UniquePtr;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::error::one_line;
 use super::ffi::bridge;
 use super::value::{Argument, Output};
-use super::{Error, clean, file};
+use super::{Error, clean, device, file};
 use crate::names;
 
 /// The arguments and results of `forward`.
@@ -79,6 +79,7 @@ impl Arguments {
 pub struct Module {
     pub(super) inner: UniquePtr<bridge::Module>,
     path: PathBuf,
+    device: Device,
     signature: Signature,
     notes: Vec<String>,
 }
@@ -111,7 +112,26 @@ impl Module {
         }
         cast_to_float(module, &mut notes)?;
         let signature = signature(module)?;
-        Ok(Self { inner, path: path.to_owned(), signature, notes })
+        Ok(Self { inner, path: path.to_owned(), device: Device::Cpu, signature, notes })
+    }
+
+    /// As [`load`](Self::load), onto any device. On a GPU the code speaks of that GPU where it spoke of another device.
+    ///
+    /// # Errors
+    /// As there, and where the device has no room for it.
+    pub fn load_onto(path: &Path, device: Device) -> Result<Self, Error> {
+        let mut module = Self::load(path)?;
+        if let Some(index) = device::index(device) {
+            bridge::move_module(module.as_bridge()?, index)?;
+            module.device = device;
+        }
+        Ok(module)
+    }
+
+    /// Where it runs, and where its arguments have to be.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// The file.
@@ -230,6 +250,7 @@ impl Module {
         Ok(Self {
             inner: bridge::share_module(self.as_bridge()?),
             path: self.path.clone(),
+            device: self.device,
             signature: self.signature.clone(),
             notes: self.notes.clone(),
         })

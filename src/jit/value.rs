@@ -1,7 +1,7 @@
 //! What goes into a model and what comes out of it.
 
 use cxx::UniquePtr;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::Error;
 use super::ffi::bridge;
@@ -57,6 +57,21 @@ pub enum Output {
 }
 
 impl Output {
+    /// The same with all tensors on the processor.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn on_cpu(self) -> Result<Self, Error> {
+        Ok(match self {
+            Self::Tensor(tensor) => Self::Tensor(tensor.f_to_device(Device::Cpu)?),
+            Self::Parts(parts) => {
+                let parts = parts.into_iter().map(|(name, part)| Ok((name, part.on_cpu()?)));
+                Self::Parts(parts.collect::<Result<_, Error>>()?)
+            }
+            Self::Plain => Self::Plain,
+        })
+    }
+
     pub(super) fn from_bridge(value: &bridge::Value) -> Result<Self, Error> {
         use bridge::ValueKind;
         match bridge::value_kind(value) {

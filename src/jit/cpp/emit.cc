@@ -44,7 +44,7 @@ void add_parameter(torch::jit::Module &module, torch::jit::Graph &graph, torch::
     object = graph.insertGetAttr(object, path[i]);
     owner = child;
   }
-  owner.register_parameter(path.back(), tensor, is_buffer);
+  owner.register_parameter(path.back(), tensor.to(at::kCPU), is_buffer);
   constant->replaceAllUsesWith(graph.insertGetAttr(object, path.back()));
 }
 
@@ -84,6 +84,11 @@ void drop_attributes(torch::jit::Module &module) {
     type->unsafeRemoveAttribute(type->getAttributeName(0));
     module._ivalue()->unsafeRemoveSlot(0);
   }
+}
+
+void move_to_processor(const torch::jit::Module &module, torch::jit::Graph &graph) {
+  move_attributes(module, at::kCPU);
+  move_constants(graph, at::kCPU);
 }
 
 // libtorch's archive writer throws out of its destructor once a write has failed, which ends the process. So it is told that
@@ -136,6 +141,8 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
   for (auto *value : values)
     if (value->node()->kind() == torch::jit::prim::Constant && value->uses().empty())
       value->node()->destroy();
+  // The file is the same wherever it was made, and can be loaded where there is no GPU.
+  move_to_processor(module, *graph);
   graph->lint();
   torch::jit::ExtraFilesMap extra;
   for (const auto &file : files)

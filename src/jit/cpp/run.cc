@@ -138,7 +138,9 @@ std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow
   for (std::size_t i = 0; i < constants.size(); ++i) {
     auto *constant = values.at(constants[i]);
     torch::jit::WithInsertPoint before(constant->node());
-    constant->replaceAllUsesWith(graph.insertConstant(replacements.inner.at(i)));
+    const auto replaced = torch::jit::toIValue(constant);
+    const auto device = replaced && replaced->isTensor() ? replaced->toTensor().device() : at::Device(at::kCPU);
+    constant->replaceAllUsesWith(graph.insertConstant(replacements.inner.at(i).to(device)));
   }
   insert_taps(graph, values, taps);
   prepare(*executable, f.module);

@@ -126,6 +126,26 @@ rust::String graph_text(const Frozen &f);
 ListingRows list_graph(const Frozen &f);
 std::unique_ptr<at::Tensor> constant_tensor(const Frozen &f, std::size_t value);
 
+// A device is the number of a GPU, or -1 for the processor.
+
+// Where the libtorch in use lies; empty if that cannot be told.
+rust::String libtorch_folder();
+// Opens libtorch's CUDA library and sets CUDA up; throws where either fails.
+void open_cuda(rust::Str library);
+std::int32_t device_count();
+// Computes something there.
+void try_device(std::int32_t index);
+void prepare_device(bool allow_tf32);
+// Whether kernels add up in an order of their own; returns whether they did before.
+bool set_deterministic(bool on);
+// Moves parameters, buffers, other attributes and the constants in the code of all methods.
+void move_module(const Module &m, std::int32_t index);
+// A copy on a GPU, begun on a stream of its own; what is begun there from now on waits for it.
+std::unique_ptr<at::Tensor> upload(const at::Tensor &t, std::int32_t index);
+void synchronize(std::int32_t index);
+std::int64_t peak_device_bytes(std::int32_t index);
+void forget_peak(std::int32_t index);
+
 // Tensors on their way into a graph.
 struct Tensors {
   std::vector<at::Tensor> inner;
@@ -179,6 +199,11 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
                  rust::Slice<const ExtraFile> files, rust::Str path);
 
 // Shared by the source files; not seen from Rust.
+
+// Brings the tensors and devices among a graph's constants to a device.
+void move_constants(torch::jit::Graph &graph, at::Device device);
+// The same for the attributes of a module and those inside it, without touching the tensors themselves.
+void move_attributes(const torch::jit::Module &module, at::Device device);
 
 // All values of a graph in the one order that Rust's value numbers mean; the same for a copy of the graph.
 std::vector<torch::jit::Value *> enumerate_values(torch::jit::Graph &graph);

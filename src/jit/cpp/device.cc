@@ -1,0 +1,203 @@
+// GPUs: opening libtorch's CUDA half, moving modules and tensors, and what a process-wide setting says of arithmetic there.
+#include "shim.h"
+
+#include <dlfcn.h>
+
+#include <functional>
+#include <mutex>
+
+#include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/util/env.h>
+#include <torch/csrc/jit/ir/constants.h>
+
+#include "tsquant/src/jit/ffi.rs.h"
+
+namespace tsquant {
+
+namespace {
+
+at::Device device_of(std::int32_t index) {
+  return index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+// Numbers to libtorch wherever they live; what is read as a size is better off on the processor.
+bool stays(const at::Tensor &t) { return t.dim() == 0 && t.scalar_type() != at::kFloat; }
+
+at::Tensor moved(const at::Tensor &t, at::Device device) {
+  return t.defined() && !stays(t) ? t.detach().to(device) : t;
+}
+
+// Whether a tensor in a constant, or what it says of a device, belongs elsewhere.
+bool is_elsewhere(const c10::IValue &value, at::Device device) {
+  bool found = false;
+  value.visit([&](const c10::IValue &inner) {
+    if (inner.isTensor())
+      found = found || (inner.toTensor().defined() && !stays(inner.toTensor()) && inner.toTensor().device() != device);
+    else if (inner.isDevice())
+      found = found || inner.toDevice() != device;
+    return found;
+  });
+  return found;
+}
+
+void for_each_constant(torch::jit::Block *block, const std::function<void(torch::jit::Node *)> &visit) {
+  for (auto it = block->nodes().begin(); it != block->nodes().end();) {
+    auto *node = *it;
+    ++it; // the visit may destroy the node
+    for (auto *inner : node->blocks())
+      for_each_constant(inner, visit);
+    if (node->kind() == torch::jit::prim::Constant)
+      visit(node);
+  }
+}
+
+// A constant that holds tensors or names a device, on this device; others as they are.
+c10::IValue moved_constant(const c10::IValue &value, at::Device device) {
+  if (value.isTensor())
+    return moved(value.toTensor(), device);
+  if (value.isDevice())
+    return device;
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> tensors;
+    for (const at::Tensor &tensor : value.toTensorList())
+      tensors.push_back(moved(tensor, device));
+    return tensors;
+  }
+  if (value.isTuple()) {
+    std::vector<c10::IValue> elements;
+    for (const auto &element : value.toTupleRef().elements())
+      elements.push_back(moved_constant(element, device));
+    return c10::ivalue::Tuple::create(std::move(elements));
+  }
+  return value;
+}
+
+} // namespace
+
+void move_constants(torch::jit::Graph &graph, at::Device device) {
+  for_each_constant(graph.block(), [&](torch::jit::Node *node) {
+    const auto value = torch::jit::toIValue(node->output());
+    if (!value || !is_elsewhere(*value, device))
+      return;
+    torch::jit::WithInsertPoint before(node);
+    auto *constant = graph.insertConstant(moved_constant(*value, device));
+    // A plain tensor type says nothing of the device.
+    constant->setType(value->isTensor() ? c10::TensorType::get() : node->output()->type());
+    node->output()->replaceAllUsesWith(constant);
+    node->destroy();
+  });
+}
+
+void move_attributes(const torch::jit::Module &module, at::Device device) {
+  // A tensor under several names stays one tensor.
+  std::unordered_map<const void *, at::Tensor> known;
+  const auto moved_once = [&](const at::Tensor &t) {
+    auto &there = known[t.unsafeGetTensorImpl()];
+    if (!there.defined())
+      there = t.detach().to(device).set_requires_grad(t.requires_grad());
+    return there;
+  };
+  for (const auto &inner : module.modules()) {
+    const auto object = inner._ivalue();
+    for (std::size_t i = 0; i < inner.type()->numAttributes(); ++i) {
+      const auto value = object->getSlot(i);
+      if (value.isTensor() && value.toTensor().defined())
+        object->setSlot(i, moved_once(value.toTensor()));
+      else if (value.isTensorList() || value.isTuple() || value.isDevice())
+        object->setSlot(i, moved_constant(value, device));
+    }
+  }
+}
+
+rust::String libtorch_folder() {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void *>(&at::globalContext), &info) == 0 || info.dli_fname == nullptr)
+    return "";
+  const std::string path = info.dli_fname;
+  return path.substr(0, path.rfind('/'));
+}
+
+void open_cuda(rust::Str library) {
+  // Read when the first product is computed: without it products on a GPU add up in any order.
+  c10::utils::set_env("CUBLAS_WORKSPACE_CONFIG", ":4096:8", false);
+  const std::string path(library.data(), library.size());
+  if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    const auto *reason = dlerror();
+    TORCH_CHECK(false, reason == nullptr ? "it cannot be opened" : reason);
+  }
+  // libtorch asks once for its CUDA half and believes the answer for ever.
+  TORCH_CHECK(at::globalContext().hasCUDART(), "it was opened after libtorch had asked for it");
+  at::globalContext().lazyInitDevice(at::kCUDA);
+}
+
+std::int32_t device_count() { return at::accelerator::deviceCount(); }
+
+void try_device(std::int32_t index) {
+  const auto sum = at::arange(4, at::TensorOptions(device_of(index)).dtype(at::kFloat)).square().sum();
+  TORCH_CHECK(sum.item<float>() == 14.0f, "it adds up wrongly");
+}
+
+void prepare_device(bool allow_tf32) {
+  auto &context = at::globalContext();
+  context.setAllowTF32CuBLAS(allow_tf32);
+  context.setAllowTF32CuDNN(allow_tf32);
+  context.setBenchmarkCuDNN(false);
+  context.setDeterministicCuDNN(true);
+}
+
+bool set_deterministic(bool on) {
+  auto &context = at::globalContext();
+  const bool was = context.deterministicAlgorithms();
+  context.setDeterministicAlgorithms(on, true);
+  context.setDeterministicFillUninitializedMemory(false);
+  return was;
+}
+
+void move_module(const Module &m, std::int32_t index) {
+  const auto device = device_of(index);
+  move_attributes(m.inner, device);
+  for (auto *function : m.inner._ivalue()->compilation_unit()->get_functions())
+    if (auto *with_graph = torch::jit::tryToGraphFunction(*function))
+      move_constants(*with_graph->graph(), device);
+}
+
+std::unique_ptr<at::Tensor> upload(const at::Tensor &t, std::int32_t index) {
+  const auto device = device_of(index);
+  const c10::impl::VirtualGuardImpl streams(device.type());
+  // On a stream of its own, so that it runs beside the batch before.
+  static std::mutex mutex;
+  static std::unordered_map<std::int32_t, c10::Stream> copying;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (copying.count(index) == 0)
+    copying.emplace(index, streams.getStreamFromGlobalPool(device));
+  const auto stream = copying.at(index);
+  const auto user = streams.getStream(device);
+  const auto pinned = t.pin_memory();
+  at::Tensor there;
+  {
+    const c10::StreamGuard guard(stream);
+    there = pinned.to(device, /*non_blocking=*/true);
+  }
+  c10::Event is_there(device.type());
+  is_there.record(stream);
+  is_there.block(user);
+  // Its memory is not given away before those who read it are done.
+  there.record_stream(user);
+  return std::make_unique<at::Tensor>(std::move(there));
+}
+
+void synchronize(std::int32_t index) { at::accelerator::synchronizeDevice(static_cast<c10::DeviceIndex>(index)); }
+
+std::int64_t peak_device_bytes(std::int32_t index) {
+  const auto stats = at::accelerator::getDeviceStats(static_cast<c10::DeviceIndex>(index));
+  return stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+}
+
+void forget_peak(std::int32_t index) {
+  at::accelerator::resetPeakStats(static_cast<c10::DeviceIndex>(index));
+}
+
+} // namespace tsquant

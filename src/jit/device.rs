@@ -1,0 +1,164 @@
+//! Where models run. libtorch's CUDA half is a library of its own, which is opened when a GPU is asked for and not before, so
+//! that one binary serves machines with and without it. Which device a run takes is the caller's business.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::Error;
+use super::error::one_line;
+use super::ffi::bridge;
+use super::tensor;
+
+/// File name of the half of libtorch that runs on a GPU.
+const CUDA_LIBRARY: &str = "libtorch_cuda.so";
+
+/// Why there is no GPU to run on.
+#[derive(Debug, thiserror::Error)]
+pub enum NoCuda {
+    /// The libtorch that this process runs with was built or fetched without CUDA.
+    #[error(
+        "expected {CUDA_LIBRARY} beside the libtorch in use, found none in {folder}; the README says how to build with a \
+         torch that has CUDA"
+    )]
+    NoLibrary {
+        /// The folder of the libtorch in use.
+        folder: String,
+    },
+    /// The library is there and does not work.
+    #[error("{path}: {message}")]
+    Unusable {
+        /// The library.
+        path: String,
+        /// libtorch's or the loader's reason.
+        message: String,
+    },
+    /// Fewer GPUs than that.
+    #[error("expected a GPU of number {number}, found {count} in all")]
+    NoSuchNumber {
+        /// The number asked for, from 0.
+        number: u8,
+        /// How many there are.
+        count: i32,
+    },
+}
+
+/// The GPU of this number, tried out. It has to be asked for before any model runs in this process.
+///
+/// # Errors
+/// Where there is none that works.
+pub fn cuda(number: u8) -> Result<Device, NoCuda> {
+    let folder = bridge::libtorch_folder();
+    let library = Path::new(&folder).join(CUDA_LIBRARY);
+    if folder.is_empty() || !library.exists() {
+        return Err(NoCuda::NoLibrary { folder });
+    }
+    let path = library.display().to_string();
+    let unusable = |error: cxx::Exception| NoCuda::Unusable { path: path.clone(), message: one_line(error.what()) };
+    bridge::open_cuda(&path).map_err(unusable)?;
+    let count = bridge::device_count();
+    if i32::from(number) >= count {
+        return Err(NoCuda::NoSuchNumber { number, count });
+    }
+    bridge::try_device(number.into()).map_err(unusable)?;
+    Ok(Device::Cuda(number.into()))
+}
+
+/// Sets how a GPU computes from now on: the same result in every run, and float32 throughout unless `allow_tf32` lets products
+/// and convolutions round what they multiply to 10 bits of mantissa. Nothing changes for the processor.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn prepare(device: Device, allow_tf32: bool) -> Result<(), Error> {
+    if device != Device::Cpu {
+        bridge::prepare_device(allow_tf32)?;
+        bridge::set_deterministic(true)?;
+    }
+    Ok(())
+}
+
+/// Runs what gives the same result in whatever order libtorch's kernels add up: whole numbers, and sums that are exact. In the
+/// order that [`prepare`] asks for they would take several times as long.
+///
+/// # Errors
+/// Those of `run`, and where libtorch fails.
+pub fn in_any_order<T>(run: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let was = bridge::set_deterministic(false)?;
+    let outcome = run();
+    if was {
+        bridge::set_deterministic(true)?;
+    }
+    outcome
+}
+
+/// The tensor on a device. To a GPU it goes by pinned memory, beside what is still running there.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor, Error> {
+    match index(device) {
+        Some(index) if tensor.device() == Device::Cpu && tensor.numel() > 0 => {
+            Ok(tensor::from_unique(bridge::upload(tensor::as_bridge(tensor), index)?))
+        }
+        _ => Ok(tensor.f_to_device(device)?),
+    }
+}
+
+/// Waits until all that was begun on the device is done.
+///
+/// # Errors
+/// Where libtorch fails, or what was begun did.
+pub fn synchronize(device: Device) -> Result<(), Error> {
+    Ok(index(device).map_or(Ok(()), bridge::synchronize)?)
+}
+
+/// The most memory that tensors on a GPU have had since the last call; `None` on the processor.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn peak_device_memory(device: Device) -> Result<Option<u64>, Error> {
+    let Some(index) = index(device) else { return Ok(None) };
+    let bytes = bridge::peak_device_bytes(index)?;
+    bridge::forget_peak(index)?;
+    Ok(Some(bytes.unsigned_abs()))
+}
+
+/// As a plan writes it: `cpu`, `cuda:0`.
+#[must_use]
+pub fn device_name(device: Device) -> String {
+    index(device).map_or_else(|| "cpu".to_owned(), |index| format!("cuda:{index}"))
+}
+
+/// A float32 tensor without gaps, wherever it lives: its values in the order of memory as one axis, and how they lie.
+#[derive(Debug)]
+pub struct Flat {
+    /// In memory order, of rank 1.
+    pub values: Tensor,
+    /// Size along each axis.
+    pub sizes: Vec<i64>,
+    /// Distance in memory between neighbours along each axis, in values.
+    pub strides: Vec<i64>,
+}
+
+/// The values of a float32 tensor on its own device, without a copy wherever they lie without gaps.
+///
+/// # Errors
+/// For a tensor of another dtype.
+pub fn flat(tensor: &Tensor) -> Result<Flat, Error> {
+    let kind = tensor.f_kind()?;
+    if kind != Kind::Float {
+        return Err(Error::Libtorch(format!("expected a float32 tensor, found {kind:?}")));
+    }
+    let tensor = tensor.f_detach()?;
+    let dense = if bridge::is_dense(tensor::as_bridge(&tensor)) { tensor } else { tensor.f_contiguous()? };
+    let values = dense.f_as_strided([i64::try_from(dense.numel()).unwrap_or(i64::MAX)], [1], None)?;
+    Ok(Flat { values, sizes: dense.size(), strides: dense.stride() })
+}
+
+/// The number of a GPU.
+pub(super) fn index(device: Device) -> Option<i32> {
+    match device {
+        Device::Cuda(number) => Some(i32::try_from(number).unwrap_or(i32::MAX)),
+        _ => None,
+    }
+}
