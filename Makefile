@@ -1,4 +1,5 @@
-# make demo: quantize the shipped network. make test: run all tests. Both set up libtorch first, see scripts/libtorch.sh.
+# make demo: quantize the shipped network. make test: run all tests. Both set up libtorch first, see scripts/libtorch.sh;
+# with LIBTORCH_DEVICE=cuda one that runs on GPUs too.
 .PHONY: demo test build libtorch clean
 
 demo: build
@@ -9,6 +10,8 @@ test: libtorch
 
 build: libtorch
 	cargo build --release --locked
+
+export LIBTORCH_DEVICE
 
 libtorch:
 	scripts/libtorch.sh

@@ -12,7 +12,8 @@ fn main() {
     let torch = library_dir.parent().expect("libtorch's lib folder has a parent").to_path_buf();
     check_version(&torch);
 
-    let sources = ["module.cc", "bounds.cc", "listing.cc", "clean.cc", "run.cc", "gradients.cc", "emit.cc", "device.cc"];
+    let sources =
+        ["module.cc", "bounds.cc", "listing.cc", "clean.cc", "run.cc", "gradients.cc", "emit.cc", "device.cc"];
     let mut build = cxx_build::bridge("src/jit/ffi.rs");
     for source in sources {
         build.file(format!("src/jit/cpp/{source}"));
@@ -35,11 +36,25 @@ fn main() {
         .flag_if_supported("-Wno-unused-parameter")
         .compile("tsquant_jit");
 
+    if library_dir.join("libtorch_cuda.so").exists() {
+        leave_cuda_to_run_time();
+    }
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", library_dir.display());
     println!("cargo:rustc-link-lib=c10");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src/jit/ffi.rs");
     println!("cargo:rerun-if-changed=src/jit/cpp");
+}
+
+/// torch-sys links whatever CUDA libraries it finds, and libtorch.so of such a torch needs them too: the program would open them at
+/// its start, on machines without a GPU as well. Under both names the linker finds libtorch_cpu here, before it looks elsewhere.
+fn leave_cuda_to_run_time() {
+    let folder = PathBuf::from(std::env::var("OUT_DIR").expect("cargo tells where to write")).join("link");
+    std::fs::create_dir_all(&folder).expect("the folder of build outputs takes a folder");
+    for name in ["libtorch.so", "libtorch_cuda.so"] {
+        std::fs::write(folder.join(name), "INPUT(-ltorch_cpu)\n").expect("the folder of build outputs takes a file");
+    }
+    println!("cargo:rustc-link-search=native={}", folder.display());
 }
 
 /// Stops the build, naming both versions, where libtorch is of another release.

@@ -40,7 +40,7 @@ fn main() -> Result<()> {
 fn measure(path: &Path, rounds: usize) -> Result<()> {
     let plan = Experiment::read(path)?.resolve(Path::new("."))?;
     let data = Dataset::open(&plan.calibration)?;
-    let clean = pipeline::load_clean(&plan, &data)?;
+    let clean = pipeline::load_clean(&plan, &data, tch::Device::Cpu)?;
     let sites = sites::find(clean.listing()).activations;
     // Warm: libtorch optimizes in the first runs.
     for _ in 0..2 {

@@ -57,7 +57,7 @@ fn main() -> Result<()> {
 fn measure(path: &Path, options: &Options) -> Result<()> {
     let plan = Experiment::read(path)?.resolve(Path::new("."))?;
     let data = Dataset::open(&plan.calibration)?;
-    let clean = pipeline::load_clean(&plan, &data)?;
+    let clean = pipeline::load_clean(&plan, &data, tch::Device::Cpu)?;
     let sites = sites::find(clean.listing());
     let weights: Vec<_> = sites.weights.iter().collect();
     let activations: Vec<_> = sites.activations.iter().collect();

@@ -10,6 +10,7 @@
 
 mod cuts;
 mod directions;
+mod on_device;
 mod sums;
 mod thinning;
 
@@ -20,10 +21,12 @@ use crate::config::{HessianRequest, MOST_PROBES};
 use crate::dataset::{self, Dataset};
 use crate::feed;
 use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
+use crate::observe::Summing;
 use crate::sites::{ActivationSite, WeightSite};
 use crate::statistics::{WeightedCounter, WeightedHistogram};
 
 use directions::{Directions, is_probed};
+use on_device::OnDevice;
 use sums::{ActivationSums, WeightSums};
 use thinning::{Draw, Thinning};
 
@@ -110,9 +113,27 @@ pub fn score(
     layers: Layers<'_>,
     data: &Dataset,
     request: &HessianRequest,
+    advance: impl FnMut(usize),
+) -> Result<Scores, Error> {
+    score_by(Summing::on(model.module().device()), model, layers, data, request, advance)
+}
+
+/// As [`score`], with the scores of activations summed up as asked: they are the same but for rounding.
+///
+/// # Errors
+/// As there.
+pub fn score_by(
+    summing: Summing,
+    model: &Clean,
+    layers: Layers<'_>,
+    data: &Dataset,
+    request: &HessianRequest,
     mut advance: impl FnMut(usize),
 ) -> Result<Scores, Error> {
     let mut run = Run::new(model, layers, request)?;
+    if summing == Summing::TensorOps {
+        run.activations.on_device = Some(OnDevice::new(model.module().device(), layers.activations.len())?);
+    }
     let mut lot = request.probes.get();
     loop {
         for batch in data.sample(request.samples, request.seed, request.batch_size) {
@@ -122,6 +143,7 @@ pub fn score(
             advance(rows);
         }
         run.probes += lot;
+        run.activations.collect()?;
         lot = match request.tolerance {
             Some(tolerance) => run.missing_probes(tolerance)?,
             None => 0,
@@ -189,6 +211,7 @@ impl<'a> Run<'a> {
                 rows: 0,
                 draw: Draw { seed: request.seed, site: 0, first_row: 0, probe: 0 },
                 kept: [Vec::new(), Vec::new()],
+                on_device: None,
             },
             probes: 0,
             left_out: Vec::new(),
@@ -238,7 +261,7 @@ impl<'a> Run<'a> {
             }
         }
         if place.has_spread() {
-            self.activations.sums.iter_mut().for_each(ActivationSums::end_probe);
+            self.activations.end_probe()?;
         }
         Ok(())
     }
@@ -329,9 +352,33 @@ struct Listener {
     draw: Draw,
     /// Room for what is looked at of a large activation.
     kept: [Vec<f32>; 2],
+    /// Where scores are summed up by tensor ops, all but their spread; histograms are empty then until [`collect`](Self::collect).
+    on_device: Option<OnDevice>,
 }
 
 impl Listener {
+    fn end_probe(&mut self) -> Result<(), Error> {
+        match &self.on_device {
+            None => self.sums.iter_mut().for_each(ActivationSums::end_probe),
+            Some(on_device) => {
+                for (sums, now) in self.sums.iter_mut().zip(on_device.octave_sums()?) {
+                    sums.end_probe_at(now);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings what there is on a device into the histograms.
+    fn collect(&mut self) -> Result<(), Error> {
+        if let Some(on_device) = &self.on_device {
+            for (sums, histogram) in self.sums.iter_mut().zip(on_device.histograms()?) {
+                sums.histogram = histogram;
+            }
+        }
+        Ok(())
+    }
+
     /// How the rows of this value are thinned out, if they lie one after the other.
     fn thinning(&self, value: &Tensor) -> Option<Thinning> {
         let row_length = value.numel().checked_div(self.rows)?;
@@ -356,6 +403,13 @@ impl Visit for Listener {
         let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };
         let (counters, kept) = (&mut self.counters, &mut self.kept);
         sums.is_reached = true;
+        let failed = |error: jit::Error| {
+            let site = self.names.get(tap).cloned().unwrap_or_default();
+            SiteError { site, message: error.to_string() }.into()
+        };
+        if let Some(on_device) = &mut self.on_device {
+            return on_device.observe(tap, [value, gradient], thinning, draw).map_err(failed);
+        }
         let observe = |values: &[f32], gradients: &[f32]| {
             let mut outcome = Ok(());
             let (values, gradients) = match thinning {
@@ -368,10 +422,7 @@ impl Visit for Listener {
             sums.histogram.observe(values, gradients, counters, |parts, work| outcome = jit::in_parallel(parts, work));
             outcome
         };
-        jit::with_pairs(value, gradient, observe).and_then(|outcome| outcome).map_err(|error| {
-            let site = self.names.get(tap).cloned().unwrap_or_default();
-            SiteError { site, message: error.to_string() }.into()
-        })
+        jit::with_pairs(value, gradient, observe).and_then(|outcome| outcome).map_err(failed)
     }
 }
 

@@ -18,7 +18,8 @@ mod visit;
 
 pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap, TapKind};
 pub use device::{
-    Flat, NoCuda, cuda, device_name, flat, in_any_order, peak_device_memory, prepare, synchronize, upload,
+    Flat, NoCuda, cuda, device_name, flat, flat_pair, in_any_order, peak_device_memory, prepare, synchronize,
+    take_unordered, upload,
 };
 pub use error::Error;
 pub(crate) use error::one_line;

@@ -15,6 +15,7 @@ pub mod hessian;
 pub mod jit;
 pub mod names;
 pub mod observe;
+pub mod on_device;
 pub mod pipeline;
 pub mod quantizer;
 pub mod random;

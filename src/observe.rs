@@ -3,11 +3,12 @@
 //! A value is read in the tap and freed with the model's own memory; nothing is kept but statistics. It does not know what
 //! the statistics are for.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::dataset::{self, Dataset};
 use crate::feed;
 use crate::jit::{self, BoxError, Clean, Dense, Tap, TapKind, Visit};
+use crate::on_device::{self, Counts, Shared};
 use crate::sites::{ActivationSite, ChannelAxis};
 use crate::statistics::{Activation, ChannelLayout, Counter, NotFinite};
 
@@ -34,12 +35,43 @@ enum SiteError {
     Tensor { site: String, message: String },
 }
 
+/// How statistics are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Summing {
+    /// From slices, on the processor.
+    Slices,
+    /// By tensor ops, on whatever device the model runs.
+    TensorOps,
+}
+
+impl Summing {
+    /// What suits this device.
+    #[must_use]
+    pub fn on(device: Device) -> Self {
+        if device == Device::Cpu { Self::Slices } else { Self::TensorOps }
+    }
+}
+
 /// Runs all batches and returns the statistics of each site's values, in the order of `sites` and of their anchors; a value
 /// that never was there has a count of 0. `advance` is called with the rows of each finished batch.
 ///
 /// # Errors
 /// Where the data cannot be read, the model fails, or NaN or infinity turns up at a site.
 pub fn observe(
+    model: &Clean,
+    sites: &[ActivationSite],
+    data: &Dataset,
+    advance: impl FnMut(usize),
+) -> Result<Vec<Vec<Activation>>, Error> {
+    observe_by(Summing::on(model.module().device()), model, sites, data, advance)
+}
+
+/// As [`observe`], with the statistics computed as asked: they are the same to the bit for the same values.
+///
+/// # Errors
+/// As there.
+pub fn observe_by(
+    summing: Summing,
     model: &Clean,
     sites: &[ActivationSite],
     data: &Dataset,
@@ -50,19 +82,39 @@ pub fn observe(
     let taps: Vec<_> =
         numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, kind: TapKind::Observe }).collect();
     let instrumented = model.instrument(&taps, &[])?;
-    let mut observer = Observer {
-        sites: places.iter().map(|(site, _)| *site).collect(),
-        statistics: vec![Activation::new(); places.len()],
-        counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| Counter::new()).collect(),
+    let sites_of_taps: Vec<&ActivationSite> = places.iter().map(|(site, _)| *site).collect();
+    let mut observer: Box<dyn Observe> = match summing {
+        Summing::Slices => Box::new(Observer::new(sites_of_taps)),
+        Summing::TensorOps => Box::new(DeviceObserver::new(sites_of_taps, model.module().device())?),
     };
-    for batch in data.batches() {
-        let batch = batch?;
+    let mut batches = data.batches();
+    let mut next = || -> Result<_, Error> {
+        let Some(batch) = batches.next().transpose()? else { return Ok(None) };
         let rows = batch.rows;
-        instrumented.run(&feed::bind(model.module(), batch)?, &mut observer)?;
+        Ok(Some((feed::bind(model.module(), batch)?, rows)))
+    };
+    let mut current = next()?;
+    while let Some((arguments, rows)) = current.take() {
+        instrumented.run(&arguments, observer.visit())?;
+        drop(arguments);
+        // A GPU is still at work on this batch while the next one is read and on its way.
+        current = next()?;
+        observer.check()?;
         advance(rows);
     }
-    let mut statistics = observer.statistics.into_iter();
+    let mut statistics = observer.finish()?.into_iter();
     Ok(sites.iter().map(|site| statistics.by_ref().take(site.anchors.len()).collect()).collect())
+}
+
+/// Looks at values and sums them up.
+trait Observe {
+    fn visit(&mut self) -> &mut dyn Visit;
+
+    /// Tells of NaN and infinities where the visit could not yet.
+    fn check(&mut self) -> Result<(), Error>;
+
+    /// The statistics of each tap.
+    fn finish(self: Box<Self>) -> Result<Vec<Activation>, Error>;
 }
 
 struct Observer<'a> {
@@ -71,6 +123,28 @@ struct Observer<'a> {
     statistics: Vec<Activation>,
     /// One for each thread.
     counters: Vec<Counter>,
+}
+
+impl<'a> Observer<'a> {
+    fn new(sites: Vec<&'a ActivationSite>) -> Self {
+        let statistics = vec![Activation::new(); sites.len()];
+        let counters = (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| Counter::new()).collect();
+        Self { sites, statistics, counters }
+    }
+}
+
+impl Observe for Observer<'_> {
+    fn visit(&mut self) -> &mut dyn Visit {
+        self
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<Vec<Activation>, Error> {
+        Ok(self.statistics)
+    }
 }
 
 impl Visit for Observer<'_> {
@@ -82,7 +156,7 @@ impl Visit for Observer<'_> {
         let counters = &mut self.counters;
         let observe = |dense: Dense<'_>| {
             let mut outcome = Ok(());
-            let layout = channel_layout(&dense, site.channel_axis);
+            let layout = channel_layout(dense.sizes, dense.strides, site.channel_axis);
             activation.observe(dense.values, layout, counters, |parts, work| {
                 outcome = jit::in_parallel(parts, work);
             });
@@ -94,18 +168,71 @@ impl Visit for Observer<'_> {
     }
 }
 
-/// How the channels of a tensor without gaps lie in memory.
-fn channel_layout(dense: &Dense<'_>, axis: ChannelAxis) -> ChannelLayout {
-    if dense.sizes.len() < 2 {
-        return ChannelLayout { count: 1, run_length: dense.values.len() };
+/// Sums values up where they are; a word of NaN and infinities comes after each batch.
+struct DeviceObserver<'a> {
+    /// The site of each tap.
+    sites: Vec<&'a ActivationSite>,
+    counts: Vec<Counts>,
+    shared: Shared,
+}
+
+impl<'a> DeviceObserver<'a> {
+    fn new(sites: Vec<&'a ActivationSite>, device: Device) -> Result<Self, Error> {
+        let counts = sites.iter().map(|_| Counts::default()).collect();
+        Ok(Self { sites, counts, shared: Shared::new(device)? })
     }
-    let last = dense.sizes.len() - 1;
+}
+
+impl Visit for DeviceObserver<'_> {
+    fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
+        let (Some(&site), Some(counts)) = (self.sites.get(tap), self.counts.get_mut(tap)) else {
+            return Err(format!("tap {tap} belongs to no site").into());
+        };
+        let shared = &self.shared;
+        let observed = jit::flat(value).and_then(|flat| {
+            let layout = channel_layout(&flat.sizes, &flat.strides, site.channel_axis);
+            counts.observe(&flat.values, layout, shared)
+        });
+        observed.map_err(|error| SiteError::Tensor { site: site.name.clone(), message: error.to_string() }.into())
+    }
+}
+
+impl Observe for DeviceObserver<'_> {
+    fn visit(&mut self) -> &mut dyn Visit {
+        self
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        let are_finite = on_device::are_finite(&self.counts)?;
+        for ((site, counts), is_finite) in self.sites.iter().zip(&mut self.counts).zip(are_finite) {
+            if !is_finite {
+                let observed = counts.read()?.observed();
+                let failed = |found| SiteError::NotFinite { site: site.name.clone(), found };
+                observed.map_err(|found| jit::Error::Visit(failed(found).into()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<Vec<Activation>, Error> {
+        let read = self.counts.iter_mut().map(|counts| Ok(counts.read()?.clone()));
+        read.collect()
+    }
+}
+
+/// How the channels of a tensor without gaps lie in memory.
+fn channel_layout(sizes: &[i64], strides: &[i64], axis: ChannelAxis) -> ChannelLayout {
+    let length = sizes.iter().map(|&size| usize::try_from(size).unwrap_or_default()).product();
+    if sizes.len() < 2 {
+        return ChannelLayout { count: 1, run_length: length };
+    }
+    let last = sizes.len() - 1;
     let axis = if axis == ChannelAxis::Second { last.min(1) } else { last };
-    let count = dense.sizes.get(axis).map_or(1, |&size| usize::try_from(size).unwrap_or_default());
+    let count = sizes.get(axis).map_or(1, |&size| usize::try_from(size).unwrap_or_default());
     // The stride of an axis with one place says nothing.
-    let run_length = match dense.strides.get(axis) {
+    let run_length = match strides.get(axis) {
         Some(&stride) if count > 1 => usize::try_from(stride).unwrap_or_default(),
-        _ => dense.values.len(),
+        _ => length,
     };
     ChannelLayout { count, run_length }
 }

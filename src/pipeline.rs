@@ -2,6 +2,7 @@
 
 mod blame;
 mod compare;
+mod device;
 mod estimate;
 mod files;
 mod hash;
@@ -12,14 +13,16 @@ mod select;
 mod worst;
 
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
+use self::device::Batches;
 use self::score::{Asking, Keeping};
-use crate::config::{DataPlan, DevicePlan, Plan};
+use crate::config::{DataPlan, Plan};
 use crate::dataset::{self, Dataset};
 use crate::emit::{self, Emission};
 use crate::evaluate;
@@ -113,6 +116,24 @@ pub enum Error {
         /// Why.
         source: Box<Error>,
     },
+    /// A GPU that is not there or does not work.
+    #[error("`device: {device}`: {source}")]
+    Device {
+        /// As planned.
+        device: String,
+        /// Why.
+        source: jit::NoCuda,
+    },
+    /// The memory of the GPU is not enough.
+    #[error("not enough memory on the GPU for batches of {rows} rows: {message}; lower `{key}`, or take `device: cpu`")]
+    OutOfMemory {
+        /// The key that says how many rows a batch has.
+        key: &'static str,
+        /// How many these are.
+        rows: NonZeroUsize,
+        /// libtorch's own words.
+        message: String,
+    },
     /// The run directory.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
@@ -198,20 +219,22 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 
     progress.stage("load", Work::Uncounted);
     let mut clock = Instant::now();
+    let taken = device::take(plan.device, plan.allow_tf32)?;
     let hashes = hash::of_plan(plan)?;
     let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;
-    let model = load_clean(plan, &calibration)?;
+    let model = load_clean(plan, &calibration, taken.device)?;
     let sites = sites::find(model.listing());
     if sites.weights.is_empty() && sites.activations.is_empty() {
         return Err(Error::NoSites { model: plan.model.clone() });
     }
-    comparison.check(&model, &calibration)?;
+    comparison.check(&model, &calibration).map_err(comparison.batches().blame())?;
     let (mut sites, settings) = settings::settle(plan, sites)?;
     timings.load = lap(&mut clock);
 
     progress.stage("calibrate", Work::Rows(calibration.rows()));
-    let statistics = observe(&model, &sites.activations, &calibration, |rows| progress.advance(rows))?;
+    let statistics = observe(&model, &sites.activations, &calibration, |rows| progress.advance(rows))
+        .map_err(calibration_batches(plan).blame())?;
     timings.calibrate = lap(&mut clock);
 
     let versions = versions();
@@ -219,9 +242,12 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         // How often all rows run is not known beforehand where there is a tolerance.
         let rows = Work::Rows(hessian.request.samples.get().min(calibration.rows()));
         progress.stage("hessian", if hessian.request.tolerance.is_none() { rows } else { Work::Uncounted });
-        let keeping = Keeping { plan, hashes: &hashes, versions: &versions, dir: run_dir.path() };
+        let device = taken.name();
+        let keeping = Keeping { plan, hashes: &hashes, versions: &versions, device: &device, dir: run_dir.path() };
         let asking = Asking::new(&settings, &sites, Some(&statistics));
-        asking.score(hessian, &keeping, &model, &calibration, |rows| progress.advance(rows))
+        let batches = Batches { key: "hessian.batch_size", rows: hessian.request.batch_size };
+        let scoring = asking.score(hessian, &keeping, &model, &calibration, |rows| progress.advance(rows));
+        scoring.map_err(batches.blame())
     });
     let scoring = scoring.transpose()?.unwrap_or_default();
     timings.hessian = if plan.hessian.is_some() { lap(&mut clock) } else { 0.0 };
@@ -250,23 +276,32 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 
     progress.stage("check", Work::Rows(comparison.checked_rows(&calibration)));
     let simulation = Simulation::new(&model, &sites, &selections)?;
-    let emitted = Module::load(&file)?;
-    simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows))?;
+    let emitted = Module::load_onto(&file, taken.device)?;
+    let checked = simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows));
+    checked.map_err(comparison.batches().blame())?;
     let dropped = dropped(model.module(), &emitted)?;
     drop(emitted);
     timings.check = lap(&mut clock);
 
     progress.stage("evaluate", Work::Rows(comparison.rows(&calibration)));
-    let evaluation = comparison.run(&model, &simulation, &calibration, |rows| progress.advance(rows))?;
+    let evaluation = comparison
+        .run(&model, &simulation, &calibration, |rows| progress.advance(rows))
+        .map_err(comparison.batches().blame())?;
     timings.evaluate = lap(&mut clock);
 
     let mut warnings = warnings(&model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation);
     warnings.extend(scoring.warnings);
+    warnings.extend(taken.warning.clone());
+    warnings.extend(
+        jit::take_unordered()
+            .into_iter()
+            .map(|op| format!("{op} has no kernel on this GPU that adds up in one order: runs may differ by rounding")),
+    );
     timings.total = start.elapsed().as_secs_f64();
     let report = Report {
         schema: report::SCHEMA,
         model: plan.model.clone(),
-        device: device_name(plan.device).to_owned(),
+        device: taken.name(),
         seed: plan.seed,
         hashes,
         versions,
@@ -288,15 +323,23 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     Ok(Outcome { report, dir })
 }
 
-/// Loads the model and cleans it, checked on the first calibration rows.
+/// Loads the model onto a device and cleans it, checked on the first calibration rows.
 ///
 /// # Errors
 /// Where the model cannot be loaded, fed or cleaned.
-pub fn load_clean(plan: &Plan, calibration: &Dataset) -> Result<Clean, Error> {
-    let module = Module::load(&plan.model)?;
-    let batch_size = plan.calibration.batch_size.get();
-    let (sample, _) = check_rows(&module, calibration, batch_size, "calibration")?;
-    Ok(module.clean(Some(&sample))?)
+pub fn load_clean(plan: &Plan, calibration: &Dataset, device: Device) -> Result<Clean, Error> {
+    let batches = calibration_batches(plan);
+    let module = Module::load_onto(&plan.model, device).map_err(batches.blame())?;
+    let (sample, _) = check_rows(&module, calibration, batches.rows.get(), "calibration").map_err(batches.blame())?;
+    module.clean(Some(&sample)).map_err(batches.blame())
+}
+
+/// The device of a plan, ready to compute.
+///
+/// # Errors
+/// Where a GPU is asked for that does not work.
+pub fn take_device(plan: &Plan) -> Result<Device, Error> {
+    Ok(device::take(plan.device, plan.allow_tf32)?.device)
 }
 
 /// The data of `calibration` and a few of its rows that the model runs on.
@@ -433,10 +476,8 @@ fn versions() -> report::Versions {
     report::Versions { tsquant: env!("CARGO_PKG_VERSION").to_owned(), torch: jit::torch_version() }
 }
 
-fn device_name(device: DevicePlan) -> &'static str {
-    match device {
-        _ => "cpu",
-    }
+fn calibration_batches(plan: &Plan) -> Batches {
+    Batches { key: "calibration.batch_size", rows: plan.calibration.batch_size }
 }
 
 fn lap(clock: &mut Instant) -> f64 {

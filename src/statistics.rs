@@ -10,6 +10,7 @@ mod exact_sum;
 mod histogram;
 mod min_max;
 mod non_zero;
+mod tables;
 mod weighted;
 mod weighted_counter;
 
@@ -18,5 +19,6 @@ pub use channels::{Channel, ChannelLayout, Channels};
 pub use counter::Counter;
 pub use histogram::{Bin, Histogram, Moments};
 pub use min_max::{MinMax, NotFinite, Observed};
+pub use tables::{Counted, Layout};
 pub use weighted::WeightedHistogram;
 pub use weighted_counter::WeightedCounter;

@@ -37,6 +37,9 @@ fn the_schema_takes_what_is_taken_and_refuses_what_is_refused() {
         "evaluation: {data: e.npz, output: 1}",
         "overrides: [{layers: fc, weights: {bits: 4, error_method: KL}}, {ops: [conv2d, add], activations: float}]",
         "seed: 18446744073709551615",
+        "device: auto",
+        "device: cuda",
+        "device: cuda:12\nallow_tf32: true",
     ] {
         assert_eq!(misfits(&schema, &with("[x]", rest)), [""; 0], "{rest}");
     }
@@ -53,6 +56,9 @@ fn the_schema_takes_what_is_taken_and_refuses_what_is_refused() {
         "evaluation: {metrics: [top2]}",
         "evaluation: {transform: {crop: [1, 2, 3]}}",
         "seed: -1",
+        "device: gpu",
+        "device: cuda:x",
+        "allow_tf32: 1",
         "output: {format: []}",
         "overrides: {layers: fc}",
         "overrides: [{layers: [], weights: float}]",

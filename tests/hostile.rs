@@ -349,7 +349,7 @@ fn a_wrong_experiment_exits_with_2() {
             ],
         ),
         (with("dir: run", "dir: run, format: int8"), &["`output.format: int8` is not built yet"]),
-        (good() + "device: gpu\n", &["`device` must be one of `auto`, `cpu`, found `gpu`"]),
+        (good() + "device: gpu\n", &["`device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `gpu`"]),
         (good() + "seed: -1\n", &["`seed` must be a whole number"]),
         (with(", inputs: [x]", ""), &["`calibration.inputs` is missing"]),
         (with("model: {path", "modell: {path"), &["unknown key `modell`", "did you mean `model`?"]),

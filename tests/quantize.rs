@@ -306,9 +306,33 @@ fn quiet_prints_nothing_and_the_device_is_checked() {
     assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), ("", ""));
     assert_eq!(folder.report("run")["device"], json!("cpu"));
     let other = Folder::new();
-    let refused = quantize_shipped(&other.path().join("run"), &SHORT, &["--device", "cuda"]);
-    assert_eq!(refused.refused(2), "--device cuda: `device: cuda` is not built yet");
+    let refused = quantize_shipped(&other.path().join("run"), &SHORT, &["--device", "gpu"]);
+    let said =
+        "--device gpu: `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `gpu`, did you mean `cpu`?";
+    assert_eq!(refused.refused(2), said);
     assert_eq!(other.listing(), [""; 0]);
+}
+
+/// A GPU of a number that no machine has: there is no such GPU, or no CUDA at all.
+#[test]
+fn a_gpu_that_is_not_there_is_refused_and_nothing_is_left() {
+    let folder = Folder::new();
+    for flags in [&["--device", "cuda:127"][..], &["--device", "cuda:127", "--dry-run"]] {
+        let refused = quantize_shipped(&folder.path().join("run"), &SHORT, flags);
+        let line = refused.refused(1);
+        assert!(line.starts_with("`device: cuda:127`: expected ") || line.contains("libtorch_cuda.so: "), "{line}");
+        assert_eq!(folder.listing(), [""; 0]);
+    }
+}
+
+#[test]
+fn auto_says_what_it_took() {
+    let folder = Folder::new();
+    let ran = quantize_shipped(&folder.path().join("run"), &SHORT, &["--device", "auto"]).succeeded();
+    let report = folder.report("run");
+    let took = report["device"].as_str().unwrap();
+    assert!(took == "cpu" || took == "cuda:0", "{took}");
+    assert!(ran.stdout.contains(&format!(" s on {took}: load ")), "{}", ran.stdout);
 }
 
 #[test]

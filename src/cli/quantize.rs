@@ -21,7 +21,7 @@ pub(super) struct Quantize {
     /// Lay a value over the file's, for instance quantization.weights.bits=4; may be repeated, later ones win.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Where the model runs: auto or cpu.
+    /// Where the model runs: auto, cpu, cuda, or cuda:1 for the second GPU.
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Load model and data, run one batch, print the plan and what a run would cost; write nothing.
@@ -80,9 +80,10 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
     let (times, calibrated, evaluated) = (&estimate.timings, estimate.calibration_rows, estimate.evaluation_rows);
     writeln!(
         out,
-        "# about {:.0} s: load {:.1}, calibrate {:.1} ({calibrated} rows), {}search {:.1}, check {:.1}, \
+        "# about {:.0} s on {}: load {:.1}, calibrate {:.1} ({calibrated} rows), {}search {:.1}, check {:.1}, \
          evaluate {:.1} ({evaluated} rows)",
         times.total.max(1.0),
+        estimate.device,
         times.load,
         times.calibrate,
         hessian,
@@ -118,8 +119,9 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
     let times = &report.timings_s;
     writeln!(
         out,
-        "{:.1} s: load {:.1}, calibrate {:.1}, {}search {:.1}, emit {:.1}, check {:.1}, evaluate {:.1}",
+        "{:.1} s on {}: load {:.1}, calibrate {:.1}, {}search {:.1}, emit {:.1}, check {:.1}, evaluate {:.1}",
         times.total,
+        report.device,
         times.load,
         times.calibrate,
         hessian_time(report.hessian.is_some(), times),

@@ -15,8 +15,8 @@ use super::keys::{
 };
 use super::overrides::Overrides;
 use super::plan::{
-    ActivationPlan, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
-    OutputPlan, Plan, Transform, WeightPlan,
+    ActivationPlan, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric, OutputPlan,
+    Plan, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};

@@ -139,7 +139,11 @@ pub(super) struct ActivationSums {
 
 impl ActivationSums {
     pub(super) fn end_probe(&mut self) {
-        let now: BTreeMap<u16, f64> = self.histogram.octave_sums().collect();
+        self.end_probe_at(self.histogram.octave_sums().collect());
+    }
+
+    /// The same where the octave sums are known from elsewhere.
+    pub(super) fn end_probe_at(&mut self, now: BTreeMap<u16, f64>) {
         self.spread.add_probe(squared_distance(&now, &self.last));
         self.last = now;
     }

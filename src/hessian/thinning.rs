@@ -46,8 +46,18 @@ impl Thinning {
         self.root > 1
     }
 
+    /// Elements of a row.
+    pub(super) fn row_length(self) -> usize {
+        self.row_length
+    }
+
+    /// What the gradients that are looked at count for.
+    pub(super) fn root(self) -> usize {
+        self.root
+    }
+
     /// The ranges of elements to look at in row number `row` of `draw`, counted from the start of the first row.
-    fn ranges(self, draw: Draw, row: usize) -> impl Iterator<Item = Range<usize>> {
+    pub(super) fn ranges(self, draw: Draw, row: usize) -> impl Iterator<Item = Range<usize>> {
         let step = self.root * self.root;
         let Draw { seed, site, first_row, probe } = draw;
         let mut stream = SplitMix64::of(&[seed, site as u64, (first_row + row) as u64, probe as u64]);

@@ -91,6 +91,12 @@ pub fn in_any_order<T>(run: impl FnOnce() -> Result<T, Error>) -> Result<T, Erro
     outcome
 }
 
+/// Ops that ran since the last call and that libtorch cannot run in the order that [`prepare`] asks for.
+#[must_use]
+pub fn take_unordered() -> Vec<String> {
+    bridge::take_unordered()
+}
+
 /// The tensor on a device. To a GPU it goes by pinned memory, beside what is still running there.
 ///
 /// # Errors
@@ -155,10 +161,82 @@ pub fn flat(tensor: &Tensor) -> Result<Flat, Error> {
     Ok(Flat { values, sizes: dense.size(), strides: dense.stride() })
 }
 
+/// The values of two float32 tensors of one shape and device, in the same order.
+///
+/// # Errors
+/// For tensors of another dtype or of different shapes.
+pub fn flat_pair(a: &Tensor, b: &Tensor) -> Result<[Tensor; 2], Error> {
+    if a.size() != b.size() {
+        return Err(Error::Libtorch(format!("expected tensors of one shape, found {:?} and {:?}", a.size(), b.size())));
+    }
+    let [first, second] = [flat(a)?, flat(b)?];
+    if first.strides == second.strides {
+        return Ok([first.values, second.values]);
+    }
+    Ok([flat(&a.f_contiguous()?)?.values, flat(&b.f_contiguous()?)?.values])
+}
+
 /// The number of a GPU.
 pub(super) fn index(device: Device) -> Option<i32> {
     match device {
         Device::Cuda(number) => Some(i32::try_from(number).unwrap_or(i32::MAX)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jit::{Argument, Module};
+
+    /// With a libtorch that has no CUDA: what was looked for, and where. With one that has: a GPU, or why there is none.
+    #[test]
+    fn a_gpu_is_there_or_it_is_said_why_not() {
+        match cuda(0) {
+            Ok(device) => assert_eq!(device_name(device), "cuda:0"),
+            Err(error @ NoCuda::NoLibrary { .. }) => {
+                let text = error.to_string();
+                assert!(
+                    text.starts_with("expected libtorch_cuda.so beside the libtorch in use, found none in /"),
+                    "{text}"
+                );
+            }
+            Err(error) => assert!(error.to_string().contains("libtorch_cuda.so: "), "{error}"),
+        }
+    }
+
+    #[test]
+    fn the_libtorch_in_use_is_found() {
+        assert!(Path::new(&bridge::libtorch_folder()).join("libtorch_cpu.so").exists());
+    }
+
+    /// What moves a model to a GPU, with the processor as the place to go to.
+    #[test]
+    fn a_moved_model_computes_the_same() {
+        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+        let module = Module::load(&models.join("mnist_resnet.pt")).unwrap();
+        let input = Tensor::arange(2 * 28 * 28, (Kind::Float, Device::Cpu)).reshape([2, 1, 28, 28]) / 1568.0;
+        let output = |module: &Module| {
+            let arguments = module.bind(vec![(None, Argument::from(input.shallow_clone()))]).unwrap();
+            let output = module.forward(&arguments).unwrap();
+            output.tensors().remove(0).1.shallow_clone()
+        };
+        let expected = output(&module);
+        bridge::move_module(module.as_bridge().unwrap(), -1).unwrap();
+        assert!(output(&module).equal(&expected));
+        assert_eq!(module.device(), Device::Cpu);
+    }
+
+    #[test]
+    fn order_is_given_back() {
+        let on = || {
+            let is_on = bridge::set_deterministic(true).unwrap();
+            bridge::set_deterministic(is_on).unwrap();
+            is_on
+        };
+        let before = on();
+        assert!(in_any_order(|| Ok(!on())).unwrap());
+        assert!(in_any_order(|| Err::<(), _>(Error::Libtorch("stop".to_owned()))).is_err());
+        assert_eq!(on(), before);
     }
 }

@@ -211,6 +211,7 @@ pub(super) mod bridge {
         fn try_device(index: i32) -> Result<()>;
         fn prepare_device(allow_tf32: bool) -> Result<()>;
         fn set_deterministic(on: bool) -> Result<bool>;
+        fn take_unordered() -> Vec<String>;
         fn move_module(m: &Module, index: i32) -> Result<()>;
         fn upload(t: &Tensor, index: i32) -> Result<UniquePtr<Tensor>>;
         fn synchronize(index: i32) -> Result<()>;

@@ -1,7 +1,10 @@
 //! Float against quantized on the evaluation data, or on the calibration data where there is no other.
 
+use std::num::NonZeroUsize;
+
 use tch::Tensor;
 
+use super::device::Batches;
 use super::{CHECK_BATCHES, Error, Simulation, blame, check_rows};
 use crate::config::Plan;
 use crate::dataset::Dataset;
@@ -16,18 +19,18 @@ pub(super) struct Data {
     labels: Option<Tensor>,
     /// The output to rank.
     output: Option<String>,
-    batch_size: usize,
+    batch_size: NonZeroUsize,
 }
 
 impl Data {
     pub(super) fn open(plan: &Plan) -> Result<Self, Error> {
         let Some(evaluation) = &plan.evaluation else {
-            let batch_size = plan.calibration.batch_size.get();
+            let batch_size = plan.calibration.batch_size;
             return Ok(Self { evaluation: None, labels: None, output: None, batch_size });
         };
         let data = blame::open(&evaluation.data, "evaluation")?;
         let labels = blame::labels(&data, evaluation.labels.as_deref())?;
-        let (output, batch_size) = (evaluation.output.clone(), evaluation.data.batch_size.get());
+        let (output, batch_size) = (evaluation.output.clone(), evaluation.data.batch_size);
         Ok(Self { evaluation: Some(data), labels, output, batch_size })
     }
 
@@ -42,14 +45,20 @@ impl Data {
 
     /// Rows that the written file is checked on.
     pub(super) fn checked_rows(&self, calibration: &Dataset) -> usize {
-        self.rows(calibration).min(self.batch_size.saturating_mul(CHECK_BATCHES))
+        self.rows(calibration).min(self.batch_size.get().saturating_mul(CHECK_BATCHES))
+    }
+
+    /// How the models run on it.
+    pub(super) fn batches(&self) -> Batches {
+        let key = if self.evaluation.is_some() { "evaluation.batch_size" } else { "calibration.batch_size" };
+        Batches { key, rows: self.batch_size }
     }
 
     /// Measures the float model on a few rows, so that a slip in the experiment is told before the work begins.
     pub(super) fn check(&self, model: &Clean, calibration: &Dataset) -> Result<(), Error> {
         let data = self.dataset(calibration);
-        let (arguments, rows) = check_rows(model.module(), data, self.batch_size, "evaluation")?;
-        let output = model.module().forward(&arguments)?;
+        let (arguments, rows) = check_rows(model.module(), data, self.batch_size.get(), "evaluation")?;
+        let output = model.module().forward(&arguments)?.on_cpu()?;
         let labels = self.labels.as_ref().map(|labels| rows_of(labels, 0, rows)).transpose()?;
         let mut evaluation = Evaluation::new(self.output.clone());
         evaluation.add(rows, &output, &output, labels.as_ref()).map_err(blame::measured)
@@ -68,8 +77,8 @@ impl Data {
             let batch = batch?;
             let (first, rows) = (batch.first_row, batch.rows);
             let arguments = feed::bind(model.module(), batch)?;
-            let expected = float.run(&arguments, &mut NoVisit)?;
-            let found = simulation.run(&arguments)?;
+            let expected = float.run(&arguments, &mut NoVisit)?.on_cpu()?;
+            let found = simulation.run(&arguments)?.on_cpu()?;
             let labels = self.labels.as_ref().map(|labels| rows_of(labels, first, rows)).transpose()?;
             evaluation.add(rows, &expected, &found, labels.as_ref()).map_err(blame::measured)?;
             advance(rows);

@@ -3,12 +3,13 @@
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
+use super::device::Batches;
 use super::score::Asking;
-use super::{Error, blame, compare, hash, load_clean, peak_memory_bytes, run_dir};
+use super::{Error, blame, calibration_batches, compare, device, hash, load_clean, peak_memory_bytes, run_dir};
 use crate::config::{HessianPlan, HessianRequest, Plan};
 use crate::dataset::Dataset;
 use crate::feed;
-use crate::jit::{Clean, NoVisit};
+use crate::jit::{self, Clean, NoVisit};
 use crate::quantizer::Grid;
 use crate::report::{Hashes, Timings};
 use crate::settings::{self, Settings, SiteSettings};
@@ -33,6 +34,8 @@ const STATISTICS: u64 = 1 << 20;
 /// A run that was not made.
 #[derive(Debug, Clone)]
 pub struct Estimate {
+    /// The device that a run would take.
+    pub device: String,
     /// SHA-256 of what goes in.
     pub hashes: Hashes,
     /// Weights to quantize.
@@ -62,11 +65,12 @@ pub struct Estimate {
 pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     run_dir::check(&plan.output.dir)?;
     let start = Instant::now();
+    let taken = device::take(plan.device, plan.allow_tf32)?;
     let hashes = hash::of_plan(plan)?;
     let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;
-    let model = load_clean(plan, &calibration)?;
-    comparison.check(&model, &calibration)?;
+    let model = load_clean(plan, &calibration, taken.device)?;
+    comparison.check(&model, &calibration).map_err(comparison.batches().blame())?;
     let sites = sites::find(model.listing());
     if sites.weights.is_empty() && sites.activations.is_empty() {
         return Err(Error::NoSites { model: plan.model.clone() });
@@ -80,12 +84,16 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let mut row = f64::INFINITY;
     for _ in 0..RUNS {
         let start = Instant::now();
-        float.run(&arguments, &mut NoVisit)?;
+        float.run(&arguments, &mut NoVisit).map_err(calibration_batches(plan).blame())?;
+        jit::synchronize(taken.device)?;
         row = row.min(start.elapsed().as_secs_f64() / batch_size as f64);
     }
 
     let (hessian, hessian_rows) = match &plan.hessian {
-        Some(hessian) => hessian_seconds(hessian, &settings, &sites, &model, &calibration)?,
+        Some(hessian) => {
+            let batches = Batches { key: "hessian.batch_size", rows: hessian.request.batch_size };
+            hessian_seconds(hessian, &settings, &sites, &model, &calibration).map_err(batches.blame())?
+        }
         None => (0.0, 0),
     };
 
@@ -110,6 +118,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;
     Ok(Estimate {
+        device: taken.name(),
         hashes,
         weights: sites.weights.len(),
         weight_elements,

@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use super::score::Keeping;
 use super::{Error, hash};
-use crate::config::{HessianPlan, Plan};
+use crate::config::HessianPlan;
 use crate::hessian::{Layers, Scored, Scores, Unusable};
 use crate::jit;
-use crate::report::{Hashes, Versions};
 use crate::statistics::WeightedHistogram;
 
 /// Name of the file in the run directory.
@@ -56,21 +56,18 @@ pub(super) enum Found {
     Useless(String),
 }
 
-/// SHA-256 of all that scores depend on: programs, model, data, request, and the sites that are asked for.
-pub(super) fn request(
-    plan: &Plan,
-    hessian: &HessianPlan,
-    hashes: &Hashes,
-    versions: &Versions,
-    layers: Layers<'_>,
-) -> Result<String, Error> {
+/// SHA-256 of all that scores depend on: programs, device, model, data, request, and the sites that are asked for.
+pub(super) fn request(keeping: &Keeping<'_>, hessian: &HessianPlan, layers: Layers<'_>) -> Result<String, Error> {
+    let Keeping { plan, hashes, versions, device, .. } = *keeping;
     let mut data = plan.calibration.clone();
     // The hash of the data stands for it.
     data.path = Path::new("/").to_owned();
     let names = layers.weights.iter().map(|site| &site.name).chain(layers.activations.iter().map(|site| &site.name));
     let names: Vec<&String> = names.collect();
-    let all =
-        (versions, &hashes.model, &hashes.calibration, data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names);
+    // On the processor TF32 is never used.
+    let arithmetic = (device, plan.allow_tf32 && device != "cpu");
+    let request = (data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names);
+    let all = (versions, arithmetic, &hashes.model, &hashes.calibration, request);
     Ok(hash::hex(&Sha256::digest(serde_json::to_string(&all)?.as_bytes())))
 }
 

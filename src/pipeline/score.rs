@@ -39,6 +39,8 @@ pub(super) struct Keeping<'a> {
     pub(super) plan: &'a Plan,
     pub(super) hashes: &'a Hashes,
     pub(super) versions: &'a Versions,
+    /// The device that computes.
+    pub(super) device: &'a str,
     /// The run directory that is being filled.
     pub(super) dir: &'a Path,
 }
@@ -110,8 +112,8 @@ impl<'a> Asking<'a> {
         let mut warnings = Vec::new();
         let mut reused = false;
         let scores = if plan.save {
-            let Keeping { plan: run, hashes, versions, dir } = *keeping;
-            let request = kept::request(run, plan, hashes, versions, self.layers())?;
+            let request = kept::request(keeping, plan, self.layers())?;
+            let Keeping { plan: run, dir, .. } = *keeping;
             let path = run.output.dir.join(kept::FILE);
             let scores = match kept::read(&path, &request, self.layers()) {
                 kept::Found::Scores(scores) => {

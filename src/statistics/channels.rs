@@ -44,6 +44,10 @@ pub struct Channels {
 impl Channel {
     const NONE: Self = Self { sum: ExactSum::ZERO, count: 0, min: f32::INFINITY, max: f32::NEG_INFINITY };
 
+    pub(super) fn of_parts(sum: ExactSum, count: u64, [min, max]: [f32; 2]) -> Self {
+        Self { sum, count, min, max }
+    }
+
     /// Number of values.
     pub fn count(&self) -> u64 {
         self.count
@@ -101,6 +105,10 @@ impl Channels {
     /// Of no value yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    pub(super) fn of(channels: Vec<Channel>) -> Self {
+        Self { channels, is_mixed: false }
     }
 
     /// One per channel; `None` if there were no values, or tensors with different numbers of channels.

@@ -80,7 +80,7 @@ impl ExactSum {
     }
 
     /// Adds a whole multiple of the unit.
-    fn add(&mut self, x: f64) {
+    pub(super) fn add(&mut self, x: f64) {
         if x == 0.0 {
             return;
         }

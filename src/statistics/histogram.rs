@@ -63,6 +63,10 @@ impl Histogram {
         Self::default()
     }
 
+    pub(super) fn of_parts(min_max: MinMax, octaves: Octaves) -> Self {
+        Self { min_max, octaves }
+    }
+
     /// Adds these values, counting them in `counter`.
     pub fn observe(&mut self, values: &[f32], counter: &mut Counter) {
         for part in values.chunks(DRAINED_AFTER) {

@@ -18,16 +18,16 @@ const INFINITE: u32 = f32::INFINITY.to_bits();
 /// Streaming minimum, maximum and counts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MinMax {
-    min: f32,
-    max: f32,
+    pub(super) min: f32,
+    pub(super) max: f32,
     /// Infinite without a positive value that does not count as zero.
-    smallest_positive: f32,
+    pub(super) smallest_positive: f32,
     /// Negative infinity without a negative value that does not count as zero.
-    largest_negative: f32,
-    count: u64,
-    zeros: u64,
-    nans: u64,
-    infinities: u64,
+    pub(super) largest_negative: f32,
+    pub(super) count: u64,
+    pub(super) zeros: u64,
+    pub(super) nans: u64,
+    pub(super) infinities: u64,
 }
 
 /// The extremes of at least one value, all finite.

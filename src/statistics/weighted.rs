@@ -17,16 +17,16 @@ use super::{Bin, Histogram, WeightedCounter};
 const PAIRS_PER_PART: usize = 1 << 15;
 
 /// Octaves of magnitudes that have bins: neither zeros and denormals nor infinities and NaN.
-const WITH_BINS: Range<u16> = 1..NEGATIVE - 1;
+pub(super) const WITH_BINS: Range<u16> = 1..NEGATIVE - 1;
 
 /// Sum of the squared gradients of the values in each bin, and of those that count as zero.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct WeightedHistogram {
     /// Of the octaves, by sign and exponent, in which a sum is not 0.
     octaves: BTreeMap<u16, Box<[f64; BINS_PER_OCTAVE]>>,
-    zeros: f64,
+    pub(super) zeros: f64,
     /// Whether a value had no place, or a gradient no value.
-    is_broken: bool,
+    pub(super) is_broken: bool,
 }
 
 impl WeightedHistogram {
@@ -84,7 +84,7 @@ impl WeightedHistogram {
         });
     }
 
-    fn add(&mut self, octave: u16, scores: &[f64; BINS_PER_OCTAVE]) {
+    pub(super) fn add(&mut self, octave: u16, scores: &[f64; BINS_PER_OCTAVE]) {
         if scores.iter().all(|&score| score == 0.0) {
             return;
         }

@@ -5,6 +5,8 @@
 
 #include <functional>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include <ATen/ATen.h>
 #include <ATen/DeviceAccelerator.h>
@@ -70,9 +72,38 @@ c10::IValue moved_constant(const c10::IValue &value, at::Device device) {
     std::vector<c10::IValue> elements;
     for (const auto &element : value.toTupleRef().elements())
       elements.push_back(moved_constant(element, device));
-    return c10::ivalue::Tuple::create(std::move(elements));
+    const auto type = value.toTupleRef().type();
+    return type->schema() ? c10::ivalue::Tuple::createNamed(std::move(elements), type)
+                          : c10::ivalue::Tuple::create(std::move(elements));
   }
   return value;
+}
+
+// Notes which ops cannot be run in one order; without it each of them would be told on stderr, over and over.
+class UnorderedOps : public c10::WarningHandler {
+public:
+  void process(const c10::Warning &warning) override {
+    const auto &message = warning.msg();
+    const auto end = message.find(" does not have a deterministic implementation");
+    if (end == std::string::npos)
+      return c10::WarningHandler::process(warning);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    names_.insert(message.substr(0, end));
+  }
+
+  std::set<std::string> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(names_, {});
+  }
+
+private:
+  std::mutex mutex_;
+  std::set<std::string> names_;
+};
+
+UnorderedOps &unordered_ops() {
+  static UnorderedOps ops;
+  return ops;
 }
 
 } // namespace
@@ -104,10 +135,10 @@ void move_attributes(const torch::jit::Module &module, at::Device device) {
     const auto object = inner._ivalue();
     for (std::size_t i = 0; i < inner.type()->numAttributes(); ++i) {
       const auto value = object->getSlot(i);
-      if (value.isTensor() && value.toTensor().defined())
-        object->setSlot(i, moved_once(value.toTensor()));
-      else if (value.isTensorList() || value.isTuple() || value.isDevice())
-        object->setSlot(i, moved_constant(value, device));
+      // Modules are visited themselves.
+      if (value.isObject() || !is_elsewhere(value, device))
+        continue;
+      object->setSlot(i, value.isTensor() ? c10::IValue(moved_once(value.toTensor())) : moved_constant(value, device));
     }
   }
 }
@@ -146,6 +177,7 @@ void prepare_device(bool allow_tf32) {
   context.setAllowTF32CuDNN(allow_tf32);
   context.setBenchmarkCuDNN(false);
   context.setDeterministicCuDNN(true);
+  c10::WarningUtils::set_warning_handler(&unordered_ops());
 }
 
 bool set_deterministic(bool on) {
@@ -154,6 +186,13 @@ bool set_deterministic(bool on) {
   context.setDeterministicAlgorithms(on, true);
   context.setDeterministicFillUninitializedMemory(false);
   return was;
+}
+
+rust::Vec<rust::String> take_unordered() {
+  rust::Vec<rust::String> names;
+  for (const auto &name : unordered_ops().take())
+    names.push_back(name);
+  return names;
 }
 
 void move_module(const Module &m, std::int32_t index) {

@@ -138,6 +138,8 @@ void try_device(std::int32_t index);
 void prepare_device(bool allow_tf32);
 // Whether kernels add up in an order of their own; returns whether they did before.
 bool set_deterministic(bool on);
+// The ops that libtorch could not run in one order since the last call.
+rust::Vec<rust::String> take_unordered();
 // Moves parameters, buffers, other attributes and the constants in the code of all methods.
 void move_module(const Module &m, std::int32_t index);
 // A copy on a GPU, begun on a stream of its own; what is begun there from now on waits for it.

@@ -1,0 +1,109 @@
+//! Which device a run takes, and what to tell where it has not enough memory. It refuses to know how a device is opened.
+
+use std::num::NonZeroUsize;
+
+use tch::Device;
+
+use super::Error;
+use crate::config::DevicePlan;
+use crate::jit::{self, NoCuda};
+
+/// What libtorch says where a GPU has not enough memory, to whoever asked: the model, a statistic, cuBLAS.
+const OUT_OF_MEMORY: [&str; 3] = ["CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"];
+
+/// The device of a run.
+pub(super) struct Taken {
+    pub(super) device: Device,
+    /// Why `auto` did not take the GPU that libtorch could use.
+    pub(super) warning: Option<String>,
+}
+
+impl Taken {
+    /// Its name in the report.
+    pub(super) fn name(&self) -> String {
+        jit::device_name(self.device)
+    }
+}
+
+/// Takes the device of the plan and sets how it computes.
+///
+/// # Errors
+/// Where a GPU is asked for that does not work.
+pub(super) fn take(plan: DevicePlan, allow_tf32: bool) -> Result<Taken, Error> {
+    let (number, is_asked) = match plan {
+        DevicePlan::Cpu => return Ok(Taken { device: Device::Cpu, warning: None }),
+        DevicePlan::Auto => (0, false),
+        DevicePlan::Cuda(number) => (number, true),
+    };
+    let taken = match jit::cuda(number) {
+        Ok(device) => Taken { device, warning: None },
+        Err(source) if is_asked => return Err(Error::Device { device: plan.to_string(), source }),
+        // Nothing to tell: this libtorch has no other device.
+        Err(NoCuda::NoLibrary { .. }) => Taken { device: Device::Cpu, warning: None },
+        Err(reason) => {
+            let warning = format!("`device: auto` took the CPU, as CUDA does not work: {reason}");
+            Taken { device: Device::Cpu, warning: Some(warning) }
+        }
+    };
+    jit::prepare(taken.device, allow_tf32)?;
+    Ok(taken)
+}
+
+/// A stage that runs batches, and the key that says how many rows these have.
+#[derive(Clone, Copy)]
+pub(super) struct Batches {
+    pub(super) key: &'static str,
+    pub(super) rows: NonZeroUsize,
+}
+
+impl Batches {
+    /// The error of such a stage, with advice where the memory of the GPU was not enough.
+    pub(super) fn blame<E: Into<Error>>(self) -> impl Fn(E) -> Error {
+        move |error| {
+            let error = error.into();
+            let message = error.to_string();
+            let Some(start) = OUT_OF_MEMORY.iter().find_map(|text| message.find(text)) else { return error };
+            let sentence = message.get(start..).unwrap_or_default().split(". ").take(2).collect::<Vec<_>>().join(". ");
+            Error::OutOfMemory { key: self.key, rows: self.rows, message: sentence }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BATCHES: Batches = Batches { key: "calibration.batch_size", rows: NonZeroUsize::new(64).unwrap() };
+
+    fn blamed(message: &str) -> Error {
+        let inputs = "x = a float tensor of shape [64, 3, 224, 224]".to_owned();
+        BATCHES.blame()(jit::Error::Run { inputs, message: message.to_owned() })
+    }
+
+    #[test]
+    fn out_of_memory_says_what_to_lower() {
+        let error = blamed(
+            "CUDA out of memory. Tried to allocate 784.00 MiB. GPU 0 has a total capacity of 3.94 GiB of which 21.00 MiB is \
+             free. See documentation for Memory Management",
+        );
+        assert_eq!(
+            error.to_string(),
+            "not enough memory on the GPU for batches of 64 rows: CUDA out of memory. Tried to allocate 784.00 MiB; lower \
+             `calibration.batch_size`, or take `device: cpu`"
+        );
+        let error = blamed("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`");
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    }
+
+    #[test]
+    fn other_errors_stay_what_they_are() {
+        let error = blamed("mat1 and mat2 shapes cannot be multiplied (64x3 and 4x5)");
+        assert!(matches!(error, Error::Jit(jit::Error::Run { .. })), "{error}");
+    }
+
+    /// The libtorch of the tests may have CUDA or not, and a GPU or not.
+    #[test]
+    fn auto_takes_something_and_the_cpu_is_there() {
+        assert_eq!(take(DevicePlan::Cpu, true).unwrap().name(), "cpu");
+    }
+}
