@@ -275,8 +275,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     timings.emit = lap(&mut clock);
 
     progress.stage("check", Work::Rows(comparison.checked_rows(&calibration)));
-    let simulation = Simulation::new(&model, &sites, &selections)?;
-    let emitted = Module::load_onto(&file, taken.device)?;
+    let simulation = Simulation::new(&model, &sites, &selections).map_err(comparison.batches().blame())?;
+    let emitted = Module::load_onto(&file, taken.device).map_err(comparison.batches().blame())?;
     let checked = simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows));
     checked.map_err(comparison.batches().blame())?;
     let dropped = dropped(model.module(), &emitted)?;
