@@ -219,7 +219,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 
     progress.stage("load", Work::Uncounted);
     let mut clock = Instant::now();
-    let taken = device::take(plan.device, plan.allow_tf32)?;
+    let taken = device::take(plan.device)?;
     let hashes = hash::of_plan(plan)?;
     let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;
@@ -323,23 +323,28 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     Ok(Outcome { report, dir })
 }
 
-/// Loads the model onto a device and cleans it, checked on the first calibration rows.
+/// Loads the model onto a device and cleans it, checked on the first calibration rows. From then on the device computes as the
+/// plan says.
 ///
 /// # Errors
 /// Where the model cannot be loaded, fed or cleaned.
 pub fn load_clean(plan: &Plan, calibration: &Dataset, device: Device) -> Result<Clean, Error> {
+    // TF32 would round more than a clean-up may change.
+    jit::prepare(device, false)?;
     let batches = calibration_batches(plan);
     let module = Module::load_onto(&plan.model, device).map_err(batches.blame())?;
     let (sample, _) = check_rows(&module, calibration, batches.rows.get(), "calibration").map_err(batches.blame())?;
-    module.clean(Some(&sample)).map_err(batches.blame())
+    let model = module.clean(Some(&sample)).map_err(batches.blame())?;
+    jit::prepare(device, plan.allow_tf32)?;
+    Ok(model)
 }
 
-/// The device of a plan, ready to compute.
+/// The device of a plan.
 ///
 /// # Errors
 /// Where a GPU is asked for that does not work.
 pub fn take_device(plan: &Plan) -> Result<Device, Error> {
-    Ok(device::take(plan.device, plan.allow_tf32)?.device)
+    Ok(device::take(plan.device)?.device)
 }
 
 /// The data of `calibration` and a few of its rows that the model runs on.

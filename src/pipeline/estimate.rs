@@ -65,7 +65,7 @@ pub struct Estimate {
 pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     run_dir::check(&plan.output.dir)?;
     let start = Instant::now();
-    let taken = device::take(plan.device, plan.allow_tf32)?;
+    let taken = device::take(plan.device)?;
     let hashes = hash::of_plan(plan)?;
     let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;

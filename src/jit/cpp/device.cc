@@ -22,7 +22,9 @@ namespace tsquant {
 namespace {
 
 at::Device device_of(std::int32_t index) {
-  return index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+  if (index >= 0)
+    return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+  return index == -1 ? at::kCPU : at::kMeta;
 }
 
 // Numbers to libtorch wherever they live; what is read as a size is better off on the processor.
@@ -205,6 +207,8 @@ void move_module(const Module &m, std::int32_t index) {
 
 std::unique_ptr<at::Tensor> upload(const at::Tensor &t, std::int32_t index) {
   const auto device = device_of(index);
+  if (!device.is_cuda())
+    return std::make_unique<at::Tensor>(t.to(device));
   const c10::impl::VirtualGuardImpl streams(device.type());
   // On a stream of its own, so that it runs beside the batch before.
   static std::mutex mutex;

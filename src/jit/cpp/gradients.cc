@@ -72,6 +72,34 @@ private:
   bool filled_;
 };
 
+bool has_recurrent_layer(const torch::jit::Block *block) {
+  for (const auto *node : block->nodes()) {
+    if (node->kind() == c10::aten::lstm || node->kind() == c10::aten::gru || node->kind() == c10::aten::rnn_tanh ||
+        node->kind() == c10::aten::rnn_relu)
+      return true;
+    for (const auto *inner : node->blocks())
+      if (has_recurrent_layer(inner))
+        return true;
+  }
+  return false;
+}
+
+// cuDNN's recurrent layers have gradients in training alone; libtorch's own have them always. No GPU, no difference.
+class WithoutCuDNN {
+public:
+  explicit WithoutCuDNN(bool is_needed) : context_(at::globalContext()), was_(context_.userEnabledCuDNN()) {
+    if (is_needed)
+      context_.setUserEnabledCuDNN(false);
+  }
+  ~WithoutCuDNN() { context_.setUserEnabledCuDNN(was_); }
+  WithoutCuDNN(const WithoutCuDNN &) = delete;
+  WithoutCuDNN &operator=(const WithoutCuDNN &) = delete;
+
+private:
+  at::Context &context_;
+  bool was_;
+};
+
 // An embedding's flags change its gradient alone: rows that count by how often they are asked for, a row without any, a
 // sparse result.
 void use_plain_gradients(torch::jit::Block *block) {
@@ -140,6 +168,7 @@ std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const
   recording->gradients = std::make_shared<Gradients>();
   const CurrentVisitor visits(visitor);
   const CurrentRecording records(*recording);
+  const WithoutCuDNN own_layers(has_recurrent_layer(e.graph->block()));
   auto stack = stack_for(e, a);
   for (const auto &tensor : lifted.inner) {
     recording->leaves.push_back(tensor.detach().requires_grad_());

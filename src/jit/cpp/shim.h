@@ -126,7 +126,8 @@ rust::String graph_text(const Frozen &f);
 ListingRows list_graph(const Frozen &f);
 std::unique_ptr<at::Tensor> constant_tensor(const Frozen &f, std::size_t value);
 
-// A device is the number of a GPU, or -1 for the processor.
+// A device is the number of a GPU, -1 for the processor, or -2 for libtorch's meta device: it computes nothing but shapes, and
+// refuses tensors of other devices as a GPU does.
 
 // Where the libtorch in use lies; empty if that cannot be told.
 rust::String libtorch_folder();
