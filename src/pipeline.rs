@@ -217,9 +217,9 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let run_dir = run_dir::RunDir::open(&plan.output.dir)?;
     let mut timings = Timings::default();
 
-    progress.stage("load", Work::Uncounted);
     let mut clock = Instant::now();
     let taken = device::take(plan.device)?;
+    progress.stage("load", Work::Uncounted);
     let hashes = hash::of_plan(plan)?;
     let calibration = blame::open(&plan.calibration, "calibration")?;
     let comparison = compare::Data::open(plan)?;
