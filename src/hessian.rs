@@ -13,6 +13,8 @@ mod directions;
 mod sums;
 mod thinning;
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -21,7 +23,7 @@ use crate::dataset::{self, Dataset};
 use crate::feed;
 use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
 use crate::sites::{ActivationSite, WeightSite};
-use crate::statistics::{WeightedCounter, WeightedHistogram};
+use crate::statistics::{ActivationScores, Divided, WeightedCounter};
 
 use directions::{Directions, is_probed};
 use sums::{ActivationSums, WeightSums};
@@ -48,6 +50,8 @@ pub struct Layers<'a> {
     pub weights: &'a [&'a WeightSite],
     /// Activations.
     pub activations: &'a [&'a ActivationSite],
+    /// In the order of the activations: the range of the values of those whose gradients are wanted by value and row too.
+    pub ranges: &'a [Option<RangeInclusive<f32>>],
 }
 
 /// The scores of all layers.
@@ -56,7 +60,7 @@ pub struct Scores {
     /// In the order of the layers: one score for each element, of the weight's shape.
     pub weights: Vec<Scored<Tensor>>,
     /// In the order of the layers: the scores by value.
-    pub activations: Vec<Scored<WeightedHistogram>>,
+    pub activations: Vec<Scored<ActivationScores>>,
     /// Rows that were used.
     pub samples: usize,
     /// Random directions for each row.
@@ -184,7 +188,9 @@ impl<'a> Run<'a> {
             weights: layers.weights.iter().map(weight).collect::<Result<_, _>>()?,
             activations: Listener {
                 names: layers.activations.iter().map(|site| site.name.clone()).collect(),
-                sums: layers.activations.iter().map(|_| ActivationSums::default()).collect(),
+                sums: (0..layers.activations.len())
+                    .map(|index| ActivationSums::new(layers.ranges.get(index).cloned().flatten()))
+                    .collect(),
                 counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| WeightedCounter::new()).collect(),
                 rows: 0,
                 draw: Draw { seed: request.seed, site: 0, first_row: 0, probe: 0 },
@@ -217,6 +223,9 @@ impl<'a> Run<'a> {
             let draw = &mut self.activations.draw;
             (draw.first_row, draw.probe) = (place.first_row, self.probes + probe);
             let outputs: Vec<_> = outputs.iter().copied().zip(drawn).collect();
+            // One probe shows which errors add up; further ones would cost as much again.
+            let gradients = self.activations.sums.iter_mut().map(|sums| &mut sums.gradients);
+            gradients.for_each(|sums| if self.probes + probe == 0 { sums.begin(place.rows) } else { sums.end() });
             self.probe(&recording, &outputs, OfLot { probe, probes: lot })?;
         }
         if lot > 1 {
@@ -274,13 +283,13 @@ impl<'a> Run<'a> {
         });
         let activations = self.activations.sums.into_iter().map(|sums| {
             let standard_error = sums.relative_error();
-            let mut histogram = sums.histogram;
-            histogram.scale(factor);
-            let scores = match histogram {
+            let mut scores = ActivationScores { by_value: sums.histogram, sums: sums.gradients };
+            scores.by_value.scale(factor);
+            let scores = match scores {
                 _ if !sums.is_reached => Err(unreached()),
-                histogram if !histogram.is_finite() => Err(Unusable::NotFinite),
-                histogram if histogram.is_zero() => Err(Unusable::Zero { samples }),
-                histogram => Ok(histogram),
+                scores if !(scores.by_value.is_finite() && scores.sums.is_finite()) => Err(Unusable::NotFinite),
+                scores if scores.by_value.is_zero() => Err(Unusable::Zero { samples }),
+                scores => Ok(scores),
             };
             Scored { scores, standard_error }
         });
@@ -332,12 +341,11 @@ struct Listener {
 }
 
 impl Listener {
-    /// How the rows of this value are thinned out, if they lie one after the other.
-    fn thinning(&self, value: &Tensor) -> Option<Thinning> {
+    /// The elements of a row of this value, if its rows lie one after the other.
+    fn row_length(&self, value: &Tensor) -> Option<usize> {
         let row_length = value.numel().checked_div(self.rows)?;
         let first = (value.size().first().copied()?, value.stride().first().copied()?);
-        let is_by_row = first == (i64::try_from(self.rows).ok()?, i64::try_from(row_length).ok()?);
-        Some(Thinning::new(row_length)).filter(|thinning| is_by_row && thinning.is_needed())
+        (first == (i64::try_from(self.rows).ok()?, i64::try_from(row_length).ok()?)).then_some(row_length)
     }
 }
 
@@ -351,12 +359,17 @@ struct SiteError {
 
 impl Visit for Listener {
     fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
-        let thinning = self.thinning(value);
+        let row_length = self.row_length(value);
+        let thinning = row_length.map(Thinning::new).filter(|thinning| thinning.is_needed());
+        let divided = if row_length.is_some() { Divided::ByRow } else { Divided::Not };
         let draw = Draw { site: tap, ..self.draw };
         let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };
         let (counters, kept) = (&mut self.counters, &mut self.kept);
         sums.is_reached = true;
         let observe = |values: &[f32], gradients: &[f32]| {
+            let mut outcome = Ok(());
+            sums.gradients.observe(values, gradients, divided, |parts, work| outcome = jit::in_parallel(parts, work));
+            outcome?;
             let mut outcome = Ok(());
             let (values, gradients) = match thinning {
                 Some(thinning) => {

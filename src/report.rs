@@ -175,6 +175,9 @@ pub struct SiteScores {
     pub standard_error: Option<f64>,
     /// Channels whose scores are all zero, so that MSE chose for them.
     pub zero_channels: usize,
+    /// What the errors of an activation cost at the outputs because they are not independent, as a share of the weighted error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub off_diagonal: Option<f64>,
 }
 
 /// The quantizers of one site and what they cost.
