@@ -26,8 +26,9 @@ pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, ComparisonPlan, Constant, DataPlan, DevicePlan, Distribution, EvaluationPlan, Format, HessianPlan,
-    HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, ComparisonPlan, Constant, DataPlan, DevicePlan, Distribution, EvaluationPlan,
+    Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform,
+    WeightPlan,
 };
 pub use schema::json_schema;
 

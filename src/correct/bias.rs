@@ -1,0 +1,112 @@
+//! b += (W − W_q)·E[x] per output channel: the mean error of a layer's result, taken out. E[x] is the mean of what the float
+//! model's op reads, over rows and over the positions of its result.
+//!
+//! The closed form of bias correction, as in "Data-Free Quantization Through Weight Equalization and Bias Correction" (Nagel
+//! et al. 2019), with means that are observed.
+
+use tch::{Kind, Tensor};
+
+use super::sums::{InputSums, Sum};
+use super::targets::{Form, OldBias, Reading, Target, Targets};
+use super::{Bias, Corrections, LeftOut};
+use crate::jit::{self, Clean, Place};
+use crate::sites::Sites;
+
+/// Weights that are looked at in one piece: their differences are doubles.
+const PIECE: i64 = 1 << 20;
+
+/// The biases that correct `quantized`, the weights in the order of `sites.weights`.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn closed_form(
+    model: &Clean,
+    sites: &Sites,
+    quantized: &[Tensor],
+    targets: &Targets,
+    sums: &InputSums,
+) -> Result<Corrections, jit::Error> {
+    let mut corrections = Corrections { biases: Vec::new(), left_out: targets.left_out.clone() };
+    for target in &targets.ops {
+        let value = sites.weights.get(target.weight).and_then(|site| site.values.first().copied());
+        let (Some(value), Some(quantized), Some(sum)) = (value, quantized.get(target.weight), sums.get(target.input))
+        else {
+            continue;
+        };
+        let reading = targets.inputs.get(target.input).map(|input| &input.reading);
+        let outcome = match added(&model.constant(value)?, quantized, target, sum)? {
+            Ok(added) => shape(reading, sum, &added)?.map(|shape| (added, shape)),
+            Err(reason) => Err(reason),
+        };
+        match outcome {
+            Ok((added, shape)) => corrections.biases.push(bias(model, target, &added, &shape)?),
+            Err(reason) => {
+                let (layer, op) = (target.layer.clone(), target.op.clone());
+                corrections.left_out.push(LeftOut { layer, op, reason: reason.to_owned() });
+            }
+        }
+    }
+    Ok(corrections)
+}
+
+/// What is added to each output channel; float32.
+fn added(
+    weight: &Tensor,
+    quantized: &Tensor,
+    target: &Target,
+    sum: &Sum,
+) -> Result<Result<Tensor, &'static str>, jit::Error> {
+    let Some(total) = sum.total.as_ref().filter(|_| sum.count > 0) else {
+        return Ok(Err("never ran on the calibration data"));
+    };
+    let means = total.f_mul_scalar(target.factor / sum.count as f64)?;
+    let (weight, quantized) = (by_group(weight, target.form)?, by_group(quantized, target.form)?);
+    let [groups, outputs, inputs, taps] = <[i64; 4]>::try_from(weight.size()).unwrap_or_default();
+    let means = means.f_reshape([groups, inputs * taps, 1])?;
+    let rows = (PIECE / (groups * inputs * taps).max(1)).max(1);
+    let mut pieces = Vec::new();
+    for start in (0..outputs).step_by(usize::try_from(rows).unwrap_or(1)) {
+        let piece = |of: &Tensor| of.f_narrow(1, start, rows.min(outputs - start))?.f_to_kind(Kind::Double);
+        let difference = piece(&weight)?.f_sub(&piece(&quantized)?)?;
+        pieces.push(difference.f_flatten(2, 3)?.f_bmm(&means)?);
+    }
+    let added = Tensor::f_cat(&pieces, 1)?.f_flatten(0, -1)?.f_to_kind(Kind::Float)?;
+    let is_finite = added.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1;
+    Ok(if is_finite { Ok(added) } else { Err("the mean of its input is not finite") })
+}
+
+/// A weight as (groups, outputs of a group, inputs of a group, taps).
+fn by_group(weight: &Tensor, form: Form) -> Result<Tensor, tch::TchError> {
+    let size = weight.size();
+    let (first, second) = (size.first().copied().unwrap_or(1), size.get(1).copied().unwrap_or(1));
+    let taps: i64 = size.iter().skip(2).product();
+    match form {
+        Form::OutputsFirst { groups } => weight.f_reshape([groups, first / groups.max(1), second, taps]),
+        Form::InputsFirst { groups } => {
+            weight.f_reshape([groups, first / groups.max(1), second, taps])?.f_transpose(1, 2)
+        }
+    }
+}
+
+/// The shape in which the channels meet those of the op's result.
+fn shape(reading: Option<&Reading>, sum: &Sum, added: &Tensor) -> Result<Result<Vec<i64>, &'static str>, jit::Error> {
+    let channels = i64::try_from(added.numel()).unwrap_or_default();
+    Ok(match (reading, sum.ranks.as_slice()) {
+        (Some(Reading::Columns), [1]) | (Some(Reading::Rows), _) => Ok(vec![channels]),
+        (Some(Reading::Columns), ranks) if !ranks.contains(&1) => Ok(vec![channels, 1]),
+        (Some(Reading::Columns), _) => Err("its input has one axis at times and more at others"),
+        (Some(Reading::Positions(axes)), _) => Ok([channels].into_iter().chain(axes.iter().map(|_| 1)).collect()),
+        (None, _) => Err("never ran on the calibration data"),
+    })
+}
+
+fn bias(model: &Clean, target: &Target, added: &Tensor, shape: &[i64]) -> Result<Bias, jit::Error> {
+    let result = target.result;
+    let (place, tensor) = match target.bias {
+        OldBias::Constant(slot, value) => (Place::Input { result, slot }, model.constant(value)?.f_add(added)?),
+        OldBias::Absent(slot) => (Place::Input { result, slot }, added.shallow_clone()),
+        OldBias::NoSlot => (Place::Addend(result), added.f_reshape(shape)?),
+    };
+    let added = jit::with_values(added, <[f32]>::to_vec)?;
+    Ok(Bias { layer: target.layer.clone(), op: target.op.clone(), place, tensor, added })
+}
