@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use crate::jit::Place;
 
-pub use bias::closed_form;
+pub use bias::{Seen, closed_form};
 pub use sums::InputSums;
 pub use targets::Targets;
 

@@ -233,7 +233,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let selections = select::select(given, &model, &mut sites, |count| progress.advance(count))?;
     let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
     let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, rows)?;
-    let corrections = correct::closed_form(&model, &sites, &selections.weights, &targets, &inputs)?;
+    let seen = correct::Seen { inputs, statistics: &statistics };
+    let corrections = correct::closed_form(&model, &sites, &selections.weights, &targets, seen)?;
     timings.search = lap(&mut clock);
 
     progress.stage("emit", Work::Uncounted);

@@ -6,7 +6,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use tch::{Kind, Tensor};
-use tsquant::correct::{self, Bias, Corrections, InputSums, Targets};
+use tsquant::correct::{self, Bias, Corrections, InputSums, Seen, Targets};
 use tsquant::dataset::Dataset;
 use tsquant::jit::{BoxError, Clean, Instrumented, Listing, Node, Place, Tap, TapKind, Visit};
 use tsquant::observe::observe;
@@ -71,9 +71,9 @@ fn corrections(model: Model, clean: &Clean, sites: &Sites) -> Corrections {
     let targets = Targets::find(clean.listing(), sites);
     let mut inputs = InputSums::new(&targets);
     let data = Dataset::open(&model.data_plan(ROWS, BATCH)).expect("readable data");
-    observe(clean, &sites.activations, &mut inputs, &data, |_| ()).expect("calibration");
+    let statistics = observe(clean, &sites.activations, &mut inputs, &data, |_| ()).expect("calibration");
     let weights: Vec<Tensor> = sites.weights.iter().map(|site| coarse(&weight(clean, site))).collect();
-    correct::closed_form(clean, sites, &weights, &targets, &inputs).expect("biases")
+    correct::closed_form(clean, sites, &weights, &targets, Seen { inputs, statistics: &statistics }).expect("biases")
 }
 
 fn weight(clean: &Clean, site: &WeightSite) -> Tensor {

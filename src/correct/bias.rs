@@ -11,9 +11,18 @@ use super::targets::{Form, OldBias, Reading, Target, Targets};
 use super::{Bias, Corrections, LeftOut};
 use crate::jit::{self, Clean, Place};
 use crate::sites::Sites;
+use crate::statistics::Activation;
 
 /// Weights that are looked at in one piece: their differences are doubles.
 const PIECE: i64 = 1 << 20;
+
+/// What calibration saw.
+pub struct Seen<'a> {
+    /// At the ops.
+    pub inputs: InputSums,
+    /// At the activation sites, in the order in which the targets were found among them.
+    pub statistics: &'a [Vec<Activation>],
+}
 
 /// The biases that correct `quantized`, the weights in the order of `sites.weights`.
 ///
@@ -24,8 +33,9 @@ pub fn closed_form(
     sites: &Sites,
     quantized: &[Tensor],
     targets: &Targets,
-    sums: &InputSums,
+    seen: Seen<'_>,
 ) -> Result<Corrections, jit::Error> {
+    let sums = seen.inputs.with_statistics(targets, seen.statistics)?;
     let mut corrections = Corrections { biases: Vec::new(), left_out: targets.left_out.clone() };
     for target in &targets.ops {
         let value = sites.weights.get(target.weight).and_then(|site| site.values.first().copied());

@@ -3,8 +3,9 @@
 use tch::{Kind, Tensor};
 
 use super::geometry::Axis;
-use super::targets::{Reading, Targets};
+use super::targets::{Reading, Source, Targets};
 use crate::jit::{BoxError, Tap, TapKind};
+use crate::statistics::{Activation, Channel};
 
 /// Sums over calibration of what the ops of [`Targets`] read.
 #[derive(Debug, Default)]
@@ -32,6 +33,7 @@ impl InputSums {
         let inputs = targets.inputs.iter().enumerate();
         Self {
             taps: inputs
+                .filter(|(_, input)| input.source == Source::Tap)
                 .map(|(number, input)| Tap { value: input.result, number, kind: TapKind::Input(input.slot) })
                 .collect(),
             readings: targets.inputs.iter().map(|input| input.reading.clone()).collect(),
@@ -58,6 +60,23 @@ impl InputSums {
 
     pub(super) fn get(&self, number: usize) -> Option<&Sum> {
         self.sums.get(number)
+    }
+
+    /// Takes the sums that the statistics of the activation sites hold.
+    pub(super) fn with_statistics(
+        mut self,
+        targets: &Targets,
+        statistics: &[Vec<Activation>],
+    ) -> Result<Self, tch::TchError> {
+        for (sum, input) in self.sums.iter_mut().zip(&targets.inputs) {
+            let Source::Statistics { site, anchor } = input.source else { continue };
+            let activation = statistics.get(site).and_then(|site| site.get(anchor));
+            let Some(channels) = activation.and_then(|activation| activation.channels.get()) else { continue };
+            let totals: Vec<f64> = channels.iter().map(Channel::sum).collect();
+            sum.total = Some(Tensor::f_from_slice(&totals)?.f_unsqueeze(-1)?);
+            sum.count = channels.first().map_or(0, Channel::count);
+        }
+        Ok(self)
     }
 }
 
@@ -108,20 +127,21 @@ fn through_taps(value: &Tensor, axes: &[Axis]) -> Result<(Tensor, usize), tch::T
     if axes.iter().all(Axis::is_pointwise) {
         return Ok((over_all_but(&batch, 1)?.f_unsqueeze(-1)?, count));
     }
-    let mut sum = batch.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?.f_to_kind(Kind::Double)?;
+    // In f32 up to here: sums of a batch alone, of which the double sums are made.
+    let mut sum = batch.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
     for axis in axes {
         // The axes come to the second place one after the other, and go to the end as taps.
         let last = sum.f_movedim_int(1, -1)?;
         let length = last.size().last().copied().unwrap_or_default();
         sum = last.f_matmul(&meetings(axis, length)?)?;
     }
-    Ok((sum.f_flatten(1, -1)?, count))
+    Ok((sum.f_flatten(1, -1)?.f_to_kind(Kind::Double)?, count))
 }
 
 /// (length, taps): 1 where the tap meets the position.
 fn meetings(axis: &Axis, length: i64) -> Result<Tensor, tch::TchError> {
     let taps = usize::try_from(axis.kernel).unwrap_or_default();
-    let mut met = vec![0.0f64; usize::try_from(length).unwrap_or_default() * taps];
+    let mut met = vec![0.0f32; usize::try_from(length).unwrap_or_default() * taps];
     for tap in 0..axis.kernel {
         for position in axis.met(length, tap) {
             let index = usize::try_from(position * axis.kernel + tap).unwrap_or(usize::MAX);

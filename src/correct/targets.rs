@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::LeftOut;
 use super::geometry::{Axis, Padding};
 use crate::jit::{BlockId, Constant, Listing, Node, ValueId};
-use crate::sites::{Layer, Sites};
+use crate::sites::{ChannelAxis, Layer, Sites};
 
 /// The ops with quantized weights.
 #[derive(Debug, Clone, Default)]
@@ -23,8 +23,24 @@ pub(super) struct Input {
     pub(super) result: ValueId,
     pub(super) slot: usize,
     pub(super) reading: Reading,
+    /// Where its sums come from.
+    pub(super) source: Source,
     /// Bytes of its sums.
     bytes: u64,
+}
+
+/// Where sums of an input come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// A tap at the op.
+    Tap,
+    /// The statistics of this activation site and its anchor, which hold the sums of all channels anyway.
+    Statistics {
+        /// Index among the sites.
+        site: usize,
+        /// Index among the site's values.
+        anchor: usize,
+    },
 }
 
 /// How an op reads its input.
@@ -163,8 +179,9 @@ impl Targets {
         let node = &finder.listing.nodes[layer.node];
         let (Some(&result), Some(&value)) = (node.outputs.first(), node.inputs.get(slot)) else { return };
         let shape = finder.constant(node, weight_slot).map(|constant| constant.shape.clone()).unwrap_or_default();
-        let bytes = bytes(&shape, form);
-        let input = Input { result, slot, reading: reading.clone(), bytes };
+        let source = finder.source(node, value, &reading);
+        let bytes = if source == Source::Tap { bytes(&shape, form) } else { 0 };
+        let input = Input { result, slot, reading: reading.clone(), source, bytes };
         let next = self.inputs.len();
         // What is written in place may be other numbers for the next reader.
         let number = if finder.listing.values[value].has_writers {
@@ -309,6 +326,31 @@ impl Finder<'_> {
         let is_transposed = more.is_some();
         let form = if is_transposed { Form::InputsFirst { groups } } else { Form::OutputsFirst { groups } };
         Ok(Found { slot: 0, weight_slot: 1, reading, form, has_bias_slot: true, factor: 1.0 })
+    }
+
+    /// The statistics of the value, if they sum up what the op reads: each number once, its features as channels, as often
+    /// as the op runs.
+    fn source(&self, node: &Node, value: ValueId, reading: &Reading) -> Source {
+        let known = &self.listing.values[value];
+        let rank = known.seen.as_ref().map(|seen| seen.shape.len());
+        let axis = match reading {
+            Reading::Rows if rank == Some(2) => None,
+            Reading::Rows => Some(ChannelAxis::Last),
+            Reading::Positions(axes) if axes.iter().all(Axis::is_pointwise) && rank == Some(axes.len() + 2) => {
+                Some(ChannelAxis::Second)
+            }
+            _ => return Source::Tap,
+        };
+        let maker = self.listing.nodes.iter().find(|maker| maker.outputs.contains(&value));
+        let block = maker.map_or(0, |maker| maker.block);
+        let sites = self.sites.activations.iter().enumerate();
+        let mut found = sites.filter_map(|(index, site)| {
+            let anchor = site.anchors.iter().position(|anchor| anchor.value == value)?;
+            let fits = axis.is_none_or(|axis| axis == site.channel_axis);
+            fits.then_some(Source::Statistics { site: index, anchor })
+        });
+        let found = found.next().filter(|_| block == node.block && !known.has_writers);
+        found.unwrap_or(Source::Tap)
     }
 
     fn padding(&self, node: &Node, slot: usize, axes: usize) -> Option<Vec<Padding>> {
