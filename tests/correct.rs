@@ -1,6 +1,7 @@
 //! Corrected biases of every shipped model: with one op's weight far too coarse, the mean of that op's result, channel by
 //! channel and over all that ran, is the float model's again. Borders, strides, groups, branches and shared weights are in it.
 
+mod binary;
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,10 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use tch::{Kind, Tensor};
 use tsquant::correct::{self, Bias, Corrections, InputSums, Seen, Targets};
 use tsquant::dataset::Dataset;
-use tsquant::jit::{BoxError, Clean, Instrumented, Listing, Node, Place, Tap, TapKind, Visit};
+use tsquant::jit::{BoxError, Clean, Instrumented, Listing, Module, Node, Place, Tap, TapKind, Visit};
 use tsquant::observe::observe;
 use tsquant::sites::{self, Layer, Sites, WeightSite};
 
+use binary::Folder;
 use common::Model;
 
 /// Rows of calibration, and a batch that does not divide them.
@@ -132,4 +134,52 @@ fn means_come_back_in_every_model() {
     }
     let listed: String = ops.iter().map(|(name, reason)| format!("{name}: {reason}\n")).collect();
     insta::assert_snapshot!(listed);
+}
+
+fn zoo() -> String {
+    binary::experiment(&binary::test_model("conv_zoo"), &binary::test_data("conv_zoo"), "[x]")
+}
+
+/// Corrected layers of a report.
+fn corrected(report: &serde_json::Value) -> Vec<&str> {
+    let layers = report["bias_correction"]["layers"].as_array().expect("a list of layers");
+    layers.iter().map(|layer| layer["layer"].as_str().expect("a name")).collect()
+}
+
+#[test]
+fn a_run_says_what_it_corrected() {
+    let folder = Folder::new();
+    let ran = folder.quantize(&zoo(), &[]).succeeded();
+    assert!(ran.stdout.contains("\n8 biases corrected\n"), "{}", ran.stdout);
+    let report = folder.report("run");
+    let all = ["stem", "depthwise", "grouped", "shared", "shared#2", "conv2d_0", "transposed", "fc"];
+    let named = corrected(&report);
+    assert_eq!(named.len(), all.len(), "{named:?}");
+    assert!(all.iter().filter(|name| !name.starts_with("conv2d")).all(|name| named.contains(name)), "{named:?}");
+    assert_eq!(report["bias_correction"]["left_out"], serde_json::json!([]));
+    assert_eq!(report["bias_correction"]["method"], "closed_form");
+    // A bias of its own for each call of a layer; one for the layer that had none before its batch norm was folded.
+    let emitted = Module::load(&folder.path().join("run/quantized.pt")).unwrap();
+    let tensors = emitted.tensors().unwrap();
+    for name in ["stem.bias", "grouped.bias", "shared.bias", "shared_2.bias", "bias", "fc.bias"] {
+        let tensor = tensors.iter().find(|tensor| tensor.name == name);
+        assert!(tensor.is_some_and(|tensor| !tensor.is_buffer), "{name} is no parameter of {tensors:?}");
+    }
+    folder.quantize(&zoo(), &["overrides=[{layers: grouped, weights: float}]"]).succeeded();
+    assert!(!corrected(&folder.report("run")).contains(&"grouped"), "its weight is as it was");
+}
+
+#[test]
+fn corrections_are_a_key() {
+    let folder = Folder::new();
+    let ran = folder.quantize(&zoo(), &["quantization.weights_bias_correction=none"]).succeeded();
+    assert!(!ran.stdout.contains("corrected"), "{}", ran.stdout);
+    assert!(folder.report("run").get("bias_correction").is_none());
+    let weighted = folder.quantize(&zoo(), &["quantization.weights_bias_correction=weighted"]);
+    let refusal = weighted.refused(2);
+    assert!(refusal.contains("`quantization.weights_bias_correction: weighted` is not built yet"), "{refusal}");
+    folder.write("e.yaml", zoo());
+    let dry = binary::tsquant(folder.path(), ["quantize", "e.yaml", "--dry-run"]).succeeded();
+    assert!(dry.stdout.contains("\n# 8 biases would be corrected\n"), "{}", dry.stdout);
+    assert!(dry.stdout.contains("\n  weights_bias_correction: closed_form\n"), "{}", dry.stdout);
 }

@@ -120,3 +120,130 @@ fn bias(model: &Clean, target: &Target, added: &Tensor, shape: &[i64]) -> Result
     let added = jit::with_values(added, <[f32]>::to_vec)?;
     Ok(Bias { layer: target.layer.clone(), op: target.op.clone(), place, tensor, added })
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::super::geometry::{Axis, Padding};
+    use super::super::targets::Input;
+    use super::*;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// A convolution, the same along both of its axes but for the lengths.
+    #[derive(Debug, Clone, Copy)]
+    struct Conv {
+        kernel: i64,
+        stride: i64,
+        padding: i64,
+        dilation: i64,
+        groups: i64,
+        transposed: Option<i64>,
+    }
+
+    fn target(form: Form) -> Target {
+        let (layer, op) = ("layer".to_owned(), "op".to_owned());
+        Target { layer, op, result: 0, weight: 0, form, input: 0, bias: OldBias::NoSlot, factor: 1.0 }
+    }
+
+    /// What is added for the error `difference` of a weight that meets these batches.
+    fn added_for(difference: &Tensor, form: Form, reading: &Reading, batches: &[Tensor]) -> (Tensor, Sum) {
+        let input = Input::at_tap(reading.clone());
+        let targets = Targets { inputs: vec![input], ..Targets::default() };
+        let mut sums = InputSums::new(&targets);
+        batches.iter().for_each(|batch| sums.add(0, batch).unwrap());
+        let sum = sums.take(0).unwrap();
+        let found = added(difference, &difference.zeros_like(), &target(form), &sum).unwrap().unwrap();
+        (found, sum)
+    }
+
+    #[track_caller]
+    fn assert_near(expected: &Tensor, found: &Tensor) {
+        let (expected, found) = (expected.to_kind(Kind::Double), found.to_kind(Kind::Double));
+        assert!(found.allclose(&expected, 1e-5, 1e-5, false), "expected {expected:?}, found {found:?}");
+    }
+
+    fn check(conv: Conv) {
+        let Conv { kernel, stride, padding, dilation, groups, transposed } = conv;
+        let (inputs, outputs) = (2 * groups, 3 * groups);
+        let size = match transposed {
+            None => [outputs, inputs / groups, kernel, kernel],
+            Some(_) => [inputs, outputs / groups, kernel, kernel],
+        };
+        let difference = Tensor::randn(size, FLOAT);
+        // Batches and images of different sizes.
+        let batches = [[2, 9, 7], [1, 8, 11]].map(|[rows, height, width]| {
+            Tensor::randn([rows, inputs, height, width], FLOAT) + Tensor::randn([inputs, 1, 1], FLOAT)
+        });
+        let results = batches.each_ref().map(|batch| {
+            let none: Option<&Tensor> = None;
+            let (both, more) = (|size| [size, size], transposed.unwrap_or(0));
+            let (stride, padding, dilation) = (both(stride), both(padding), both(dilation));
+            let result = batch.convolution(
+                &difference,
+                none,
+                stride,
+                padding,
+                dilation,
+                transposed.is_some(),
+                both(more),
+                groups,
+            );
+            result.transpose(0, 1).flatten(1, -1)
+        });
+        let expected = Tensor::cat(&results, 1).mean_dim(1i64, false, Kind::Double);
+        let axis = Axis { kernel, stride, padding: Padding::Zeros(padding), dilation, transposed };
+        let form = match transposed {
+            None => Form::OutputsFirst { groups },
+            Some(_) => Form::InputsFirst { groups },
+        };
+        let (found, _) = added_for(&difference, form, &Reading::Positions(vec![axis; 2]), &batches);
+        assert_near(&expected, &found);
+    }
+
+    #[test]
+    fn convolutions_of_all_kinds() {
+        tch::manual_seed(1);
+        for (kernel, stride, padding, dilation) in
+            [(1, 1, 0, 1), (1, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (2, 3, 0, 2), (5, 2, 4, 1)]
+        {
+            for groups in [1, 4] {
+                let conv = Conv { kernel, stride, padding, dilation, groups, transposed: None };
+                check(conv);
+                check(Conv { padding: padding.min(1), transposed: Some(0), ..conv });
+                check(Conv { padding: 0, transposed: Some(stride - 1), ..conv });
+            }
+        }
+    }
+
+    #[test]
+    fn products_with_the_weight_on_either_side() {
+        tch::manual_seed(2);
+        let batches = [Tensor::randn([4, 3, 5, 6], FLOAT) + 1.0, Tensor::randn([5, 6], FLOAT)];
+        let mean = |results: [Tensor; 2]| Tensor::cat(&results, 1).mean_dim(1i64, false, Kind::Double);
+        let right = Tensor::randn([6, 2], FLOAT);
+        let expected = mean(batches.each_ref().map(|batch| batch.matmul(&right).movedim_int(-1, 0).flatten(1, -1)));
+        let (found, _) = added_for(&right, Form::InputsFirst { groups: 1 }, &Reading::Rows, &batches);
+        assert_near(&expected, &found);
+        let left = Tensor::randn([2, 5], FLOAT);
+        let expected = mean(batches.each_ref().map(|batch| left.matmul(batch).movedim_int(-2, 0).flatten(1, -1)));
+        let (found, sum) = added_for(&left, Form::OutputsFirst { groups: 1 }, &Reading::Columns, &batches);
+        assert_near(&expected, &found);
+        assert_eq!(shape(Some(&Reading::Columns), &sum, &found).unwrap(), Ok(vec![2, 1]));
+        let (found, sum) =
+            added_for(&left, Form::OutputsFirst { groups: 1 }, &Reading::Columns, &[batches[1].select(1, 0)]);
+        assert_near(&left.matmul(&batches[1].select(1, 0)), &found);
+        assert_eq!(shape(Some(&Reading::Columns), &sum, &found).unwrap(), Ok(vec![2]));
+    }
+
+    #[test]
+    fn inputs_that_tell_nothing() {
+        let weight = Tensor::ones([2, 3], FLOAT);
+        let added = |sum: &Sum| added(&weight, &weight.zeros_like(), &target(Form::OutputsFirst { groups: 1 }), sum);
+        assert_eq!(added(&Sum::default()).unwrap().unwrap_err(), "never ran on the calibration data");
+        let total = Some(Tensor::from_slice(&[1.0, f64::NAN, 2.0]).unsqueeze(-1));
+        let sum = Sum { total, count: 1, ranks: vec![2] };
+        assert_eq!(added(&sum).unwrap().unwrap_err(), "the mean of its input is not finite");
+    }
+}

@@ -62,6 +62,11 @@ impl InputSums {
         self.sums.get(number)
     }
 
+    #[cfg(test)]
+    pub(super) fn take(mut self, number: usize) -> Option<Sum> {
+        (number < self.sums.len()).then(|| self.sums.swap_remove(number))
+    }
+
     /// Takes the sums that the statistics of the activation sites hold.
     pub(super) fn with_statistics(
         mut self,

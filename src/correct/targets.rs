@@ -29,6 +29,13 @@ pub(super) struct Input {
     bytes: u64,
 }
 
+#[cfg(test)]
+impl Input {
+    pub(super) fn at_tap(reading: Reading) -> Self {
+        Self { result: 0, slot: 0, reading, source: Source::Tap, bytes: 0 }
+    }
+}
+
 /// Where sums of an input come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
