@@ -149,7 +149,8 @@ fn corrected(report: &serde_json::Value) -> Vec<&str> {
 #[test]
 fn a_run_says_what_it_corrected() {
     let folder = Folder::new();
-    let ran = folder.quantize(&zoo(), &[]).succeeded();
+    folder.write("e.yaml", zoo());
+    let ran = binary::tsquant(folder.path(), ["quantize", "e.yaml"]).succeeded();
     assert!(ran.stdout.contains("\n8 biases corrected\n"), "{}", ran.stdout);
     let report = folder.report("run");
     let all = ["stem", "depthwise", "grouped", "shared", "shared#2", "conv2d_0", "transposed", "fc"];
@@ -172,13 +173,14 @@ fn a_run_says_what_it_corrected() {
 #[test]
 fn corrections_are_a_key() {
     let folder = Folder::new();
-    let ran = folder.quantize(&zoo(), &["quantization.weights_bias_correction=none"]).succeeded();
+    folder.write("e.yaml", zoo());
+    let none = "quantization.weights_bias_correction=none";
+    let ran = binary::tsquant(folder.path(), ["quantize", "e.yaml", "--set", none]).succeeded();
     assert!(!ran.stdout.contains("corrected"), "{}", ran.stdout);
     assert!(folder.report("run").get("bias_correction").is_none());
     let weighted = folder.quantize(&zoo(), &["quantization.weights_bias_correction=weighted"]);
     let refusal = weighted.refused(2);
     assert!(refusal.contains("`quantization.weights_bias_correction: weighted` is not built yet"), "{refusal}");
-    folder.write("e.yaml", zoo());
     let dry = binary::tsquant(folder.path(), ["quantize", "e.yaml", "--dry-run"]).succeeded();
     assert!(dry.stdout.contains("\n# 8 biases would be corrected\n"), "{}", dry.stdout);
     assert!(dry.stdout.contains("\n  weights_bias_correction: closed_form\n"), "{}", dry.stdout);
