@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::Tensor;
 use tsquant::config::{Experiment, HessianPlan, HessianRequest};
+use tsquant::correct::{InputSums, Targets};
 use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Layers};
 use tsquant::jit::{Clean, Differentiable, NoVisit};
@@ -63,7 +64,8 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
     let weights: Vec<_> = sites.weights.iter().collect();
     let activations: Vec<_> = sites.activations.iter().collect();
     let lifted: Vec<_> = weights.iter().flat_map(|site| site.values.iter().copied()).collect();
-    let statistics = observe::observe(&clean, &sites.activations, &data, |_| ())?;
+    let statistics =
+        observe::observe(&clean, &sites.activations, &mut InputSums::new(&Targets::default()), &data, |_| ())?;
     let range = |site: &Vec<Activation>| {
         let observed = site.first()?.observed().ok()??;
         Some(observed.min()..=observed.max())

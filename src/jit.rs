@@ -15,7 +15,7 @@ mod tensor;
 mod value;
 mod visit;
 
-pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Quantizer, Tap, TapKind};
+pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Place, Quantizer, Tap, TapKind};
 pub use error::Error;
 pub(crate) use error::one_line;
 pub use file::extra_file;
