@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Parser;
 use tsquant::config::Experiment;
+use tsquant::correct::{InputSums, Targets};
 use tsquant::dataset::Dataset;
 use tsquant::jit::{Arguments, Clean};
 use tsquant::{feed, jit, observe, pipeline, sites};
@@ -37,41 +38,49 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+fn seconds(run: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    run()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
 fn measure(path: &Path, rounds: usize) -> Result<()> {
     let plan = Experiment::read(path)?.resolve(Path::new("."))?;
     let data = Dataset::open(&plan.calibration)?;
     let clean = pipeline::load_clean(&plan, &data, tch::Device::Cpu)?;
-    let sites = sites::find(clean.listing()).activations;
+    let sites = sites::find(clean.listing());
+    let targets = Targets::find(clean.listing(), &sites);
     // Warm: libtorch optimizes in the first runs.
     for _ in 0..2 {
         plain(&clean, &data)?;
     }
     let before = peak_memory();
-    let mut times: Vec<[f64; 2]> = Vec::new();
+    let mut times: Vec<[f64; 3]> = Vec::new();
+    let without = Targets::default();
     for _ in 0..rounds {
-        let start = Instant::now();
-        plain(&clean, &data)?;
-        let forward = start.elapsed().as_secs_f64();
-        let start = Instant::now();
-        observe::observe(&clean, &sites, &data, |_| {})?;
-        times.push([forward, start.elapsed().as_secs_f64()]);
+        let forward = seconds(|| plain(&clean, &data))?;
+        let calibrate = |targets: &Targets| -> Result<()> {
+            observe::observe(&clean, &sites.activations, &mut InputSums::new(targets), &data, |_| {})?;
+            Ok(())
+        };
+        times.push([forward, seconds(|| calibrate(&without))?, seconds(|| calibrate(&targets))?]);
     }
-    let best = |index: usize| times.iter().map(|pair| pair[index]).fold(f64::INFINITY, f64::min);
-    let mut ratios: Vec<f64> = times.iter().map(|[forward, calibration]| calibration / forward).collect();
-    ratios.sort_by(f64::total_cmp);
+    let best = |index: usize| times.iter().map(|times| times[index]).fold(f64::INFINITY, f64::min);
     println!(
-        "{}: {} rows, {} sites; best plain {:.3} s, best calibration {:.3} s; ratio of the best {:.3}, median of {rounds} \
-         ratios {:.3}; peak memory {:.0} MB, {:.0} MB of it by calibration",
+        "{}: {} rows, {} sites; best plain {:.3} s; peak memory {:.0} MB, {:.0} MB of it by calibration",
         path.display(),
         data.rows(),
-        sites.len(),
+        sites.activations.len(),
         best(0),
-        best(1),
-        best(1) / best(0),
-        ratios[ratios.len() / 2],
         peak_memory(),
         peak_memory() - before,
     );
+    for (index, name) in [(1, "calibration"), (2, "with bias correction")] {
+        let mut ratios: Vec<f64> = times.iter().map(|times| times[index] / times[0]).collect();
+        ratios.sort_by(f64::total_cmp);
+        let (best, median) = (best(index) / best(0), ratios[ratios.len() / 2]);
+        println!("  {name}: ratio of the best {best:.3}, median of {rounds} ratios {median:.3}");
+    }
     Ok(())
 }
 

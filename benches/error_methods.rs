@@ -222,6 +222,8 @@ fn run(case: &Case, model: &Path, folder: &Path, widths: Widths, methods: Method
         format!("output.dir={}", serde_json::to_string(&scratch.path().join("run"))?),
         format!("quantization.weights.bits={}", widths.weights),
         format!("quantization.activations.bits={}", widths.activations),
+        // Thresholds alone.
+        "quantization.weights_bias_correction=none".to_owned(),
         format!("quantization.weights_error_method={}", methods.weights),
         format!("quantization.activation_error_method={}", methods.activations),
         format!("quantization.l_p_value={EXPONENT}"),

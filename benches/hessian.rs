@@ -9,10 +9,12 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::Tensor;
 use tsquant::config::{Experiment, HessianPlan, HessianRequest};
+use tsquant::correct::{InputSums, Targets};
 use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Layers};
 use tsquant::jit::{Clean, Differentiable, NoVisit};
-use tsquant::{feed, jit, pipeline, sites};
+use tsquant::statistics::Activation;
+use tsquant::{feed, jit, observe, pipeline, sites};
 
 #[derive(Parser)]
 struct Options {
@@ -62,6 +64,13 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
     let weights: Vec<_> = sites.weights.iter().collect();
     let activations: Vec<_> = sites.activations.iter().collect();
     let lifted: Vec<_> = weights.iter().flat_map(|site| site.values.iter().copied()).collect();
+    let statistics =
+        observe::observe(&clean, &sites.activations, &mut InputSums::new(&Targets::default()), &data, |_| ())?;
+    let range = |site: &Vec<Activation>| {
+        let observed = site.first()?.observed().ok()??;
+        Some(observed.min()..=observed.max())
+    };
+    let ranges: Vec<_> = statistics.iter().map(range).collect();
     let graph = clean.differentiable(&[], &lifted)?;
     let HessianRequest { distribution, .. } = HessianPlan::with_seed(0).request;
     let request = |probes| HessianRequest {
@@ -76,6 +85,7 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
         let layers = Layers {
             weights: if of_weights { &weights } else { &[] },
             activations: if of_activations { &activations } else { &[] },
+            ranges: if of_activations { &ranges } else { &[] },
         };
         hessian::score(&clean, layers, &data, &request(probes), |_| ())?;
         Ok(())

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use tsquant::quantizer::{Bits, Grid, Scheme};
-use tsquant::statistics::{Counter, Histogram, WeightedCounter, WeightedHistogram};
+use tsquant::statistics::{ActivationScores, Counter, Histogram, WeightedCounter, WeightedHistogram};
 use tsquant::threshold::{
     Channels, ErrorMethod, Exponent, select_activation, select_activation_scored, select_weights, select_weights_scored,
 };
@@ -53,7 +53,7 @@ fn scores(count: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Half of the sites after a ReLU, half two-sided with heavier tails.
-fn histograms() -> Vec<(Histogram, WeightedHistogram)> {
+fn histograms() -> Vec<(Histogram, ActivationScores)> {
     let site = |index: usize| {
         let mut values = normal(VALUES, 1000 + index as u64);
         for x in &mut values {
@@ -64,7 +64,7 @@ fn histograms() -> Vec<(Histogram, WeightedHistogram)> {
         let mut weights = WeightedHistogram::new();
         let gradients = normal(VALUES, 2000 + index as u64);
         weights.observe(&values, &gradients, &mut [WeightedCounter::new()], |parts, run| (0..parts).for_each(run));
-        (histogram, weights)
+        (histogram, weights.into())
     };
     (0..SITES).into_par_iter().map(site).collect()
 }
@@ -112,7 +112,7 @@ fn main() {
                 }
             });
             let of_sites = seconds(|| {
-                let select = |(histogram, scores): &(Histogram, WeightedHistogram)| match method {
+                let select = |(histogram, scores): &(Histogram, ActivationScores)| match method {
                     ErrorMethod::Hmse => select_activation_scored(histogram, scores, scheme, None).is_ok(),
                     _ => select_activation(histogram, scheme, method, None).is_ok(),
                 };

@@ -28,8 +28,8 @@ pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan, Format, HessianPlan,
-    HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan, Format,
+    HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
 };
 pub use schema::json_schema;
 
@@ -261,6 +261,7 @@ quantization:
     granularity: per_tensor
   weights_error_method: MSE
   activation_error_method: MSE
+  weights_bias_correction: closed_form
 device: auto
 allow_tf32: false
 output:
@@ -286,6 +287,7 @@ quantization.weights_error_method=LP
 quantization.activation_error_method=LP
 quantization.l_p_value=3
 quantization.z_threshold=7
+quantization.weights_bias_correction=none
 device=cuda
 allow_tf32=true
 seed=18446744073709551615
@@ -657,7 +659,7 @@ evaluation.metrics=[top1, top1] => `evaluation.metrics[1]`: expected each metric
 evaluation.metrics=[top2] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `top2`, did you mean `top5`?
 evaluation.metrics=[accuracy] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `accuracy`
 evaluation.metrics=[] => `evaluation.metrics`: expected at least one metric, found an empty list
-evaluation.labels= => /dir/e.yaml:53:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
+evaluation.labels= => /dir/e.yaml:54:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
 evaluation.labels=5 => `evaluation.labels` must be text (in quotes where it reads as a number), found the number 5
 evaluation.data= => `evaluation.data` is missing, expected the path of a data file or a folder of images
 evaluation.data=nope.npz => `evaluation.data`: expected a file that exists, found nothing at /dir/nope.npz

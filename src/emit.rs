@@ -8,6 +8,7 @@ use std::path::Path;
 
 use tch::Tensor;
 
+use crate::correct::Bias;
 use crate::jit::{self, Clean, ExtraFile, Quantizer, ValueId};
 use crate::quantizer::QuantParams;
 use crate::sites::Sites;
@@ -23,6 +24,8 @@ pub struct Emission<'a> {
     pub activations: &'a [Option<QuantParams>],
     /// The quantized tensor of each weight site, in the order of `sites.weights`.
     pub weights: &'a [Tensor],
+    /// Corrected biases.
+    pub biases: &'a [Bias],
     /// JSON text of [`EXTRA_FILE`].
     pub description: String,
 }
@@ -38,7 +41,7 @@ pub fn fake_quant(model: &Clean, emission: &Emission, path: &Path) -> Result<(),
         .filter_map(|(site, params)| Some((site, (*params)?)))
         .flat_map(|(site, params)| site.anchors.iter().map(move |anchor| quantizer(anchor.value, &params)))
         .collect();
-    let parameters = parameters::collect(model, emission.sites, emission.weights)?;
+    let parameters = parameters::collect(model, emission)?;
     let file = ExtraFile { name: EXTRA_FILE.to_owned(), text: emission.description.clone() };
     model.emit(path, &quantizers, &parameters, &[file])
 }

@@ -14,6 +14,8 @@ mod on_device;
 mod sums;
 mod thinning;
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -23,10 +25,10 @@ use crate::feed;
 use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
 use crate::observe::Summing;
 use crate::sites::{ActivationSite, WeightSite};
-use crate::statistics::{WeightedCounter, WeightedHistogram};
+use crate::statistics::{ActivationScores, Divided, WeightedCounter};
 
 use directions::{Directions, is_probed};
-use on_device::OnDevice;
+use on_device::{Look, OnDevice};
 use sums::{ActivationSums, WeightSums};
 use thinning::{Draw, Thinning};
 
@@ -51,6 +53,8 @@ pub struct Layers<'a> {
     pub weights: &'a [&'a WeightSite],
     /// Activations.
     pub activations: &'a [&'a ActivationSite],
+    /// In the order of the activations: the range of the values of those whose gradients are wanted by value and row too.
+    pub ranges: &'a [Option<RangeInclusive<f32>>],
 }
 
 /// The scores of all layers.
@@ -59,7 +63,7 @@ pub struct Scores {
     /// In the order of the layers: one score for each element, of the weight's shape.
     pub weights: Vec<Scored<Tensor>>,
     /// In the order of the layers: the scores by value.
-    pub activations: Vec<Scored<WeightedHistogram>>,
+    pub activations: Vec<Scored<ActivationScores>>,
     /// Rows that were used.
     pub samples: usize,
     /// Random directions for each row.
@@ -132,7 +136,7 @@ pub fn score_by(
 ) -> Result<Scores, Error> {
     let mut run = Run::new(model, layers, request)?;
     if summing == Summing::TensorOps {
-        run.activations.on_device = Some(OnDevice::new(model.module().device(), layers.activations.len())?);
+        run.activations.on_device = Some(OnDevice::new(model.module().device(), ranges(layers))?);
     }
     let mut lot = request.probes.get();
     loop {
@@ -206,7 +210,7 @@ impl<'a> Run<'a> {
             weights: layers.weights.iter().map(weight).collect::<Result<_, _>>()?,
             activations: Listener {
                 names: layers.activations.iter().map(|site| site.name.clone()).collect(),
-                sums: layers.activations.iter().map(|_| ActivationSums::default()).collect(),
+                sums: ranges(layers).into_iter().map(ActivationSums::new).collect(),
                 counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| WeightedCounter::new()).collect(),
                 rows: 0,
                 draw: Draw { seed: request.seed, site: 0, first_row: 0, probe: 0 },
@@ -240,6 +244,7 @@ impl<'a> Run<'a> {
             let draw = &mut self.activations.draw;
             (draw.first_row, draw.probe) = (place.first_row, self.probes + probe);
             let outputs: Vec<_> = outputs.iter().copied().zip(drawn).collect();
+            self.activations.begin_probe(self.probes + probe == 0)?;
             self.probe(&recording, &outputs, OfLot { probe, probes: lot })?;
         }
         if lot > 1 {
@@ -297,13 +302,13 @@ impl<'a> Run<'a> {
         });
         let activations = self.activations.sums.into_iter().map(|sums| {
             let standard_error = sums.relative_error();
-            let mut histogram = sums.histogram;
-            histogram.scale(factor);
-            let scores = match histogram {
+            let mut scores = ActivationScores { by_value: sums.histogram, sums: sums.gradients };
+            scores.by_value.scale(factor);
+            let scores = match scores {
                 _ if !sums.is_reached => Err(unreached()),
-                histogram if !histogram.is_finite() => Err(Unusable::NotFinite),
-                histogram if histogram.is_zero() => Err(Unusable::Zero { samples }),
-                histogram => Ok(histogram),
+                scores if !(scores.by_value.is_finite() && scores.sums.is_finite()) => Err(Unusable::NotFinite),
+                scores if scores.by_value.is_zero() => Err(Unusable::Zero { samples }),
+                scores => Ok(scores),
             };
             Scored { scores, standard_error }
         });
@@ -335,6 +340,11 @@ fn taps(layers: Layers<'_>) -> Vec<Tap> {
     values.map(|(number, value)| Tap { value, number, kind: TapKind::Gradient }).collect()
 }
 
+/// Of each activation the range that its gradients are summed up in.
+fn ranges(layers: Layers<'_>) -> Vec<Option<RangeInclusive<f32>>> {
+    (0..layers.activations.len()).map(|index| layers.ranges.get(index).cloned().flatten()).collect()
+}
+
 /// The constants that are the weights.
 fn lifted(layers: Layers<'_>) -> Vec<ValueId> {
     layers.weights.iter().flat_map(|site| site.values.iter().copied()).collect()
@@ -357,6 +367,18 @@ struct Listener {
 }
 
 impl Listener {
+    /// One probe shows which errors add up; further ones would cost as much again.
+    fn begin_probe(&mut self, is_first: bool) -> Result<(), Error> {
+        match &mut self.on_device {
+            None => {
+                let gradients = self.sums.iter_mut().map(|sums| &mut sums.gradients);
+                gradients.for_each(|sums| if is_first { sums.begin(self.rows) } else { sums.end() });
+            }
+            Some(on_device) => on_device.begin_probe(self.rows, is_first)?,
+        }
+        Ok(())
+    }
+
     fn end_probe(&mut self) -> Result<(), Error> {
         match &self.on_device {
             None => self.sums.iter_mut().for_each(ActivationSums::end_probe),
@@ -372,19 +394,18 @@ impl Listener {
     /// Brings what there is on a device into the histograms.
     fn collect(&mut self) -> Result<(), Error> {
         if let Some(on_device) = &self.on_device {
-            for (sums, histogram) in self.sums.iter_mut().zip(on_device.histograms()?) {
-                sums.histogram = histogram;
+            for (sums, scores) in self.sums.iter_mut().zip(on_device.scores()?) {
+                (sums.histogram, sums.gradients) = (scores.by_value, scores.sums);
             }
         }
         Ok(())
     }
 
-    /// How the rows of this value are thinned out, if they lie one after the other.
-    fn thinning(&self, value: &Tensor) -> Option<Thinning> {
+    /// The elements of a row of this value, if its rows lie one after the other.
+    fn row_length(&self, value: &Tensor) -> Option<usize> {
         let row_length = value.numel().checked_div(self.rows)?;
         let first = (value.size().first().copied()?, value.stride().first().copied()?);
-        let is_by_row = first == (i64::try_from(self.rows).ok()?, i64::try_from(row_length).ok()?);
-        Some(Thinning::new(row_length)).filter(|thinning| is_by_row && thinning.is_needed())
+        (first == (i64::try_from(self.rows).ok()?, i64::try_from(row_length).ok()?)).then_some(row_length)
     }
 }
 
@@ -398,7 +419,9 @@ struct SiteError {
 
 impl Visit for Listener {
     fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
-        let thinning = self.thinning(value);
+        let row_length = self.row_length(value);
+        let thinning = row_length.map(Thinning::new).filter(|thinning| thinning.is_needed());
+        let divided = if row_length.is_some() { Divided::ByRow } else { Divided::Not };
         let draw = Draw { site: tap, ..self.draw };
         let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };
         let (counters, kept) = (&mut self.counters, &mut self.kept);
@@ -408,9 +431,12 @@ impl Visit for Listener {
             SiteError { site, message: error.to_string() }.into()
         };
         if let Some(on_device) = &mut self.on_device {
-            return on_device.observe(tap, [value, gradient], thinning, draw).map_err(failed);
+            return on_device.observe(tap, [value, gradient], Look { row_length, thinning, draw }).map_err(failed);
         }
         let observe = |values: &[f32], gradients: &[f32]| {
+            let mut outcome = Ok(());
+            sums.gradients.observe(values, gradients, divided, |parts, work| outcome = jit::in_parallel(parts, work));
+            outcome?;
             let mut outcome = Ok(());
             let (values, gradients) = match thinning {
                 Some(thinning) => {

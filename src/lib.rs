@@ -2,11 +2,12 @@
 //!
 //! A run goes one way: a [`config::Plan`] names a model and data; [`jit`] loads and cleans the model; [`sites`] says what is
 //! quantized, [`settings`] how; [`observe`] collects [`statistics`] while the data runs; [`threshold`] chooses one [`quantizer`] per site;
-//! [`emit`] writes the quantized model; [`evaluate`] compares it with the float one; [`report`] tells. [`pipeline`] holds
+//! [`correct`] takes out what that does to biases; [`emit`] writes the quantized model; [`evaluate`] compares it with the float one; [`report`] tells. [`pipeline`] holds
 //! that order. ARCHITECTURE.md is the map.
 
 pub mod cli;
 pub mod config;
+pub mod correct;
 pub mod dataset;
 pub mod emit;
 pub mod evaluate;

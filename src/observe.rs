@@ -1,10 +1,11 @@
 //! Calibration: runs the model over a data set and sums up every activation site while it runs.
 //!
 //! A value is read in the tap and freed with the model's own memory; nothing is kept but statistics. It does not know what
-//! the statistics are for.
+//! the statistics are for. What the ops with weights read is handed on to be summed up on the same way.
 
 use tch::{Device, Tensor};
 
+use crate::correct::InputSums;
 use crate::dataset::{self, Dataset};
 use crate::feed;
 use crate::jit::{self, BoxError, Clean, Dense, Tap, TapKind, Visit};
@@ -53,17 +54,19 @@ impl Summing {
 }
 
 /// Runs all batches and returns the statistics of each site's values, in the order of `sites` and of their anchors; a value
-/// that never was there has a count of 0. `advance` is called with the rows of each finished batch.
+/// that never was there has a count of 0. What ops read goes to `inputs`. `advance` is called with the rows of each finished
+/// batch.
 ///
 /// # Errors
 /// Where the data cannot be read, the model fails, or NaN or infinity turns up at a site.
 pub fn observe(
     model: &Clean,
     sites: &[ActivationSite],
+    inputs: &mut InputSums,
     data: &Dataset,
     advance: impl FnMut(usize),
 ) -> Result<Vec<Vec<Activation>>, Error> {
-    observe_by(Summing::on(model.module().device()), model, sites, data, advance)
+    observe_by(Summing::on(model.module().device()), model, sites, inputs, data, advance)
 }
 
 /// As [`observe`], with the statistics computed as asked: they are the same to the bit for the same values.
@@ -74,18 +77,20 @@ pub fn observe_by(
     summing: Summing,
     model: &Clean,
     sites: &[ActivationSite],
+    inputs: &mut InputSums,
     data: &Dataset,
     mut advance: impl FnMut(usize),
 ) -> Result<Vec<Vec<Activation>>, Error> {
     let places: Vec<_> = sites.iter().flat_map(|site| site.anchors.iter().map(move |anchor| (site, anchor))).collect();
     let numbered = places.iter().enumerate();
-    let taps: Vec<_> =
-        numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, kind: TapKind::Observe }).collect();
+    let taps = numbered.map(|(number, (_, anchor))| Tap { value: anchor.value, number, kind: TapKind::Observe });
+    let of_inputs = inputs.taps().iter().map(|tap| Tap { number: places.len() + tap.number, ..*tap });
+    let taps: Vec<_> = taps.chain(of_inputs).collect();
     let instrumented = model.instrument(&taps, &[])?;
     let sites_of_taps: Vec<&ActivationSite> = places.iter().map(|(site, _)| *site).collect();
     let mut observer: Box<dyn Observe> = match summing {
-        Summing::Slices => Box::new(Observer::new(sites_of_taps)),
-        Summing::TensorOps => Box::new(DeviceObserver::new(sites_of_taps, model.module().device())?),
+        Summing::Slices => Box::new(Observer::new(sites_of_taps, inputs)),
+        Summing::TensorOps => Box::new(DeviceObserver::new(sites_of_taps, inputs, model.module().device())?),
     };
     let mut batches = data.batches();
     let mut next = || -> Result<_, Error> {
@@ -123,13 +128,15 @@ struct Observer<'a> {
     statistics: Vec<Activation>,
     /// One for each thread.
     counters: Vec<Counter>,
+    /// Their taps follow those of the sites.
+    inputs: &'a mut InputSums,
 }
 
 impl<'a> Observer<'a> {
-    fn new(sites: Vec<&'a ActivationSite>) -> Self {
+    fn new(sites: Vec<&'a ActivationSite>, inputs: &'a mut InputSums) -> Self {
         let statistics = vec![Activation::new(); sites.len()];
         let counters = (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| Counter::new()).collect();
-        Self { sites, statistics, counters }
+        Self { sites, statistics, counters, inputs }
     }
 }
 
@@ -150,7 +157,7 @@ impl Observe for Observer<'_> {
 impl Visit for Observer<'_> {
     fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
         let (Some(&site), Some(activation)) = (self.sites.get(tap), self.statistics.get_mut(tap)) else {
-            return Err(format!("tap {tap} belongs to no site").into());
+            return self.inputs.add(tap - self.sites.len(), value);
         };
         let failed = |error: jit::Error| SiteError::Tensor { site: site.name.clone(), message: error.to_string() };
         let counters = &mut self.counters;
@@ -174,19 +181,21 @@ struct DeviceObserver<'a> {
     sites: Vec<&'a ActivationSite>,
     counts: Vec<Counts>,
     shared: Shared,
+    /// Their taps follow those of the sites.
+    inputs: &'a mut InputSums,
 }
 
 impl<'a> DeviceObserver<'a> {
-    fn new(sites: Vec<&'a ActivationSite>, device: Device) -> Result<Self, Error> {
+    fn new(sites: Vec<&'a ActivationSite>, inputs: &'a mut InputSums, device: Device) -> Result<Self, Error> {
         let counts = sites.iter().map(|_| Counts::default()).collect();
-        Ok(Self { sites, counts, shared: Shared::new(device)? })
+        Ok(Self { sites, counts, shared: Shared::new(device)?, inputs })
     }
 }
 
 impl Visit for DeviceObserver<'_> {
     fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
         let (Some(&site), Some(counts)) = (self.sites.get(tap), self.counts.get_mut(tap)) else {
-            return Err(format!("tap {tap} belongs to no site").into());
+            return self.inputs.add(tap - self.sites.len(), value);
         };
         let shared = &self.shared;
         let observed = jit::flat(value).and_then(|flat| {

@@ -4,6 +4,7 @@
 
 mod bits;
 mod counts;
+mod rows;
 mod scores;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use crate::jit::Error;
 use crate::statistics::Layout;
 
 pub use counts::{Counts, are_finite};
+pub use rows::RowSums;
 pub use scores::{Scores, read_octave_sums};
 
 /// Values gone through at a time: few enough for what is made of them to stay in a GPU's second cache, and to take no memory

@@ -18,11 +18,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
-use tch::{Device, Tensor};
+use tch::Device;
 
 use self::device::Batches;
 use self::score::{Asking, Keeping};
-use crate::config::{DataPlan, Plan};
+use crate::config::{BiasCorrection, DataPlan, Plan};
+use crate::correct::{self, Corrections, InputSums, Targets};
 use crate::dataset::{self, Dataset};
 use crate::emit::{self, Emission};
 use crate::evaluate;
@@ -233,7 +234,9 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     timings.load = lap(&mut clock);
 
     progress.stage("calibrate", Work::Rows(calibration.rows()));
-    let statistics = observe(&model, &sites.activations, &calibration, |rows| progress.advance(rows))
+    let targets = targets(plan, &model, &sites);
+    let mut inputs = InputSums::new(&targets);
+    let statistics = observe(&model, &sites.activations, &mut inputs, &calibration, |rows| progress.advance(rows))
         .map_err(calibration_batches(plan).blame())?;
     timings.calibrate = lap(&mut clock);
 
@@ -257,6 +260,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     let selections = select::select(given, &model, &mut sites, |count| progress.advance(count))?;
     let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
     let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, rows)?;
+    let seen = correct::Seen { inputs, statistics: &statistics };
+    let corrections = correct::closed_form(&model, &sites, &selections.weights, &targets, seen)?;
     timings.search = lap(&mut clock);
 
     progress.stage("emit", Work::Uncounted);
@@ -268,14 +273,20 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         sites: &selections.reports,
         left_float: &sites.left_float,
     })?;
-    let emission =
-        Emission { sites: &sites, activations: &selections.activations, weights: &selections.weights, description };
+    let emission = Emission {
+        sites: &sites,
+        activations: &selections.activations,
+        weights: &selections.weights,
+        biases: &corrections.biases,
+        description,
+    };
     let file = run_dir.path().join(MODEL_FILE);
     emit::fake_quant(&model, &emission, &file)?;
     timings.emit = lap(&mut clock);
 
     progress.stage("check", Work::Rows(comparison.checked_rows(&calibration)));
-    let simulation = Simulation::new(&model, &sites, &selections).map_err(comparison.batches().blame())?;
+    let simulation =
+        Simulation::new(&model, &sites, &selections, &corrections).map_err(comparison.batches().blame())?;
     let emitted = Module::load_onto(&file, taken.device).map_err(comparison.batches().blame())?;
     let checked = simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows));
     checked.map_err(comparison.batches().blame())?;
@@ -309,6 +320,7 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
         peak_memory_bytes: peak_memory_bytes(),
         calibration_samples: calibration.rows(),
         hessian: scoring.report,
+        bias_correction: corrected_biases(plan, corrections),
         warnings,
         sites: selections.reports,
         worst_sites,
@@ -321,6 +333,28 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     run_dir.write(EXPERIMENT_FILE, &plan.to_yaml()?)?;
     let dir = run_dir.keep()?;
     Ok(Outcome { report, dir })
+}
+
+/// The ops whose biases are to be corrected, as planned.
+fn targets(plan: &Plan, model: &Clean, sites: &Sites) -> Targets {
+    match plan.weights.bias_correction {
+        BiasCorrection::None => Targets::default(),
+        BiasCorrection::ClosedForm => Targets::find(model.listing(), sites),
+    }
+}
+
+/// What the report says of them.
+fn corrected_biases(plan: &Plan, corrections: Corrections) -> Option<report::CorrectedBiases> {
+    let method = plan.weights.bias_correction;
+    let layers = corrections.biases.into_iter();
+    let left_out = corrections.left_out.into_iter();
+    (method != BiasCorrection::None).then(|| report::CorrectedBiases {
+        method,
+        layers: layers
+            .map(|bias| report::CorrectedBias { layer: bias.layer, op: bias.op, added: bias.added })
+            .collect(),
+        left_out: left_out.map(|left| LeftFloat { name: left.layer, op: left.op, reason: left.reason }).collect(),
+    })
 }
 
 /// Loads the model onto a device and cleans it, checked on the first calibration rows. From then on the device computes as the
@@ -386,7 +420,12 @@ pub(crate) struct Simulation {
 }
 
 impl Simulation {
-    fn new(model: &Clean, sites: &Sites, selections: &select::Selections) -> Result<Self, Error> {
+    fn new(
+        model: &Clean,
+        sites: &Sites,
+        selections: &select::Selections,
+        corrections: &Corrections,
+    ) -> Result<Self, Error> {
         let mut params = Vec::new();
         let mut taps = Vec::new();
         for (site, quantizer) in sites.activations.iter().zip(&selections.activations) {
@@ -400,10 +439,12 @@ impl Simulation {
             }));
         }
         let weights = sites.weights.iter().zip(&selections.weights);
-        let constants: Vec<(jit::ValueId, Tensor)> = weights
-            .flat_map(|(site, tensor)| site.values.iter().map(|&value| (value, tensor.shallow_clone())))
-            .collect();
-        Ok(Self { instrumented: model.instrument(&taps, &constants)?, params })
+        let weights = weights.flat_map(|(site, tensor)| {
+            site.values.iter().map(|&value| (jit::Place::Constant(value), tensor.shallow_clone()))
+        });
+        let biases = corrections.biases.iter().map(|bias| (bias.place, bias.tensor.shallow_clone()));
+        let tensors: Vec<_> = weights.chain(biases).collect();
+        Ok(Self { instrumented: model.instrument(&taps, &tensors)?, params })
     }
 
     pub(crate) fn run(&self, arguments: &Arguments) -> Result<jit::Output, jit::Error> {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Distribution;
+use crate::config::{BiasCorrection, Distribution};
 use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
@@ -44,6 +44,9 @@ pub struct Report {
     /// How the Hessian scores were computed; `None` where no error method asks for them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hessian: Option<Hessian>,
+    /// How biases were corrected; `None` where that was not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bias_correction: Option<CorrectedBiases>,
     /// What was quantized, weights first, in graph order.
     pub sites: Vec<SiteReport>,
     /// The sites that lose most, worst first.
@@ -127,6 +130,28 @@ pub struct Hessian {
     pub reused: bool,
 }
 
+/// Which biases were corrected.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CorrectedBiases {
+    /// How.
+    pub method: BiasCorrection,
+    /// In graph order.
+    pub layers: Vec<CorrectedBias>,
+    /// Ops with quantized weights whose bias was not, each with the reason.
+    pub left_out: Vec<LeftFloat>,
+}
+
+/// A corrected bias.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CorrectedBias {
+    /// The layer.
+    pub layer: String,
+    /// Its op.
+    pub op: String,
+    /// What was added to each output channel; to nothing where there was no bias.
+    pub added: Vec<f32>,
+}
+
 /// Weight or activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -175,6 +200,9 @@ pub struct SiteScores {
     pub standard_error: Option<f64>,
     /// Channels whose scores are all zero, so that MSE chose for them.
     pub zero_channels: usize,
+    /// What the errors of an activation cost at the outputs because they are not independent, as a share of the weighted error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub off_diagonal: Option<f64>,
 }
 
 /// The quantizers of one site and what they cost.

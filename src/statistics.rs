@@ -4,9 +4,11 @@
 //! `&[f32]`, never a tensor, a site's name or a quantizer.
 
 mod activation;
+mod activation_scores;
 mod channels;
 mod counter;
 mod exact_sum;
+mod gradient_sums;
 mod histogram;
 mod min_max;
 mod non_zero;
@@ -15,8 +17,10 @@ mod weighted;
 mod weighted_counter;
 
 pub use activation::Activation;
+pub use activation_scores::ActivationScores;
 pub use channels::{Channel, ChannelLayout, Channels};
 pub use counter::Counter;
+pub use gradient_sums::{Divided, GradientSums};
 pub use histogram::{Bin, Histogram, Moments};
 pub use min_max::{MinMax, NotFinite, Observed};
 pub use tables::{Counted, Layout};

@@ -17,6 +17,7 @@ mod measure;
 mod moments;
 mod mse;
 mod no_clipping;
+mod off_diagonal;
 mod scored;
 mod search;
 mod select;
@@ -32,6 +33,7 @@ use crate::statistics::NotFinite;
 
 pub use channels::{Channels, ChannelsError, quantize_weights};
 pub use hmse::{select_activation_scored, select_weights_scored};
+pub use off_diagonal::GRADIENT_SUMS_MAX_BITS;
 pub use select::{select_activation, select_weights};
 pub use selection::{CurvePoint, Note, Selection};
 

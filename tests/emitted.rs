@@ -7,18 +7,20 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use tch::{Kind, Tensor};
-use tsquant::config::{ActivationPlan, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Plan, WeightPlan};
+use tsquant::config::{
+    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Plan, WeightPlan,
+};
 use tsquant::dataset::Dataset;
 use tsquant::emit::EXTRA_FILE;
 use tsquant::feed;
 use tsquant::jit::{
-    self, BoxError, Clean, Constant, Instrumented, Listing, Module, NoVisit, Node, Tap, TapKind, Visit,
+    self, BoxError, Clean, Constant, Instrumented, Listing, Module, NoVisit, Node, Place, Tap, TapKind, Visit,
 };
 use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress, Work};
 use tsquant::quantizer::{Bits, Granularity, Grid, Levels, QuantParams, Scheme};
-use tsquant::report::{Kind as SiteKind, Provenance, SiteReport, Thresholds};
+use tsquant::report::{CorrectedBias, Kind as SiteKind, Provenance, SiteReport, Thresholds};
 use tsquant::simulate::{self, Simulate};
-use tsquant::sites::{self, WeightSite};
+use tsquant::sites::{self, Sites, WeightSite};
 use tsquant::threshold::ErrorMethod;
 
 use common::{MNIST, Model, assert_equal, model, models_folder};
@@ -68,6 +70,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
             scheme: scheme(Grid::Symmetric),
             granularity: Granularity::PerChannel,
             error_method: ErrorMethod::Mse,
+            bias_correction: BiasCorrection::ClosedForm,
         },
         activations: ActivationPlan {
             scheme: scheme(Grid::Uniform),
@@ -121,6 +124,20 @@ fn quantized_weight(clean: &Clean, site: &WeightSite, report: &SiteReport) -> Te
     Tensor::cat(&quantized.collect::<Vec<_>>(), axis)
 }
 
+/// The bias that a convolution or linear layer has, corrected; another op's result gets it added.
+fn corrected_bias(clean: &Clean, sites: &Sites, corrected: &CorrectedBias) -> (Place, Tensor) {
+    let layer = sites.layers.iter().find(|layer| layer.name == corrected.layer).expect("a layer of that name");
+    let node = &clean.listing().nodes[layer.node];
+    let (result, added) = (node.outputs[0], Tensor::from_slice(&corrected.added));
+    if !layer.op.contains("conv") && layer.op != "aten::linear" {
+        return (Place::Addend(result), added);
+    }
+    let slot = 2;
+    let is_tensor = clean.listing().values[node.inputs[slot]].constant.as_ref().is_some_and(Constant::is_tensor);
+    let bias = if is_tensor { clean.constant(node.inputs[slot]).expect("a bias") + added } else { added };
+    (Place::Input { result, slot }, bias)
+}
+
 /// The float graph with weights and activations quantized as the report says.
 fn simulation(clean: &Clean, outcome: &Outcome) -> (Instrumented, Vec<QuantParams>) {
     let sites = sites::find(clean.listing());
@@ -130,9 +147,12 @@ fn simulation(clean: &Clean, outcome: &Outcome) -> (Instrumented, Vec<QuantParam
         let report =
             report(&site.name, SiteKind::Weight).unwrap_or_else(|| panic!("{} is not in the report", site.name));
         let quantized = quantized_weight(clean, site, report);
-        site.values.iter().map(move |&value| (value, quantized.shallow_clone())).collect::<Vec<_>>()
+        let place = |&value| (Place::Constant(value), quantized.shallow_clone());
+        site.values.iter().map(place).collect::<Vec<_>>()
     });
-    let constants: Vec<_> = constants.collect();
+    let corrected = outcome.report.bias_correction.iter().flat_map(|corrected| &corrected.layers);
+    let biases = corrected.map(|corrected| corrected_bias(clean, &sites, corrected));
+    let constants: Vec<_> = constants.chain(biases).collect();
     let (mut taps, mut quantizers) = (Vec::new(), Vec::new());
     for site in &sites.activations {
         let Some(report) = report(&site.name, SiteKind::Activation) else { continue };

@@ -5,14 +5,15 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
 
 use tch::{Kind, Tensor};
 use tsquant::config::{Distribution, HessianRequest};
 use tsquant::dataset::Dataset;
-use tsquant::hessian::{self, Error, Layers, Scores, Unusable};
+use tsquant::hessian::{self, Error, Layers, Scored, Scores, Unusable};
 use tsquant::jit::{Clean, Module};
 use tsquant::sites::{self, Sites};
-use tsquant::statistics::{Counter, Histogram, WeightedHistogram};
+use tsquant::statistics::{ActivationScores, Counter, Histogram, WeightedHistogram};
 
 use common::{Model, model, models_folder};
 
@@ -69,9 +70,13 @@ impl Subject {
     }
 
     fn try_score(&self, request: &HessianRequest) -> Result<Scores, Error> {
+        self.try_score_in(request, &[])
+    }
+
+    fn try_score_in(&self, request: &HessianRequest, ranges: &[Option<RangeInclusive<f32>>]) -> Result<Scores, Error> {
         let (weights, activations): (Vec<_>, Vec<_>) =
             (self.sites.weights.iter().collect(), self.sites.activations.iter().collect());
-        let layers = Layers { weights: &weights, activations: &activations };
+        let layers = Layers { weights: &weights, activations: &activations, ranges };
         hessian::score(&self.clean, layers, &self.data, request, |_| ())
     }
 
@@ -84,7 +89,10 @@ impl Subject {
     /// Each activation with its scores.
     fn activations<'a>(&self, scores: &'a Scores) -> BTreeMap<String, &'a WeightedHistogram> {
         let names = self.sites.activations.iter().map(|site| site.name.clone());
-        names.zip(&scores.activations).filter_map(|(name, scored)| Some((name, scored.scores.as_ref().ok()?))).collect()
+        names
+            .zip(&scores.activations)
+            .filter_map(|(name, scored)| Some((name, &scored.scores.as_ref().ok()?.by_value)))
+            .collect()
     }
 }
 
@@ -292,7 +300,7 @@ fn an_op_that_cuts_every_path_is_named() {
     let sites = sites::find(clean.listing());
     let data = Dataset::open(&mlp.data_plan(ROWS, 5)).unwrap();
     let weights: Vec<_> = sites.weights.iter().collect();
-    let layers = Layers { weights: &weights, activations: &[] };
+    let layers = Layers { weights: &weights, ..Layers::default() };
     let scores = hessian::score(&clean, layers, &data, &request(1, 8), |_| ()).expect("scores of no use");
     let reason = scores.weights[0].scores.as_ref().unwrap_err().to_string();
     let expected = "no gradient reached it on 16 samples: it did not run, or aten::argmax lets no gradient through";
@@ -336,6 +344,49 @@ fn every_model_has_scores() {
         let usable = scores.weights.iter().filter(|scored| scored.scores.is_ok()).count();
         assert!(usable > 0 && scores.activations.iter().any(|scored| scored.scores.is_ok()), "{}", model.name);
     }
+}
+
+/// Each row has sums of its own, of one probe, whatever batch it is in and however many probes follow.
+#[test]
+fn gradients_by_row_do_not_depend_on_the_batch_size() {
+    for name in ["linear", "mlp", "small_conv"] {
+        let subject = Subject::new(model(name));
+        let ranges = vec![Some(-100.0..=100.0f32); subject.sites.activations.len()];
+        // Of each site Σ g · x by row: a value beside the edge of a bin may be rounded into the next.
+        let sums = |probes, batch_size| -> Vec<Vec<f32>> {
+            let scores = subject.try_score_in(&request(probes, batch_size), &ranges).unwrap();
+            let of_site = |scored: &Scored<ActivationScores>| {
+                let sums = &scored.scores.as_ref().unwrap().sums;
+                let of_row = |row: &[f32]| {
+                    row.iter().zip(sums.values()).filter(|(sum, _)| **sum != 0.0).map(|(sum, x)| sum * x.signum()).sum()
+                };
+                sums.rows().map(of_row).collect()
+            };
+            scores.activations.iter().map(of_site).collect()
+        };
+        let alone = sums(1, 1);
+        assert!(alone.iter().flatten().any(|sum| *sum != 0.0), "{name}");
+        for (probes, batch_size) in [(1, 5), (3, 16)] {
+            for (site, (found, expected)) in sums(probes, batch_size).iter().zip(&alone).enumerate() {
+                assert_eq!((found.len(), expected.len()), (16, 16), "{name} {site}");
+                let size = expected.iter().map(|sum| sum.abs()).fold(0.0, f32::max);
+                let is_close = found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-4 * size);
+                assert!(is_close, "{name} {site}: {found:?} {expected:?}");
+            }
+        }
+    }
+}
+
+/// Where no two elements of a row share a bin, the squares of the sums are the scores.
+#[test]
+fn squares_of_sums_are_scores() {
+    let subject = Subject::new(model("linear"));
+    let ranges = vec![Some(-4.0..=4.0f32); subject.sites.activations.len()];
+    let scores = subject.try_score_in(&request(1, 4), &ranges).unwrap();
+    let ActivationScores { by_value, sums } = scores.activations[0].scores.as_ref().unwrap();
+    let squares: f64 = sums.rows().flatten().map(|sum| f64::from(*sum).powi(2)).sum();
+    let total = by_value.total() * sums.rows().len() as f64;
+    assert!((squares - total).abs() < 1e-5 * total, "{squares} {total}");
 }
 
 /// The weighted histogram holds the values that calibration counted, up to the rounding of another batch size.

@@ -28,7 +28,7 @@ fn nothing_is_left_of_a_batch() {
     let data = Dataset::open(&mnist.data_plan(256, 64)).expect("data");
     let weights: Vec<_> = sites.weights.iter().collect();
     let activations: Vec<_> = sites.activations.iter().collect();
-    let layers = Layers { weights: &weights, activations: &activations };
+    let layers = Layers { weights: &weights, activations: &activations, ..Layers::default() };
     let count = |number| NonZeroUsize::new(number).expect("a count");
     let request = HessianRequest {
         samples: count(256),

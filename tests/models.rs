@@ -8,7 +8,8 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 use tsquant::config::{
-    ActivationPlan, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan, WeightPlan,
+    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan,
+    WeightPlan,
 };
 use tsquant::dataset::Dataset;
 use tsquant::feed;
@@ -320,7 +321,12 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
     let plan = Plan {
         model: model.path(),
         calibration: model.data_plan(16, 8),
-        weights: WeightPlan { scheme, granularity: Granularity::PerChannel, error_method: ErrorMethod::NoClipping },
+        weights: WeightPlan {
+            scheme,
+            granularity: Granularity::PerChannel,
+            error_method: ErrorMethod::NoClipping,
+            bias_correction: BiasCorrection::None,
+        },
         activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
         overrides: Overrides::default(),
         hessian: None,

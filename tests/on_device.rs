@@ -7,12 +7,13 @@ use std::num::NonZeroUsize;
 
 use common::{Model, all_models};
 use tsquant::config::{Distribution, HessianRequest};
+use tsquant::correct::InputSums;
 use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Layers, Scored};
 use tsquant::jit::Clean;
 use tsquant::observe::{Summing, observe_by};
 use tsquant::sites::{self, Sites};
-use tsquant::statistics::{Activation, WeightedHistogram};
+use tsquant::statistics::{Activation, ActivationScores};
 
 const ROWS: usize = 12;
 
@@ -32,13 +33,16 @@ impl Subject {
 
     fn observe(&self, summing: Summing) -> Result<Vec<Vec<Activation>>, String> {
         let mut rows = 0;
-        let observed = observe_by(summing, &self.clean, &self.sites.activations, &self.data, |count| rows += count);
+        let observed =
+            observe_by(summing, &self.clean, &self.sites.activations, &mut InputSums::default(), &self.data, |count| {
+                rows += count
+            });
         let observed = observed.map_err(|error| error.to_string());
         assert!(observed.is_err() || rows == ROWS, "{rows}");
         observed
     }
 
-    fn score(&self, summing: Summing, probes: usize) -> Vec<Scored<WeightedHistogram>> {
+    fn score(&self, summing: Summing, probes: usize) -> Vec<Scored<ActivationScores>> {
         let count = |number| NonZeroUsize::new(number).expect("a count");
         let request = HessianRequest {
             samples: count(8),
@@ -49,10 +53,15 @@ impl Subject {
             seed: 7,
         };
         let activations: Vec<_> = self.sites.activations.iter().collect();
-        let layers = Layers { weights: &[], activations: &activations };
+        let ranges = vec![Some(-2.0..=2.5f32); activations.len()];
+        let layers = Layers { weights: &[], activations: &activations, ranges: &ranges };
         let scores = hessian::score_by(summing, &self.clean, layers, &self.data, &request, |_| ());
         scores.expect("scores").activations
     }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| if x.is_nan() { f32::NAN } else { *x }.to_bits()).collect()
 }
 
 #[test]
@@ -86,6 +95,14 @@ fn scores_of_activations_are_the_same_but_for_rounding() {
                         continue;
                     }
                 };
+                assert_eq!(bits(tensors.sums.values()), bits(slices.sums.values()), "{name}");
+                assert_eq!(tensors.sums.rows().len(), 8, "{name}");
+                for (found, expected) in tensors.sums.rows().zip(slices.sums.rows()) {
+                    let size = expected.iter().map(|sum| sum.abs()).fold(0.0, f32::max);
+                    let are_near = found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-4 * size);
+                    assert!(are_near, "{name}");
+                }
+                let (tensors, slices) = (&tensors.by_value, &slices.by_value);
                 let (found, expected) = (tensors.sparse(), slices.sparse());
                 assert_eq!(found.len(), expected.len(), "{name}");
                 assert!(found.iter().zip(&expected).all(|(a, b)| a.0 == b.0 && near(a.1, b.1)), "{name}");

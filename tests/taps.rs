@@ -5,8 +5,8 @@ mod common;
 
 use tch::{Device, IndexOp, Kind, Tensor};
 use tsquant::jit::{
-    Argument, Arguments, BoxError, Clean, Error, Instrumented, Module, NoVisit, Output, Tap, TapKind, ValueId, Visit,
-    with_values,
+    Argument, Arguments, BoxError, Clean, Error, Instrumented, Module, NoVisit, Output, Place, Tap, TapKind, ValueId,
+    Visit, with_values,
 };
 use tsquant::sites;
 
@@ -218,7 +218,7 @@ fn constants_can_be_replaced() {
     let layer = layers.iter().find(|layer| layer.name == "head").expect("the last layer");
     let weight = clean.listing().nodes[layer.node].inputs[1];
     let zeros = clean.constant(weight).expect("the weight").zeros_like();
-    let instrumented = clean.instrument(&[], &[(weight, zeros)]).expect("an instrumented graph");
+    let instrumented = clean.instrument(&[], &[(Place::Constant(weight), zeros)]).expect("an instrumented graph");
     let arguments = arguments(clean.module(), 0.5, 3);
     let output = instrumented.run(&arguments, &mut NoVisit).expect("a run");
     assert_rows(&output, &head(&clean).1);

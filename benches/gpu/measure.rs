@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use tch::{Device, Tensor};
 use tsquant::config::{HessianPlan, HessianRequest, Plan};
+use tsquant::correct::InputSums;
 use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Layers};
 use tsquant::jit::{Clean, Differentiable, NoVisit};
@@ -44,7 +45,8 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
     let (samples, batch_size) = (rows, data.batch_size());
     let request =
         HessianRequest { samples, batch_size, probes: NonZeroUsize::MIN, ..HessianPlan::with_seed(0).request };
-    let layers = Layers { weights: &weights, activations: &activations };
+    let ranges = vec![Some(-4.0..=4.0f32); activations.len()];
+    let layers = Layers { weights: &weights, activations: &activations, ranges: &ranges };
     let timed = |run: &dyn Fn() -> Result<()>| -> Result<(f64, Option<u64>)> {
         // Warm: libtorch optimizes in the first runs. What was the peak before counts no more.
         run()?;
@@ -61,8 +63,9 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
         Ok((best, jit::peak_device_memory(device)?))
     };
     let (forward, forward_bytes) = timed(&|| plain(&clean, &data))?;
-    let (calibration, calibration_bytes) =
-        timed(&|| Ok(observe_by(summing, &clean, &sites.activations, &data, |_| ()).map(drop)?))?;
+    let (calibration, calibration_bytes) = timed(&|| {
+        Ok(observe_by(summing, &clean, &sites.activations, &mut InputSums::default(), &data, |_| ()).map(drop)?)
+    })?;
     let (backward, _) = timed(&|| back(&clean, &graph, &data, &request))?;
     let (hessian, hessian_bytes) =
         timed(&|| Ok(hessian::score_by(summing, &clean, layers, &data, &request, |_| ()).map(drop)?))?;

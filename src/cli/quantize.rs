@@ -73,6 +73,9 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
         table::count(estimate.activations, "activation"),
         table::count(estimate.left_float.len(), "op or value"),
     )?;
+    if let Some([corrected, left_out]) = estimate.biases {
+        writeln!(out, "# {}", biases(corrected, left_out, "would be corrected"))?;
+    }
     let hessian = match (estimate.hessian_rows, estimate.timings.hessian) {
         (0, _) => String::new(),
         (rows, seconds) => format!("hessian {seconds:.1} ({rows} rows), "),
@@ -109,6 +112,9 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
         table::count(count(Kind::Activation), "activation"),
         table::count(report.left_float.len(), "op or value")
     )?;
+    if let Some(corrected) = &report.bias_correction {
+        writeln!(out, "{}", biases(corrected.layers.len(), corrected.left_out.len(), "corrected"))?;
+    }
     if let Some(dropped) = dropped(&report.dropped) {
         writeln!(out, "{dropped}")?;
     }
@@ -131,6 +137,13 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
         times.evaluate
     )?;
     writeln!(out, "written to {}", outcome.dir.display())
+}
+
+fn biases(corrected: usize, left_out: usize, done: &str) -> String {
+    let corrected = if corrected == 1 { "1 bias".to_owned() } else { format!("{corrected} biases") };
+    let left_out =
+        if left_out == 0 { String::new() } else { format!("; {} left as they are", table::count(left_out, "op")) };
+    format!("{corrected} {done}{left_out}")
 }
 
 /// The time of the stage that not every run has.

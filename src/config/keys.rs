@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::device::DevicePlan;
 use super::hessian::HessianKeys;
 use super::overrides::OverrideKeys;
-use super::plan::{Format, InputsPlan, Layout, Metric};
+use super::plan::{BiasCorrection, Format, InputsPlan, Layout, Metric};
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent, ExponentError};
 
@@ -130,6 +130,8 @@ pub(super) struct QuantizationKeys {
     /// The exponent of LP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) l_p_value: Option<LpValue>,
+    /// What is done to biases for the errors of quantized weights.
+    pub(super) weights_bias_correction: Option<BiasCorrection>,
     /// Activation values farther than so many standard deviations from the mean do not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) z_threshold: Option<Deviations>,

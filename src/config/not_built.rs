@@ -12,11 +12,11 @@ use NotBuilt::{Key, Value};
 const NOT_BUILT: &[NotBuilt] = &[
     Key("mixed_precision"),
     Key("quantization.weights.rounding"),
-    Key("quantization.weights_bias_correction"),
     Key("quantization.accuracy"),
     Key("output.engine"),
     Key("output.reduce_range"),
     Key("output.strict"),
+    Value("quantization.weights_bias_correction", "weighted"),
     Value("output.format", "int8"),
 ];
 

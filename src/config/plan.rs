@@ -195,6 +195,18 @@ pub struct WeightPlan {
     pub granularity: Granularity,
     /// How thresholds are chosen.
     pub error_method: ErrorMethod,
+    /// How biases are corrected.
+    pub bias_correction: BiasCorrection,
+}
+
+/// What is done to biases for the errors of quantized weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BiasCorrection {
+    /// Nothing.
+    None,
+    /// b += (W − W_q)·E[x] per output channel.
+    ClosedForm,
 }
 
 /// How activations are quantized.

@@ -15,14 +15,17 @@ use super::keys::{
 };
 use super::overrides::Overrides;
 use super::plan::{
-    ActivationPlan, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric, OutputPlan,
-    Plan, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
+    OutputPlan, Plan, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
 
 /// Rows in a batch where nothing else is typed.
 const BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+
+/// Where nothing else is typed; docs/accuracy.md has the measurements.
+const BIAS_CORRECTION: BiasCorrection = BiasCorrection::ClosedForm;
 
 /// What keys are resolved against.
 pub(super) struct Resolver<'a> {
@@ -319,6 +322,7 @@ impl Resolver<'_> {
             granularity: weights.granularity.unwrap_or(Granularity::PerChannel),
             scheme: self.scheme("quantization.weights", &weights, Grid::Symmetric)?,
             error_method: keys.weights_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
+            bias_correction: keys.weights_bias_correction.unwrap_or(BIAS_CORRECTION),
         };
         let activation_plan = ActivationPlan {
             scheme: self.scheme("quantization.activations", &activations, Grid::Uniform)?,

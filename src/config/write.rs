@@ -74,6 +74,7 @@ impl From<&Plan> for Keys {
                 weights_error_method: Some(plan.weights.error_method.into()),
                 activation_error_method: Some(plan.activations.error_method.into()),
                 l_p_value: exponent.map(LpValue),
+                weights_bias_correction: Some(plan.weights.bias_correction),
                 z_threshold: plan.activations.z_threshold.map(Deviations),
             }),
             overrides: Some(overrides).filter(|overrides| !overrides.is_empty()),

@@ -3,15 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tch::Tensor;
-
-use crate::jit::{self, Clean, Constant, Listing, Parameter, ValueId};
+use super::Emission;
+use crate::correct::Bias;
+use crate::jit::{self, Clean, Constant, Listing, Parameter, Place, ValueId};
 use crate::sites::Sites;
 
 /// All tensor constants but single integers and doubles, one parameter or buffer per tensor; weights are replaced by their quantized
-/// form.
-pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Result<Vec<Parameter>, jit::Error> {
-    let listing = model.listing();
+/// form, biases by their corrected one.
+pub(super) fn collect(model: &Clean, emission: &Emission<'_>) -> Result<Vec<Parameter>, jit::Error> {
+    let (listing, sites, weights) = (model.listing(), emission.sites, emission.weights);
     let names = Names::new(model, sites)?;
     let mut quantized = BTreeMap::new();
     for (site, tensor) in sites.weights.iter().zip(weights) {
@@ -24,7 +24,11 @@ pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Resul
     let mut parameters = Vec::new();
     let mut named = BTreeMap::<_, String>::new();
     let mut taken: BTreeSet<String> = model.attributes()?.into_iter().collect();
+    let replaced = replaced(listing, emission.biases);
     for (value, constant) in constants(listing) {
+        if replaced.contains_key(&value) {
+            continue;
+        }
         let key = constant.identity();
         let name = match named.get(&key) {
             Some(name) => name.clone(),
@@ -36,9 +40,33 @@ pub(super) fn collect(model: &Clean, sites: &Sites, weights: &[Tensor]) -> Resul
             None => model.constant(value)?,
         };
         let is_buffer = !weights_of_model.contains(&value) && !names.is_parameter(constant);
-        parameters.push(Parameter { value, name, is_buffer, tensor });
+        parameters.push(Parameter { place: Place::Constant(value), name, is_buffer, tensor });
+    }
+    for (number, bias) in emission.biases.iter().enumerate() {
+        let old = replaced.iter().find(|(_, by)| **by == [number]).map(|(value, _)| *value);
+        let old = old.and_then(|value| Some(names.of(value, listing.values[value].constant.as_ref()?)));
+        let name = free_name(&old.unwrap_or_else(|| format!("{}.bias", bias.layer)), &mut taken);
+        parameters.push(Parameter { place: bias.place, name, is_buffer: false, tensor: bias.tensor.shallow_clone() });
     }
     Ok(parameters)
+}
+
+/// Constants that nothing reads any more, each with the numbers of the biases in its place.
+fn replaced(listing: &Listing, biases: &[Bias]) -> BTreeMap<ValueId, Vec<usize>> {
+    let numbered = biases.iter().enumerate();
+    let by_place: Vec<_> = numbered.map(|(number, bias)| (bias.place, number)).collect();
+    let mut readers: BTreeMap<ValueId, Vec<Option<usize>>> = BTreeMap::new();
+    for node in &listing.nodes {
+        for (slot, &value) in node.inputs.iter().enumerate() {
+            let place = node.outputs.first().map(|&result| Place::Input { result, slot });
+            let by = by_place.iter().find(|(other, _)| Some(*other) == place).map(|(_, number)| *number);
+            readers.entry(value).or_default().push(by);
+        }
+    }
+    let returned = listing.blocks.iter().flat_map(|block| &block.returns);
+    returned.for_each(|&value| readers.entry(value).or_default().push(None));
+    let all = readers.into_iter().filter_map(|(value, by)| Some((value, by.into_iter().collect::<Option<Vec<_>>>()?)));
+    all.collect()
 }
 
 /// Tensor constants that have to move with the model: all but those without an axis that hold an integer or a double,

@@ -1,27 +1,50 @@
 //! The scores of activations that live on a device: what is looked at of them is picked and summed up there.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use tch::{Device, Kind, Tensor};
 
 use super::thinning::{Draw, Thinning};
 use crate::jit::{self, Error};
-use crate::on_device::{Scores, Shared, read_octave_sums};
-use crate::statistics::WeightedHistogram;
+use crate::on_device::{RowSums, Scores, Shared, read_octave_sums};
+use crate::statistics::{ActivationScores, WeightedHistogram};
 
-/// A table for each site.
+/// Tables for each site.
 pub(super) struct OnDevice {
     device: Device,
     shared: Shared,
     sites: Vec<Scores>,
+    rows: Vec<RowSums>,
+}
+
+/// How a value is looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Look {
+    /// Elements of a row, if the rows lie one after the other.
+    pub(super) row_length: Option<usize>,
+    pub(super) thinning: Option<Thinning>,
+    pub(super) draw: Draw,
 }
 
 impl OnDevice {
-    pub(super) fn new(device: Device, sites: usize) -> Result<Self, Error> {
+    /// For sites of which those with a range have sums of gradients by row too.
+    pub(super) fn new(device: Device, ranges: Vec<Option<RangeInclusive<f32>>>) -> Result<Self, Error> {
         let shared = Shared::new(device)?;
-        let sites = (0..sites).map(|_| Scores::new(&shared)).collect::<Result<_, _>>()?;
-        Ok(Self { device, shared, sites })
+        let sites = ranges.iter().map(|_| Scores::new(&shared)).collect::<Result<_, _>>()?;
+        let rows = ranges.into_iter().map(|range| RowSums::new(range, device)).collect::<Result<_, _>>()?;
+        Ok(Self { device, shared, sites, rows })
+    }
+
+    /// Begins a probe, whose gradients are summed up by row if it is the first one of its rows.
+    pub(super) fn begin_probe(&mut self, rows: usize, is_first: bool) -> Result<(), Error> {
+        self.rows.iter_mut().try_for_each(|sums| {
+            if is_first {
+                return sums.begin(i64::try_from(rows).unwrap_or_default());
+            }
+            sums.end();
+            Ok(())
+        })
     }
 
     /// Adds the scores of a value and its gradient.
@@ -29,10 +52,12 @@ impl OnDevice {
         &mut self,
         site: usize,
         [value, gradient]: [&Tensor; 2],
-        thinning: Option<Thinning>,
-        draw: Draw,
+        Look { row_length, thinning, draw }: Look,
     ) -> Result<(), Error> {
         let [mut values, mut gradients] = jit::flat_pair(value, gradient)?;
+        if let Some(rows) = self.rows.get_mut(site) {
+            rows.observe(&values, &gradients, row_length.and_then(|length| i64::try_from(length).ok()))?;
+        }
         if let Some(thinning) = thinning {
             let (rows, picked) = (values.numel() / thinning.row_length(), |row| thinning.ranges(draw, row));
             let places = places(&(0..rows).flat_map(picked).collect::<Vec<_>>(), self.device)?;
@@ -47,8 +72,9 @@ impl OnDevice {
         Ok(sums.iter().map(|sums| WeightedHistogram::octave_sums_of_table(sums).collect()).collect())
     }
 
-    pub(super) fn histograms(&self) -> Result<Vec<WeightedHistogram>, Error> {
-        self.sites.iter().map(Scores::read).collect()
+    pub(super) fn scores(&self) -> Result<Vec<ActivationScores>, Error> {
+        let sites = self.sites.iter().zip(&self.rows);
+        sites.map(|(scores, rows)| Ok(ActivationScores { by_value: scores.read()?, sums: rows.read()? })).collect()
     }
 }
 

@@ -2,11 +2,12 @@
 //! a batch but its sum.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use tch::{Kind, Tensor};
 
 use crate::jit;
-use crate::statistics::WeightedHistogram;
+use crate::statistics::{GradientSums, WeightedHistogram};
 
 /// The spread over probes of a vector of sums.
 ///
@@ -129,6 +130,8 @@ fn squared_norm(tensor: &Tensor) -> Result<f64, jit::Error> {
 #[derive(Debug, Default)]
 pub(super) struct ActivationSums {
     pub(super) histogram: WeightedHistogram,
+    /// Of the first probe of each row.
+    pub(super) gradients: GradientSums,
     /// Octave sums when the batch began, and after the last probe.
     before: BTreeMap<u16, f64>,
     last: BTreeMap<u16, f64>,
@@ -138,6 +141,11 @@ pub(super) struct ActivationSums {
 }
 
 impl ActivationSums {
+    /// Of an activation with values in this range; without one its gradients are not kept by value.
+    pub(super) fn new(range: Option<RangeInclusive<f32>>) -> Self {
+        Self { gradients: GradientSums::new(range), ..Self::default() }
+    }
+
     pub(super) fn end_probe(&mut self) {
         self.end_probe_at(self.histogram.octave_sums().collect());
     }

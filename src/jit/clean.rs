@@ -68,6 +68,24 @@ pub enum TapKind {
     Substitute,
     /// [`Visit::gradient`]; for [`Clean::differentiable`] alone.
     Gradient,
+    /// [`Visit::observe`] with what the op that makes the value reads in this slot, each time that it runs.
+    Input(usize),
+}
+
+/// Where a tensor goes in a copy of the graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In place of a constant, wherever that is read.
+    Constant(ValueId),
+    /// In this slot of the op that makes the value, whatever it read there.
+    Input {
+        /// The op's result.
+        result: ValueId,
+        /// Which of its inputs.
+        slot: usize,
+    },
+    /// Added to the value: all that read it, the model's outputs too, read the sum.
+    Addend(ValueId),
 }
 
 /// A fake-quantize node to write after a value.
@@ -85,11 +103,11 @@ pub struct Quantizer {
     pub quant_max: i32,
 }
 
-/// A constant tensor that becomes a named parameter or buffer of the written model.
+/// A tensor that becomes a named parameter or buffer of the written model.
 #[derive(Debug)]
 pub struct Parameter {
-    /// The constant.
-    pub value: ValueId,
+    /// Where it is read.
+    pub place: Place,
     /// Dotted name.
     pub name: String,
     /// Buffer instead of parameter.
@@ -228,15 +246,17 @@ impl Clean {
         Ok(tensor::from_unique(bridge::constant_tensor(self.frozen()?, value)?))
     }
 
-    /// A copy of the graph with taps after some values and other tensors in place of some constants.
+    /// A copy of the graph with taps after some values and other tensors in some places.
     ///
     /// # Errors
     /// Where libtorch refuses the graph.
-    pub fn instrument(&self, taps: &[Tap], constants: &[(ValueId, Tensor)]) -> Result<Instrumented, Error> {
+    pub fn instrument(&self, taps: &[Tap], tensors: &[(Place, Tensor)]) -> Result<Instrumented, Error> {
         let rows = tap_rows(taps);
-        let values: Vec<_> = constants.iter().map(|(value, _)| *value).collect();
-        let tensors = tensor::list(constants.iter().map(|(_, tensor)| tensor));
-        Ok(Instrumented { executable: bridge::instrument(self.frozen()?, &rows, &values, &tensors)? })
+        let places: Vec<_> = tensors.iter().map(|(place, _)| place_row(*place)).collect();
+        let device = self.module().device();
+        let moved = tensors.iter().map(|(_, tensor)| tensor.f_to_device(device));
+        let tensors = tensor::list(moved.collect::<Result<Vec<_>, _>>()?.iter());
+        Ok(Instrumented { executable: bridge::instrument(self.frozen()?, &rows, &places, &tensors)? })
     }
 
     /// A copy of the graph with taps, of which those on gradients are told on the way back, and with these constants as inputs,
@@ -266,7 +286,7 @@ impl Clean {
         let rows: Vec<_> = parameters
             .iter()
             .map(|parameter| bridge::ParameterRow {
-                value: parameter.value,
+                place: place_row(parameter.place),
                 name: parameter.name.clone(),
                 is_buffer: parameter.is_buffer,
             })
@@ -387,6 +407,20 @@ fn tap_rows(taps: &[Tap]) -> Vec<bridge::TapRow> {
         TapKind::Observe => bridge::TapKind::Observe,
         TapKind::Substitute => bridge::TapKind::Substitute,
         TapKind::Gradient => bridge::TapKind::Gradient,
+        TapKind::Input(_) => bridge::TapKind::Input,
     };
-    taps.iter().map(|tap| bridge::TapRow { value: tap.value, site: tap.number, kind: kind(tap.kind) }).collect()
+    let row = |tap: &Tap| {
+        let slot = if let TapKind::Input(slot) = tap.kind { slot } else { 0 };
+        bridge::TapRow { value: tap.value, site: tap.number, kind: kind(tap.kind), slot }
+    };
+    taps.iter().map(row).collect()
+}
+
+fn place_row(place: Place) -> bridge::PlaceRow {
+    let (value, kind, slot) = match place {
+        Place::Constant(value) => (value, bridge::PlaceKind::Constant, 0),
+        Place::Input { result, slot } => (result, bridge::PlaceKind::Input, slot),
+        Place::Addend(value) => (value, bridge::PlaceKind::Addend, 0),
+    };
+    bridge::PlaceRow { value, kind, slot }
 }

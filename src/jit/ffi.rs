@@ -77,12 +77,26 @@ pub(super) mod bridge {
         Observe,
         Substitute,
         Gradient,
+        Input,
     }
 
     struct TapRow {
         value: usize,
         site: usize,
         kind: TapKind,
+        slot: usize,
+    }
+
+    enum PlaceKind {
+        Constant,
+        Input,
+        Addend,
+    }
+
+    struct PlaceRow {
+        value: usize,
+        kind: PlaceKind,
+        slot: usize,
     }
 
     struct QuantizerRow {
@@ -94,7 +108,7 @@ pub(super) mod bridge {
     }
 
     struct ParameterRow {
-        value: usize,
+        place: PlaceRow,
         name: String,
         is_buffer: bool,
     }
@@ -226,8 +240,8 @@ pub(super) mod bridge {
         fn instrument(
             f: &Frozen,
             taps: &[TapRow],
-            constants: &[usize],
-            replacements: &Tensors,
+            places: &[PlaceRow],
+            tensors: &Tensors,
         ) -> Result<UniquePtr<Executable>>;
         fn executable_of(m: &Module) -> Result<UniquePtr<Executable>>;
         fn thread_count() -> usize;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::device::Batches;
 use super::score::Asking;
 use super::{Error, blame, calibration_batches, compare, device, hash, load_clean, peak_memory_bytes, run_dir};
-use crate::config::{HessianPlan, HessianRequest, Plan};
+use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan};
 use crate::dataset::Dataset;
 use crate::feed;
 use crate::jit::{self, Clean, NoVisit};
@@ -44,6 +44,8 @@ pub struct Estimate {
     pub weight_elements: u64,
     /// Activation sites to quantize.
     pub activations: usize,
+    /// Biases to correct, and those of ops with quantized weights that are not; `None` where that is not asked for.
+    pub biases: Option<[usize; 2]>,
     /// What stays float.
     pub left_float: Vec<LeftFloat>,
     /// Rows of calibration data.
@@ -114,7 +116,9 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     };
     timings.total =
         timings.load + timings.calibrate + timings.hessian + timings.search + timings.check + timings.evaluate;
-    let statistics = sites.activations.len() as u64 * STATISTICS;
+    let targets = super::targets(plan, &model, &sites);
+    let is_corrected = plan.weights.bias_correction != BiasCorrection::None;
+    let statistics = sites.activations.len() as u64 * STATISTICS + targets.bytes();
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;
     Ok(Estimate {
@@ -123,6 +127,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         weights: sites.weights.len(),
         weight_elements,
         activations: sites.activations.len(),
+        biases: is_corrected.then(|| [targets.count(), targets.left_out().len()]),
         left_float: sites.left_float,
         calibration_rows: calibration.rows(),
         hessian_rows,

@@ -16,7 +16,7 @@ use super::{Error, hash};
 use crate::config::HessianPlan;
 use crate::hessian::{Layers, Scored, Scores, Unusable};
 use crate::jit;
-use crate::statistics::WeightedHistogram;
+use crate::statistics::{ActivationScores, GradientSums, WeightedHistogram};
 
 /// Name of the file in the run directory.
 pub(super) const FILE: &str = "hessian.safetensors";
@@ -41,6 +41,9 @@ struct Site {
     /// Scores of values that count as zero; of activations alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     zeros: Option<f64>,
+    /// What the bins of its gradients divide; of activations with such alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    range: Option<[f32; 2]>,
     /// Why it has no tensor.
     #[serde(skip_serializing_if = "Option::is_none")]
     unusable: Option<Unusable>,
@@ -64,9 +67,11 @@ pub(super) fn request(keeping: &Keeping<'_>, hessian: &HessianPlan, layers: Laye
     data.path = Path::new("/").to_owned();
     let names = layers.weights.iter().map(|site| &site.name).chain(layers.activations.iter().map(|site| &site.name));
     let names: Vec<&String> = names.collect();
+    let ranges: Vec<Option<(&f32, &f32)>> =
+        layers.ranges.iter().map(|range| range.as_ref().map(|range| (range.start(), range.end()))).collect();
     // On the processor TF32 is never used.
     let arithmetic = (device, plan.allow_tf32 && device != "cpu");
-    let request = (data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names);
+    let request = (data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names, ranges);
     let all = (versions, arithmetic, &hashes.model, &hashes.calibration, request);
     Ok(hash::hex(&Sha256::digest(serde_json::to_string(&all)?.as_bytes())))
 }
@@ -84,18 +89,16 @@ pub(super) fn write(path: &Path, request: &str, layers: Layers<'_>, scores: &Sco
             })?;
             tensors.push((site.name.clone(), Stored { dtype: Dtype::F32, shape, bytes }));
         }
-        sites.insert(site.name.clone(), describe(scored, |_| None));
+        sites.insert(site.name.clone(), Site::of(scored));
     }
     for (site, scored) in layers.activations.iter().zip(&scores.activations) {
-        if let Ok(scores) = &scored.scores {
-            let (bins, sums): (Vec<u32>, Vec<f64>) = scores.sparse().into_iter().unzip();
-            let shape = vec![bins.len()];
-            let bytes = bins.iter().flat_map(|bin| bin.to_le_bytes()).collect();
-            tensors.push((bins_of(&site.name), Stored { dtype: Dtype::U32, shape: shape.clone(), bytes }));
-            let bytes = sums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
-            tensors.push((scores_of(&site.name), Stored { dtype: Dtype::F64, shape, bytes }));
+        let mut described = Site::of(scored);
+        if let Ok(ActivationScores { by_value, sums }) = &scored.scores {
+            described.zeros = Some(by_value.zeros());
+            described.range = sums.range().map(|range| [*range.start(), *range.end()]);
+            tensors.extend(activation(&site.name, by_value, sums));
         }
-        sites.insert(site.name.clone(), describe(scored, |scores| Some(scores.zeros())));
+        sites.insert(site.name.clone(), described);
     }
     let Scores { samples, probes, .. } = *scores;
     let description =
@@ -105,12 +108,30 @@ pub(super) fn write(path: &Path, request: &str, layers: Layers<'_>, scores: &Sco
         .map_err(|error| Error::Write { path: path.to_owned(), source: std::io::Error::other(error.to_string()) })
 }
 
-fn describe<T>(scored: &Scored<T>, zeros: impl Fn(&T) -> Option<f64>) -> Site {
-    Site {
-        standard_error: scored.standard_error,
-        zeros: scored.scores.as_ref().ok().and_then(zeros),
-        unusable: scored.scores.as_ref().err().cloned(),
+impl Site {
+    fn of<T>(scored: &Scored<T>) -> Self {
+        let unusable = scored.scores.as_ref().err().cloned();
+        Self { standard_error: scored.standard_error, zeros: None, range: None, unusable }
     }
+}
+
+/// The tensors of an activation with their names.
+fn activation(site: &str, by_value: &WeightedHistogram, sums: &GradientSums) -> Vec<(String, Stored)> {
+    let (bins, scores): (Vec<u32>, Vec<f64>) = by_value.sparse().into_iter().unzip();
+    let shape = vec![bins.len()];
+    let bytes = bins.iter().flat_map(|bin| bin.to_le_bytes()).collect();
+    let bins = Stored { dtype: Dtype::U32, shape: shape.clone(), bytes };
+    let bytes = scores.iter().flat_map(|score| score.to_le_bytes()).collect();
+    let scores = Stored { dtype: Dtype::F64, shape, bytes };
+    let mut tensors = vec![(bins_of(site), bins), (scores_of(site), scores)];
+    if sums.range().is_some() {
+        let floats = |shape, bytes| Stored { dtype: Dtype::F32, shape, bytes };
+        let values = sums.values().iter().flat_map(|x| x.to_le_bytes()).collect();
+        tensors.push((values_of(site), floats(vec![sums.values().len()], values)));
+        let gradients = sums.rows().flatten().flat_map(|sum| sum.to_le_bytes()).collect();
+        tensors.push((gradients_of(site), floats(vec![sums.rows().len(), sums.values().len()], gradients)));
+    }
+    tensors
 }
 
 fn bins_of(site: &str) -> String {
@@ -119,6 +140,14 @@ fn bins_of(site: &str) -> String {
 
 fn scores_of(site: &str) -> String {
     format!("{site}.scores")
+}
+
+fn values_of(site: &str) -> String {
+    format!("{site}.values")
+}
+
+fn gradients_of(site: &str) -> String {
+    format!("{site}.gradients")
 }
 
 /// The scores of `layers` in the file at `path`, if it is there and holds those of this request.
@@ -182,13 +211,20 @@ impl File<'_> {
         Tensor::f_from_slice(&values).and_then(|tensor| tensor.f_reshape(shape)).map_err(|error| error.to_string())
     }
 
-    fn activation(&self, site: &str, described: &Site) -> Result<WeightedHistogram, String> {
+    fn activation(&self, site: &str, described: &Site) -> Result<ActivationScores, String> {
         let bins: Vec<u32> = self.numbers(&bins_of(site), Dtype::U32, u32::from_le_bytes)?;
         let scores: Vec<f64> = self.numbers(&scores_of(site), Dtype::F64, f64::from_le_bytes)?;
         let pairs = (bins.len() == scores.len()).then(|| bins.into_iter().zip(scores));
         let histogram =
             pairs.zip(described.zeros).and_then(|(pairs, zeros)| WeightedHistogram::from_sparse(pairs, zeros));
-        histogram.ok_or_else(|| format!("expected a score for each bin of {site}, none negative, found others"))
+        let by_value =
+            histogram.ok_or_else(|| format!("expected a score for each bin of {site}, none negative, found others"))?;
+        let Some([lo, hi]) = described.range else { return Ok(by_value.into()) };
+        let values = self.numbers(&values_of(site), Dtype::F32, f32::from_le_bytes)?;
+        let gradients = self.numbers(&gradients_of(site), Dtype::F32, f32::from_le_bytes)?;
+        let sums = GradientSums::from_parts(lo..=hi, values, gradients).filter(GradientSums::is_finite);
+        let sums = sums.ok_or_else(|| format!("expected whole rows of finite sums for {site}, found others"))?;
+        Ok(ActivationScores { by_value, sums })
     }
 
     fn numbers<T, const N: usize>(&self, name: &str, dtype: Dtype, read: fn([u8; N]) -> T) -> Result<Vec<T>, String> {

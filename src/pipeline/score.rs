@@ -1,5 +1,6 @@
 //! Hessian scores for the sites whose error method needs them: computed, or those that an earlier run kept.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use tch::Tensor;
@@ -12,14 +13,14 @@ use crate::jit::{self, Clean};
 use crate::report::{self, Hashes, Versions};
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, Sites, WeightSite};
-use crate::statistics::{Activation, WeightedHistogram};
-use crate::threshold::ErrorMethod;
+use crate::statistics::{Activation, ActivationScores};
+use crate::threshold::{ErrorMethod, GRADIENT_SUMS_MAX_BITS};
 
 /// Scores in the order of the sites; `None` where no error method asks for them.
 #[derive(Default)]
 pub(super) struct SiteScores {
     pub(super) weights: Vec<Option<Scored<Tensor>>>,
-    pub(super) activations: Vec<Option<Scored<WeightedHistogram>>>,
+    pub(super) activations: Vec<Option<Scored<ActivationScores>>>,
     /// Rows that were used.
     pub(super) samples: usize,
     /// Whether MSE may stand in where they are of no use.
@@ -49,6 +50,8 @@ pub(super) struct Keeping<'a> {
 pub(super) struct Asking<'a> {
     weights: Vec<&'a WeightSite>,
     activations: Vec<&'a ActivationSite>,
+    /// Of those the ranges of values.
+    ranges: Vec<Option<RangeInclusive<f32>>>,
     /// Which of all sites these are.
     asks: [Vec<bool>; 2],
 }
@@ -63,7 +66,16 @@ impl<'a> Asking<'a> {
         let of_weights: Vec<bool> = settings.weights.iter().map(asks).collect();
         let of_activations = settings.activations.iter().enumerate();
         let of_activations: Vec<bool> = of_activations.map(|(index, own)| asks(own) && ran(index)).collect();
+        let range = |index: usize| {
+            let own = settings.activations.get(index)?;
+            statistics?
+                .get(index)
+                .filter(|_| own.scheme.bits.get() <= GRADIENT_SUMS_MAX_BITS)
+                .and_then(|site| range(site))
+        };
+        let asking = of_activations.iter().enumerate().filter(|(_, asks)| **asks);
         Self {
+            ranges: asking.map(|(index, _)| range(index)).collect(),
             weights: those(&sites.weights, &of_weights),
             activations: those(&sites.activations, &of_activations),
             asks: [of_weights, of_activations],
@@ -76,7 +88,7 @@ impl<'a> Asking<'a> {
     }
 
     fn layers(&self) -> Layers<'_> {
-        Layers { weights: &self.weights, activations: &self.activations }
+        Layers { weights: &self.weights, activations: &self.activations, ranges: &self.ranges }
     }
 
     /// The scores of these sites, computed anew.
@@ -162,6 +174,13 @@ impl<'a> Asking<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// From the smallest to the largest value of a site.
+fn range(site: &[Activation]) -> Option<RangeInclusive<f32>> {
+    let observed = site.iter().filter_map(|anchor| anchor.observed().ok().flatten());
+    let ranges = observed.map(|observed| (observed.min(), observed.max()));
+    ranges.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).map(|(lo, hi)| lo..=hi)
 }
 
 fn those<'a, S>(sites: &'a [S], asks: &[bool]) -> Vec<&'a S> {

@@ -13,7 +13,7 @@ use crate::quantizer::{Granularity, QuantParams};
 use crate::report::{self, Kind, Quantizers, SiteReport};
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, LeftFloat, Sites, WeightSite};
-use crate::statistics::{Activation, Histogram, WeightedHistogram};
+use crate::statistics::{Activation, ActivationScores, Histogram};
 use crate::threshold::{self, Channels, ErrorMethod, Note, Selection};
 
 /// Reason of a site without statistics.
@@ -66,7 +66,7 @@ pub(super) fn select(
         .zip(statistics)
         .map(|(site, observed)| drop_unseen(site, observed, &mut sites.left_float))
         .collect();
-    let mut methods: Vec<Method<'_, WeightedHistogram>> = settings
+    let mut methods: Vec<Method<'_, ActivationScores>> = settings
         .activations
         .iter()
         .enumerate()
@@ -211,10 +211,11 @@ fn report<T>(
         Note::ZeroScores { channels, .. } => channels.len(),
         _ => 0,
     });
-    let scores = method
-        .scores
-        .and(method.scored)
-        .map(|scored| report::SiteScores { standard_error: scored.standard_error, zero_channels: zero_channels.sum() });
+    let scores = method.scores.and(method.scored).map(|scored| report::SiteScores {
+        standard_error: scored.standard_error,
+        zero_channels: zero_channels.sum(),
+        off_diagonal: selection.off_diagonal,
+    });
     SiteReport {
         name: site.name.to_owned(),
         kind,

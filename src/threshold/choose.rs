@@ -5,7 +5,7 @@ use super::family::{Family, Sign};
 use super::lp::{Power, Powers};
 use super::mae::Absolute;
 use super::mse::Square;
-use super::search::{Effort, Found, Point, Side, Sides, search};
+use super::search::{Effort, Found, Point, Side, Sides, search, search_with_surplus};
 use super::values::{self, Loss, Values};
 use super::{CurvePoint, ErrorMethod, SelectError, kl, no_clipping};
 use crate::quantizer::{Grid, QuantParams, Scheme, Threshold};
@@ -65,7 +65,7 @@ pub(super) fn effort<'a>(bins: impl Iterator<Item = &'a Bin>, exponent: u8) -> E
 pub(super) struct Chooser {
     pub(super) observed: Observed,
     family: Family,
-    scheme: Scheme,
+    pub(super) scheme: Scheme,
     pub(super) no_clipping: QuantParams,
 }
 
@@ -140,6 +140,24 @@ impl Chooser {
         self.chosen(&search(sides, self.family, &self.no_clipping, effort), is_better, curve_error)
     }
 
+    /// The threshold with the least sum of the error of these sides and a surplus of the quantizer, in the same unit, which is
+    /// told of the quantizer and its error.
+    pub(super) fn by_search_with_surplus<S: Side>(
+        &self,
+        sides: &Sides<S>,
+        effort: Effort,
+        surplus: impl Fn(&QuantParams, f64) -> f64,
+        curve_error: impl Fn(f64) -> f64,
+    ) -> Chosen {
+        let surplus = |point: &Point| surplus(&self.snapped(point).params(self.scheme.bits), point.error);
+        let found = search_with_surplus(sides, self.family, &self.no_clipping, effort, surplus);
+        self.chosen(&found, |_| true, curve_error)
+    }
+
+    fn snapped(&self, point: &Point) -> Threshold {
+        self.family.with_zero_point(point.scale.into(), point.zero_point).snapped(self.scheme.bits)
+    }
+
     /// The best quantizer found, if it maps no value to infinity and really is better than NOCLIPPING.
     fn chosen(
         &self,
@@ -147,15 +165,14 @@ impl Chooser {
         is_better: impl Fn(&QuantParams) -> bool,
         curve_error: impl Fn(f64) -> f64,
     ) -> Chosen {
-        let threshold =
-            |point: &Point| self.family.with_zero_point(point.scale.into(), point.zero_point).snapped(self.scheme.bits);
-        let best = threshold(&found.best);
+        let best = self.snapped(&found.best);
         let params = best.params(self.scheme.bits);
         let extremes = [self.observed.min(), self.observed.max()];
         let is_finite = extremes.into_iter().all(|x| params.fake_quantize(x).is_finite());
         let no_clipping = self.family.of_params(&self.no_clipping);
         let is_kept = params != self.no_clipping && is_finite && is_better(&params);
-        let curve_point = |point: &Point| CurvePoint { threshold: threshold(point), error: curve_error(point.error) };
+        let curve_point =
+            |point: &Point| CurvePoint { threshold: self.snapped(point), error: curve_error(point.error) };
         Chosen {
             threshold: if is_kept { best } else { no_clipping },
             curve: found.curve.iter().map(curve_point).collect(),

@@ -6,13 +6,14 @@ use super::choose::{self, Chooser, Chosen, Data};
 use super::closed_form::Closed;
 use super::measure::{squared_error_of_bins, weighted_squared_error};
 use super::mse::Square;
+use super::off_diagonal::OffDiagonal;
 use super::scored::{self, Scored, Units};
 use super::search::Sides;
 use super::select::{each_channel, whole};
 use super::selection::Note;
 use super::{Channels, ErrorMethod, SelectError, Selection};
 use crate::quantizer::{QuantParams, Scheme};
-use crate::statistics::{Bin, Histogram, WeightedHistogram};
+use crate::statistics::{ActivationScores, Bin, Histogram};
 
 /// Chooses one quantizer for each channel of a weight tensor, like [`select_weights`](super::select_weights), by HMSE: each
 /// channel minimises Σ h (x − q)² over its own values, h being the score of each, in the order of the weights.
@@ -45,37 +46,44 @@ pub fn select_weights_scored(weights: &Channels<'_>, scores: &[f32], scheme: Sch
 }
 
 /// Chooses the one quantizer of an activation, like [`select_activation`](super::select_activation), by HMSE: from the sums of
-/// the scores by the bins of the histogram. It uses MSE, of which a [`Note`] tells, if all scores are zero but those of zeros and
-/// of what `z_threshold` leaves out.
+/// the scores by the bins of the histogram, and from what the errors of a row cost together, where its gradients are known. It
+/// uses MSE, of which a [`Note`] tells, if all scores are zero but those of zeros and of what `z_threshold` leaves out.
 ///
 /// # Errors
 /// Those of `select_activation`; if the scores are not finite.
 pub fn select_activation_scored(
     histogram: &Histogram,
-    scores: &WeightedHistogram,
+    scores: &ActivationScores,
     scheme: Scheme,
     z_threshold: Option<f64>,
 ) -> Result<Selection, SelectError> {
-    if !scores.is_finite() {
+    let ActivationScores { by_value, sums } = scores;
+    if !(by_value.is_finite() && sums.is_finite()) {
         return Err(SelectError::ScoresNotFinite);
     }
     let mut is_without_scores = false;
     let mut selection = whole(histogram, scheme, z_threshold, |counted, chooser| {
         let observed = chooser.observed;
-        let inner = z_threshold.map(|_| scores.within(observed.min()..=observed.max()));
-        let scores = inner.as_ref().unwrap_or(scores);
-        let bins = counted.weighted_bins(scores);
+        let inner = z_threshold.map(|_| by_value.within(observed.min()..=observed.max()));
+        let by_value = inner.as_ref().unwrap_or(by_value);
+        let bins = counted.weighted_bins(by_value);
         is_without_scores = bins.iter().all(Vec::is_empty);
         if is_without_scores {
             return chooser.by_method(Data::Histogram(counted), ErrorMethod::Mse);
         }
-        Ok(by_masses(Masses::new(bins, scores.total()), chooser))
+        let off_diagonal = OffDiagonal::new(sums, observed, scheme.bits);
+        Ok(by_masses(Masses::new(bins, by_value.total()), off_diagonal.as_ref(), chooser))
     })?;
-    let Masses { bins, total } = Masses::new(histogram.weighted_bins(scores), scores.total());
+    let Masses { bins, total, unit } = Masses::new(histogram.weighted_bins(by_value), by_value.total());
     let squared_error = selection.params.iter().map(|params| squared_error_of_bins(&bins, params)).sum();
     selection.weighted_error = mean(squared_error, total);
     if is_without_scores {
         selection.notes.push(Note::ZeroScores { channels: vec![0], count: 1 });
+    } else if let Some(observed) = histogram.observed()?
+        && let Some(off_diagonal) = OffDiagonal::new(sums, observed, scheme.bits)
+    {
+        let of = |params: &QuantParams| off_diagonal.squared_error(params).mean / (squared_error * unit) - 1.0;
+        selection.off_diagonal = selection.params.first().map(of).filter(|share| share.is_finite());
     }
     Ok(selection)
 }
@@ -96,18 +104,32 @@ fn by_values(values: &[f32], scores: &[f32], chooser: &Chooser) -> Result<Chosen
     Ok(chooser.by_search(&sides, scored::effort(values, scores), is_better, |sum| units.sum(sum) / total))
 }
 
-fn by_masses(Masses { bins, total }: Masses, chooser: &Chooser) -> Chosen {
+fn by_masses(
+    Masses { bins, total, unit: mass }: Masses,
+    off_diagonal: Option<&OffDiagonal>,
+    chooser: &Chooser,
+) -> Chosen {
     let unit = chooser.unit();
     let effort = choose::effort(bins.iter().flatten(), 2).patient();
     let [negative, positive] = bins.map(|bins| Closed::new(Square, &bins, unit));
+    let sides = Sides { negative, positive };
     let mean = |sum: f64| sum * unit * unit / total;
-    chooser.by_search(&Sides { negative, positive }, effort, |_| true, mean)
+    match off_diagonal {
+        None => chooser.by_search(&sides, effort, |_| true, mean),
+        Some(off_diagonal) => {
+            let squared_unit = unit * unit * mass;
+            let surplus =
+                |params: &QuantParams, error: f64| off_diagonal.surplus(params, error * squared_unit) / squared_unit;
+            chooser.by_search_with_surplus(&sides, effort, surplus, mean)
+        }
+    }
 }
 
 /// Negative and positive bins, and the mass of all with that of zeros, in a unit in which no square overflows or vanishes.
 struct Masses {
     bins: [Vec<Bin>; 2],
     total: f64,
+    unit: f64,
 }
 
 impl Masses {
@@ -116,7 +138,7 @@ impl Masses {
         // A power of two, so that counting in this unit changes no digit.
         let unit = total.log2().clamp(least, greatest).floor().exp2();
         bins.iter_mut().flatten().for_each(|bin| bin.mass /= unit);
-        Self { bins, total: total / unit }
+        Self { bins, total: total / unit, unit }
     }
 }
 

@@ -184,6 +184,36 @@ pub(super) fn search<S: Side>(sides: &Sides<S>, family: Family, no_clipping: &Qu
     Found { best, curve }
 }
 
+/// The quantizer with the least sum of error and `surplus`, which is what a quantizer costs beyond the sum over its values, never
+/// negative, and dear to compute: of all fine steps those are looked at whose error alone is not above the best sum.
+pub(super) fn search_with_surplus<S: Side>(
+    sides: &Sides<S>,
+    family: Family,
+    no_clipping: &QuantParams,
+    effort: Effort,
+    surplus: impl Fn(&Point) -> f64,
+) -> Found {
+    let Found { mut best, curve } = search(sides, family, no_clipping, effort);
+    let mut search = Search { sides, family, below: Vec::new(), above: Vec::new() };
+    let mut least = best.error + surplus(&best);
+    let mut points = vec![search.of_params(no_clipping)];
+    points.extend(&curve);
+    if family.is_continuous() {
+        points.extend(search.fine(&curve, least, effort.fine_steps));
+    }
+    sort_by_error(&mut points);
+    for point in points {
+        if point.error >= least {
+            break;
+        }
+        let sum = point.error + surplus(&point);
+        if sum < least {
+            (best, least) = (point, sum);
+        }
+    }
+    Found { best, curve }
+}
+
 fn keep_better(best: &mut Point, other: Point) {
     if other.error < best.error {
         *best = other;

@@ -26,6 +26,9 @@ pub struct Selection {
     /// Σ h (x − q)² / Σ h over all values, h being their Hessian scores; `None` of a selection without scores, or whose
     /// scores are all zero.
     pub weighted_error: Option<f64>,
+    /// What the errors of an activation cost at the outputs because they are not independent, as a share of Σ h (x − q)²: below 0
+    /// where they cancel. `None` where sums of gradients by row do not tell.
+    pub off_diagonal: Option<f64>,
     /// Share of clipped values, from 0 to 1.
     pub clipped_share: f64,
     /// What a reader of the report should know.
@@ -84,6 +87,7 @@ impl Selection {
             error: measured.mean_squared_error(),
             sqnr_db: measured.sqnr_db(),
             weighted_error: None,
+            off_diagonal: None,
             clipped_share: measured.clipped_share(),
             notes: Vec::new(),
         }

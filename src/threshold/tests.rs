@@ -3,4 +3,5 @@
 mod data;
 mod hmse;
 mod kl;
+mod off_diagonal;
 mod quality;

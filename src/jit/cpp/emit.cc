@@ -34,8 +34,9 @@ torch::jit::Module child_of(torch::jit::Module &parent, const std::string &name)
   return parent.attr(name).toModule();
 }
 
-void add_parameter(torch::jit::Module &module, torch::jit::Graph &graph, torch::jit::Value *constant,
-                   const std::string &name, const at::Tensor &tensor, bool is_buffer) {
+// The value of a new parameter or buffer.
+torch::jit::Value *add_parameter(torch::jit::Module &module, torch::jit::Graph &graph, const std::string &name,
+                                 const at::Tensor &tensor, bool is_buffer) {
   const auto path = split(name);
   auto owner = module;
   auto *object = graph.inputs().at(0);
@@ -45,7 +46,7 @@ void add_parameter(torch::jit::Module &module, torch::jit::Graph &graph, torch::
     owner = child;
   }
   owner.register_parameter(path.back(), tensor.to(at::kCPU), is_buffer);
-  constant->replaceAllUsesWith(graph.insertGetAttr(object, path.back()));
+  return graph.insertGetAttr(object, path.back());
 }
 
 void add_quantizer(torch::jit::Graph &graph, torch::jit::Value *value, const QuantizerRow &row) {
@@ -126,15 +127,16 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
                  rust::Slice<const ExtraFile> files, rust::Str path) {
   auto module = f.module.clone();
   auto graph = module.get_method("forward").graph();
-  const auto values = enumerate_values(*graph);
+  auto values = enumerate_values(*graph);
   if (!uses_self(*graph))
     drop_attributes(module);
   {
     torch::jit::WithInsertPoint at_start(*graph->block()->nodes().begin());
     follow_device(*graph, values);
     for (std::size_t i = 0; i < parameters.size(); ++i)
-      add_parameter(module, *graph, values.at(parameters[i].value), std::string(parameters[i].name), tensors.inner.at(i),
-                    parameters[i].is_buffer);
+      put_tensor(*graph, values, parameters[i].place,
+                 add_parameter(module, *graph, std::string(parameters[i].name), tensors.inner.at(i),
+                               parameters[i].is_buffer));
   }
   for (const auto &row : quantizers)
     add_quantizer(*graph, values.at(row.value), row);

@@ -115,11 +115,25 @@ void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torc
       use.user->replaceInput(use.offset, substitute->output());
 }
 
+// Taps what the value's own node reads: in a branch or loop that need not be there as often as the value read.
+void insert_input_tap(torch::jit::Graph &graph, torch::jit::Node *reader, const TapRow &row) {
+  auto *value = reader->input(row.slot);
+  torch::jit::WithInsertPoint before(reader);
+  auto *site = graph.insertConstant(static_cast<std::int64_t>(row.site));
+  auto *node = graph.insertNode(graph.create(operator_of(TapKind::Observe), {value, site}, 1));
+  node->output()->setType(value->type());
+  reader->replaceInput(row.slot, node->output());
+}
+
 void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *> &values,
                  rust::Slice<const TapRow> taps) {
   register_operators();
   for (const auto &row : taps) {
     auto *value = values.at(row.value);
+    if (row.kind == TapKind::Input) {
+      insert_input_tap(graph, value->node(), row);
+      continue;
+    }
     torch::jit::WithInsertPoint after(node_after(value));
     auto *site = graph.insertConstant(static_cast<std::int64_t>(row.site));
     auto *node = graph.insertNode(graph.create(operator_of(row.kind), {value, site}, 1));
@@ -128,19 +142,36 @@ void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *
   }
 }
 
+void put_tensor(torch::jit::Graph &graph, std::vector<torch::jit::Value *> &values, const PlaceRow &place,
+                torch::jit::Value *tensor) {
+  auto *&value = values.at(place.value);
+  switch (place.kind) {
+  case PlaceKind::Constant:
+    value->replaceAllUsesWith(tensor);
+    return;
+  case PlaceKind::Input:
+    value->node()->replaceInput(place.slot, tensor);
+    return;
+  default:
+    break;
+  }
+  torch::jit::WithInsertPoint after(node_after(value));
+  auto *sum = graph.insertNode(graph.create(torch::jit::aten::add, {value, tensor, graph.insertConstant(1)}, 1));
+  sum->output()->setType(c10::TensorType::get());
+  value->replaceAllUsesAfterNodeWith(sum, sum->output());
+  value = sum->output();
+}
+
 std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
-                                       rust::Slice<const std::size_t> constants,
-                                       const Tensors &replacements) {
+                                       rust::Slice<const PlaceRow> places, const Tensors &tensors) {
   auto executable = std::make_unique<Executable>();
   executable->graph = f.graph->copy();
   auto &graph = *executable->graph;
-  const auto values = enumerate_values(graph);
-  for (std::size_t i = 0; i < constants.size(); ++i) {
-    auto *constant = values.at(constants[i]);
-    torch::jit::WithInsertPoint before(constant->node());
-    const auto replaced = torch::jit::toIValue(constant);
-    const auto device = replaced && replaced->isTensor() ? replaced->toTensor().device() : at::Device(at::kCPU);
-    constant->replaceAllUsesWith(graph.insertConstant(replacements.inner.at(i).to(device)));
+  auto values = enumerate_values(graph);
+  {
+    torch::jit::WithInsertPoint at_start(*graph.block()->nodes().begin());
+    for (std::size_t i = 0; i < places.size(); ++i)
+      put_tensor(graph, values, places[i], graph.insertConstant(tensors.inner.at(i)));
   }
   insert_taps(graph, values, taps);
   prepare(*executable, f.module);

@@ -44,6 +44,7 @@ struct OpCount;
 struct ListingRows;
 struct TapRow;
 enum class TapKind : std::uint8_t;
+struct PlaceRow;
 struct QuantizerRow;
 struct ParameterRow;
 struct ExtraFile;
@@ -169,8 +170,7 @@ struct Executable {
 };
 
 std::unique_ptr<Executable> instrument(const Frozen &f, rust::Slice<const TapRow> taps,
-                                       rust::Slice<const std::size_t> constants,
-                                       const Tensors &replacements);
+                                       rust::Slice<const PlaceRow> places, const Tensors &tensors);
 std::unique_ptr<Executable> executable_of(const Module &m);
 // The threads that libtorch's own kernels run on, and numbers below `count` handed to them one by one.
 std::size_t thread_count();
@@ -215,6 +215,9 @@ extern const char *const kLayerScope;
 // Puts the taps into a graph whose values these are.
 void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *> &values,
                  rust::Slice<const TapRow> taps);
+// Lets the graph read the tensor at this place. A value that it is added to is the sum from then on, in `values` too.
+void put_tensor(torch::jit::Graph &graph, std::vector<torch::jit::Value *> &values, const PlaceRow &place,
+                torch::jit::Value *tensor);
 // Makes an executable ready to run, once its graph is as it should be.
 void prepare(Executable &executable, const torch::jit::Module &state);
 // The state and the arguments of one run.

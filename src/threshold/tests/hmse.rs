@@ -79,7 +79,17 @@ fn weights_of(values: &[f32], scores: &[f32]) -> WeightedHistogram {
     weights
 }
 
-/// What `select_activation_scored` minimises.
+/// By scores alone.
+fn by_histogram(
+    histogram: &Histogram,
+    weights: &WeightedHistogram,
+    scheme: Scheme,
+    z_threshold: Option<f64>,
+) -> Result<Selection, SelectError> {
+    select_activation_scored(histogram, &weights.clone().into(), scheme, z_threshold)
+}
+
+/// What `by_histogram` minimises.
 fn objective(histogram: &Histogram, weights: &WeightedHistogram, unit: f64) -> impl Fn(&QuantParams) -> f64 + use<> {
     objective_of_bins(histogram.weighted_bins(weights), weights.total(), 2, unit)
 }
@@ -185,7 +195,7 @@ impl Worst {
         let (histogram, weights) = (histogram(values), weights_of(values, scores));
         let no_clipping = select_activation(&histogram, scheme, ErrorMethod::NoClipping, None).unwrap();
         let error = objective(&histogram, &weights, power_of_two_near(&no_clipping.params[0]));
-        let found = select_activation_scored(&histogram, &weights, scheme, None).unwrap().params[0];
+        let found = by_histogram(&histogram, &weights, scheme, None).unwrap().params[0];
         let all = candidates(no_clipping.thresholds[0], extremes(values), scheme);
         let best = all.iter().chain(&no_clipping.params).map(&error).fold(f64::INFINITY, f64::min);
         let bound = if scheme.grid == Grid::Uniform { 1.002 } else { 1.0005 };
@@ -276,7 +286,7 @@ fn never_worse_than_no_clipping() {
                     }
                     let no_clipping = select_activation(&histogram, scheme, ErrorMethod::NoClipping, None).unwrap();
                     let error = objective(&histogram, &weights, power_of_two_near(&no_clipping.params[0]));
-                    let found = select_activation_scored(&histogram, &weights, scheme, None).unwrap().params[0];
+                    let found = by_histogram(&histogram, &weights, scheme, None).unwrap().params[0];
                     let first = error(&no_clipping.params[0]);
                     assert!(error(&found) <= first, "activations, {kind:?} {scores:?} {scheme:?}");
                 }
@@ -296,7 +306,7 @@ fn equal_scores_are_mse() {
                 let scheme = scheme(bits, grid);
                 let mse = select_activation(&histogram, scheme, ErrorMethod::Mse, None).unwrap();
                 let weights = weights_of(&values, &[0.25; 200]);
-                let found = select_activation_scored(&histogram, &weights, scheme, None).unwrap();
+                let found = by_histogram(&histogram, &weights, scheme, None).unwrap();
                 assert_eq!(found, Selection { weighted_error: Some(mse.error), ..mse }, "{kind:?} {scheme:?}");
                 let mse = of_weights(&values, scheme, ErrorMethod::Mse);
                 let found = of_scored(&values, &[0.3; 200], scheme);
@@ -326,7 +336,7 @@ fn scores_count_relative_to_each_other() {
                 let plain = weights_of(&values, &own);
                 let mut scaled = plain.clone();
                 scaled.scale(2f64.powi(exponent * 10));
-                let select = |weights| select_activation_scored(&histogram, weights, eight, None).unwrap();
+                let select = |weights| by_histogram(&histogram, weights, eight, None).unwrap();
                 assert_eq!(select(&scaled), select(&plain));
             }
         }
@@ -344,7 +354,7 @@ fn scaling_by_a_power_of_two_scales_the_threshold() {
                 let of_weights = |values: &[f32]| of_scored(values, &own, scheme).params[0];
                 let of_histogram = |values: &[f32]| {
                     let weights = weights_of(values, &own);
-                    select_activation_scored(&histogram(values), &weights, scheme, None).unwrap().params[0]
+                    by_histogram(&histogram(values), &weights, scheme, None).unwrap().params[0]
                 };
                 for (a, b) in
                     [(of_weights(&values), of_weights(&scaled)), (of_histogram(&values), of_histogram(&scaled))]
@@ -427,7 +437,7 @@ fn channels_without_scores_use_mse() {
 
         let histogram = histogram(&rows[0]);
         let without = weights_of(&rows[0], &[0.0; 60]);
-        let found = select_activation_scored(&histogram, &without, scheme, None).unwrap();
+        let found = by_histogram(&histogram, &without, scheme, None).unwrap();
         let mse = select_activation(&histogram, scheme, ErrorMethod::Mse, None).unwrap();
         assert_eq!(found, Selection { notes: vec![Note::ZeroScores { channels: vec![0], count: 1 }], ..mse });
     }
@@ -453,7 +463,7 @@ fn refuses_what_are_no_scores() {
 
     let histogram = histogram(&values);
     for broken in [weights_of(&values, &[1.0, f32::NAN, 1.0, 1.0]), weights_of(&[f32::NAN; 4], &[1.0; 4])] {
-        let error = select_activation_scored(&histogram, &broken, eight, None).unwrap_err();
+        let error = by_histogram(&histogram, &broken, eight, None).unwrap_err();
         assert_eq!(error, SelectError::ScoresNotFinite);
     }
     let none = "HMSE needs Hessian scores, found none";
@@ -473,15 +483,15 @@ fn scores_of_outliers_do_not_count() {
         (histogram(&values), weights_of(&values, &own), weights_of(&inner, &inner_scores));
     for grid in GRIDS {
         let scheme = scheme(6, grid);
-        let limited = select_activation_scored(&all, &weights, scheme, Some(6.0)).unwrap();
-        let without = select_activation_scored(&all, &inner_weights, scheme, Some(6.0)).unwrap();
+        let limited = by_histogram(&all, &weights, scheme, Some(6.0)).unwrap();
+        let without = by_histogram(&all, &inner_weights, scheme, Some(6.0)).unwrap();
         assert_eq!((&limited.params, &limited.curves), (&without.params, &without.curves));
         assert!(limited.weighted_error > without.weighted_error);
-        let unlimited = select_activation_scored(&all, &weights, scheme, None).unwrap();
+        let unlimited = by_histogram(&all, &weights, scheme, None).unwrap();
         assert!(unlimited.params[0].scale() > 5.0 * limited.params[0].scale());
         // Nothing scored is left.
         let outliers = weights_of(&[70.0, -80.0, 0.0], &[1.0; 3]);
-        let found = select_activation_scored(&all, &outliers, scheme, Some(6.0)).unwrap();
+        let found = by_histogram(&all, &outliers, scheme, Some(6.0)).unwrap();
         let mse = select_activation(&all, scheme, ErrorMethod::Mse, Some(6.0)).unwrap();
         assert_eq!(found.params, mse.params);
         assert_eq!(found.notes.last(), Some(&Note::ZeroScores { channels: vec![0], count: 1 }));
@@ -494,7 +504,7 @@ fn scores_beside_the_counted_values_count() {
     let histogram = histogram(&[0.5, 1.0, 2.0, 4.0]);
     let eight = scheme(8, Grid::Symmetric);
     let weights = weights_of(&[0.7501, 4.02], &[1.0, 1e-6]);
-    let found = select_activation_scored(&histogram, &weights, eight, None).unwrap();
+    let found = by_histogram(&histogram, &weights, eight, None).unwrap();
     let error = |x: f32| f64::from(x) - f64::from(found.params[0].fake_quantize(x));
     assert!(error(0.7501).abs() < 1e-3 && found.weighted_error.unwrap() < 1e-6);
 }
@@ -506,8 +516,7 @@ fn the_weighted_error_is_that_of_the_values() {
     for grid in GRIDS {
         for bits in [3, 6] {
             let scheme = scheme(bits, grid);
-            let found =
-                select_activation_scored(&histogram(&values), &weights_of(&values, &own), scheme, None).unwrap();
+            let found = by_histogram(&histogram(&values), &weights_of(&values, &own), scheme, None).unwrap();
             let (told, expected) = (found.weighted_error.unwrap(), raw_error(&values, &own, &found.params[0], 1.0));
             assert!((told - expected).abs() <= 1e-3 * expected, "{scheme:?} {told} {expected}");
             let raw = of_scored(&values, &own, scheme);

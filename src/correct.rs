@@ -1,0 +1,52 @@
+//! Corrections of what quantized weights do to a layer's results: biases that take their mean error out.
+//!
+//! It knows which ops have weights that it can correct, what they read, and the float and quantized weights. It refuses to
+//! know how weights were quantized.
+
+mod bias;
+mod geometry;
+mod sums;
+mod targets;
+
+use tch::Tensor;
+
+use crate::jit::Place;
+
+pub use bias::{Seen, closed_form};
+pub use sums::InputSums;
+pub use targets::Targets;
+
+/// The corrected bias of one op.
+#[derive(Debug)]
+pub struct Bias {
+    /// The layer that the op is.
+    pub layer: String,
+    /// TorchScript name of the op.
+    pub op: String,
+    /// Where it goes: a slot of the op, or its result.
+    pub place: Place,
+    /// What goes there; float32.
+    pub tensor: Tensor,
+    /// What it adds to each output channel, the old bias left out.
+    pub added: Vec<f32>,
+}
+
+/// An op with quantized weights whose bias is not corrected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeftOut {
+    /// The layer that the op is.
+    pub layer: String,
+    /// TorchScript name of the op.
+    pub op: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// The biases of a model, in graph order, and the ops that have none.
+#[derive(Debug, Default)]
+pub struct Corrections {
+    /// Corrected.
+    pub biases: Vec<Bias>,
+    /// Not corrected.
+    pub left_out: Vec<LeftOut>,
+}

@@ -1,0 +1,159 @@
+//! Sums of what ops read, per input feature and tap of the kernel, in memory that does not grow with the data.
+
+use tch::{Kind, Tensor};
+
+use super::geometry::Axis;
+use super::targets::{Reading, Source, Targets};
+use crate::jit::{BoxError, Tap, TapKind};
+use crate::statistics::{Activation, Channel};
+
+/// Sums over calibration of what the ops of [`Targets`] read.
+#[derive(Debug, Default)]
+pub struct InputSums {
+    taps: Vec<Tap>,
+    readings: Vec<Reading>,
+    sums: Vec<Sum>,
+}
+
+/// One of them.
+#[derive(Debug, Default)]
+pub(super) struct Sum {
+    /// (features, taps) in f64; `None` before the first value.
+    pub(super) total: Option<Tensor>,
+    /// Positions of the result that were summed over.
+    pub(super) count: u64,
+    /// Numbers of axes that its values had.
+    pub(super) ranks: Vec<usize>,
+}
+
+impl InputSums {
+    /// Sums of zero for what these ops read.
+    #[must_use]
+    pub fn new(targets: &Targets) -> Self {
+        let inputs = targets.inputs.iter().enumerate();
+        Self {
+            taps: inputs
+                .filter(|(_, input)| input.source == Source::Tap)
+                .map(|(number, input)| Tap { value: input.result, number, kind: TapKind::Input(input.slot) })
+                .collect(),
+            readings: targets.inputs.iter().map(|input| input.reading.clone()).collect(),
+            sums: targets.inputs.iter().map(|_| Sum::default()).collect(),
+        }
+    }
+
+    /// Where to look, numbered from 0.
+    #[must_use]
+    pub fn taps(&self) -> &[Tap] {
+        &self.taps
+    }
+
+    /// Adds a value that was seen at the tap of this number.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn add(&mut self, number: usize, value: &Tensor) -> Result<(), BoxError> {
+        let (Some(reading), Some(sum)) = (self.readings.get(number), self.sums.get_mut(number)) else {
+            return Err(format!("tap {number} belongs to no input of a layer").into());
+        };
+        Ok(sum.add(reading, value)?)
+    }
+
+    pub(super) fn get(&self, number: usize) -> Option<&Sum> {
+        self.sums.get(number)
+    }
+
+    #[cfg(test)]
+    pub(super) fn take(mut self, number: usize) -> Option<Sum> {
+        (number < self.sums.len()).then(|| self.sums.swap_remove(number))
+    }
+
+    /// Takes the sums that the statistics of the activation sites hold.
+    pub(super) fn with_statistics(
+        mut self,
+        targets: &Targets,
+        statistics: &[Vec<Activation>],
+    ) -> Result<Self, tch::TchError> {
+        for (sum, input) in self.sums.iter_mut().zip(&targets.inputs) {
+            let Source::Statistics { site, anchor } = input.source else { continue };
+            let activation = statistics.get(site).and_then(|site| site.get(anchor));
+            let Some(channels) = activation.and_then(|activation| activation.channels.get()) else { continue };
+            let totals: Vec<f64> = channels.iter().map(Channel::sum).collect();
+            sum.total = Some(Tensor::f_from_slice(&totals)?.f_unsqueeze(-1)?);
+            sum.count = channels.first().map_or(0, Channel::count);
+        }
+        Ok(self)
+    }
+}
+
+impl Sum {
+    fn add(&mut self, reading: &Reading, value: &Tensor) -> Result<(), tch::TchError> {
+        let rank = value.dim();
+        if !self.ranks.contains(&rank) {
+            self.ranks.push(rank);
+        }
+        let (sum, count) = match reading {
+            Reading::Rows => (over_all_but(value, rank.saturating_sub(1))?.f_unsqueeze(-1)?, value.numel()),
+            Reading::Columns => (over_all_but(value, rank.saturating_sub(2))?.f_unsqueeze(-1)?, value.numel()),
+            Reading::Positions(axes) => through_taps(value, axes)?,
+        };
+        let features = usize::try_from(sum.size().first().copied().unwrap_or_default()).unwrap_or_default();
+        let count = match reading {
+            Reading::Positions(_) => count,
+            _ => count.checked_div(features).unwrap_or_default(),
+        };
+        self.count += count as u64;
+        self.total = Some(match self.total.take() {
+            None => sum,
+            Some(mut total) => total.f_add_(&sum)?,
+        });
+        Ok(())
+    }
+}
+
+/// Sums along all axes but one, in f64.
+fn over_all_but(value: &Tensor, kept: usize) -> Result<Tensor, tch::TchError> {
+    let axes: Vec<i64> =
+        (0..value.dim()).filter(|&axis| axis != kept).filter_map(|axis| axis.try_into().ok()).collect();
+    if axes.is_empty() {
+        value.f_to_kind(Kind::Double)
+    } else {
+        value.f_sum_dim_intlist(axes, false, Kind::Float)?.f_to_kind(Kind::Double)
+    }
+}
+
+/// Sums over the rows and over the positions that each tap meets, and the number of positions of the result.
+fn through_taps(value: &Tensor, axes: &[Axis]) -> Result<(Tensor, usize), tch::TchError> {
+    let batch = if value.dim() == axes.len() + 1 { value.f_unsqueeze(0)? } else { value.shallow_clone() };
+    let sizes = batch.size();
+    let lengths = sizes.iter().skip(2);
+    let positions: i64 = axes.iter().zip(lengths).map(|(axis, &length)| axis.output(length)).product();
+    let count = sizes.first().copied().unwrap_or_default() * positions;
+    let count = usize::try_from(count).unwrap_or_default();
+    if axes.iter().all(Axis::is_pointwise) {
+        return Ok((over_all_but(&batch, 1)?.f_unsqueeze(-1)?, count));
+    }
+    // In f32 up to here: sums of a batch alone, of which the double sums are made.
+    let mut sum = batch.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
+    for axis in axes {
+        // The axes come to the second place one after the other, and go to the end as taps.
+        let last = sum.f_movedim_int(1, -1)?;
+        let length = last.size().last().copied().unwrap_or_default();
+        sum = last.f_matmul(&meetings(axis, length)?.f_to_device(last.device())?)?;
+    }
+    Ok((sum.f_flatten(1, -1)?.f_to_kind(Kind::Double)?, count))
+}
+
+/// (length, taps): 1 where the tap meets the position.
+fn meetings(axis: &Axis, length: i64) -> Result<Tensor, tch::TchError> {
+    let taps = usize::try_from(axis.kernel).unwrap_or_default();
+    let mut met = vec![0.0f32; usize::try_from(length).unwrap_or_default() * taps];
+    for tap in 0..axis.kernel {
+        for position in axis.met(length, tap) {
+            let index = usize::try_from(position * axis.kernel + tap).unwrap_or(usize::MAX);
+            if let Some(slot) = met.get_mut(index) {
+                *slot = 1.0;
+            }
+        }
+    }
+    Tensor::f_from_slice(&met)?.f_reshape([length, axis.kernel])
+}

@@ -1,0 +1,246 @@
+//! Sums of gradients by value, with their sign and apart for each row: they show whether the errors that a quantizer makes in
+//! one row add up or cancel. It knows pairs of a value and a gradient, and no quantizer.
+//!
+//! Bins are of one width, that of the range that is to be quantized by their number. The largest value that was seen in a bin
+//! stands for it.
+
+use std::ops::RangeInclusive;
+use std::sync::Mutex;
+
+use super::channels::locked;
+
+const BINS: usize = GradientSums::BINS;
+
+/// Places for the gradients of zeros, which are not kept: several, because sums in one place would wait for each other.
+const ZEROS: usize = 8;
+
+/// For each row the sum of the gradients by value.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct GradientSums {
+    range: Option<(f32, f32)>,
+    /// NaN where no value was seen.
+    values: Vec<f32>,
+    /// One row after the other.
+    sums: Vec<f32>,
+    /// Rows of the batch under way, which are the last ones.
+    open: usize,
+}
+
+/// One row of a batch on its way to the sums.
+struct Part<'a> {
+    values: &'a [f32],
+    gradients: &'a [f32],
+    sums: &'a mut [f32],
+    /// The largest value of each bin; NaN where there is none.
+    seen: Vec<f32>,
+}
+
+impl GradientSums {
+    /// Bins of a row: 16 for each level of eight bits.
+    pub const BINS: usize = 4096;
+
+    /// Rows that are enough.
+    pub const ENOUGH: usize = 256;
+
+    /// For values in this range; those outside belong to its ends. Without a range nothing is kept.
+    pub fn new(range: Option<RangeInclusive<f32>>) -> Self {
+        let range = range.map(RangeInclusive::into_inner).filter(|(lo, hi)| lo < hi && (hi - lo).is_finite());
+        Self { range, values: range.map_or_else(Vec::new, |_| vec![f32::NAN; BINS]), ..Self::default() }
+    }
+
+    /// What has these rows, as [`range`](Self::range), [`values`](Self::values) and [`rows`](Self::rows) tell of them;
+    /// `None` where they do not fit each other.
+    pub fn from_parts(range: RangeInclusive<f32>, values: Vec<f32>, sums: Vec<f32>) -> Option<Self> {
+        let empty = Self::new(Some(range));
+        let fits = empty.range.is_some() && values.len() == BINS && sums.len().is_multiple_of(BINS);
+        fits.then_some(Self { values, sums, ..empty })
+    }
+
+    /// The range that bins divide; `None` if nothing is kept.
+    pub fn range(&self) -> Option<RangeInclusive<f32>> {
+        self.range.map(|(lo, hi)| lo..=hi)
+    }
+
+    /// The value that stands for each bin; NaN for a bin without values.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// The sums of each row by bin.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
+        self.sums.chunks_exact(BINS)
+    }
+
+    /// Whether no sum is NaN or infinite.
+    pub fn is_finite(&self) -> bool {
+        // One sum, as NaN and infinities stay.
+        self.sums.iter().map(|sum| sum * 0.0).sum::<f32>() == 0.0
+    }
+
+    /// Begins a batch of so many rows. It keeps nothing of them if there are enough.
+    pub fn begin(&mut self, rows: usize) {
+        self.open = if self.range.is_none() || self.sums.len() / BINS >= Self::ENOUGH { 0 } else { rows };
+        self.sums.resize(self.sums.len() + self.open * BINS, 0.0);
+    }
+
+    /// Ends the batch: what is observed until the next one begins is not kept.
+    pub fn end(&mut self) {
+        self.open = 0;
+    }
+
+    /// Adds each gradient to the bin of its value: to as many rows of the batch as the slices are divided to, which is all or
+    /// one. Rows of independent gradients may be taken for one, as their products vanish in expectation.
+    ///
+    /// `in_parallel` has to call the function that it is given with each number below its first argument, in any order, on
+    /// any thread.
+    pub fn observe(
+        &mut self,
+        values: &[f32],
+        gradients: &[f32],
+        divided: Divided,
+        in_parallel: impl FnOnce(usize, &(dyn Fn(usize) + Sync)),
+    ) {
+        let Some((lo, hi)) = self.range.filter(|_| self.open > 0 && !values.is_empty()) else { return };
+        let length = match divided {
+            Divided::ByRow => values.len() / self.open,
+            Divided::Not => values.len(),
+        };
+        let first = self.sums.len() - self.open * BINS;
+        let rows = values.chunks(length.max(1)).zip(gradients.chunks(length.max(1)));
+        let parts = rows
+            .zip(self.sums[first..].chunks_exact_mut(BINS))
+            .map(|((values, gradients), sums)| Mutex::new(Part { values, gradients, sums, seen: Vec::new() }));
+        let parts: Vec<Mutex<Part<'_>>> = parts.collect();
+        in_parallel(parts.len(), &|number| {
+            if let Some(part) = parts.get(number) {
+                locked(part).add(lo, hi);
+            }
+        });
+        let seen: Vec<Vec<f32>> = parts.iter().map(|part| std::mem::take(&mut locked(part).seen)).collect();
+        for seen in seen {
+            for (value, seen) in self.values.iter_mut().zip(seen) {
+                *value = value.max(seen);
+            }
+        }
+    }
+}
+
+/// How a batch lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Divided {
+    /// One row after the other, equally long.
+    ByRow,
+    /// Otherwise.
+    Not,
+}
+
+impl Part<'_> {
+    fn add(&mut self, lo: f32, hi: f32) {
+        let mut sums = [0.0f32; BINS + ZEROS];
+        let mut seen = vec![f32::NAN; BINS + ZEROS];
+        let per_value = BINS as f32 / (hi - lo);
+        for (place, (&x, &gradient)) in self.values.iter().zip(self.gradients).enumerate() {
+            // Too small and too large become the ends, and NaN the first bin.
+            let bin = (((x - lo) * per_value) as usize).min(BINS - 1);
+            let bin = if x.abs() < f32::MIN_POSITIVE { BINS + place % ZEROS } else { bin };
+            sums[bin] += gradient;
+            seen[bin] = seen[bin].max(x);
+        }
+        for (sum, own) in self.sums.iter_mut().zip(sums) {
+            *sum += own;
+        }
+        seen.truncate(BINS);
+        self.seen = seen;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_turn(parts: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..parts).rev().for_each(work);
+    }
+
+    /// The sums of a row that are not zero, by the value that stands for the bin.
+    fn row(sums: &GradientSums, row: usize) -> Vec<(f32, f32)> {
+        let row = sums.rows().nth(row).expect("a row");
+        sums.values().iter().copied().zip(row.iter().copied()).filter(|(_, sum)| *sum != 0.0).collect()
+    }
+
+    #[test]
+    fn rows_stay_apart_and_signs_stay() {
+        let mut sums = GradientSums::new(Some(-1.0..=3.0));
+        sums.begin(2);
+        sums.observe(&[1.0, 1.0, 0.0, 1.0, 2.0, 0.0], &[1.0, -3.0, 7.0, 4.0, 5.0, 7.0], Divided::ByRow, in_turn);
+        // A second value of the site in the same rows.
+        sums.observe(&[2.0, -1.0], &[0.5, 0.25], Divided::ByRow, in_turn);
+        sums.begin(1);
+        sums.observe(&[3.0], &[1.0], Divided::ByRow, in_turn);
+        sums.end();
+        sums.observe(&[3.0], &[1.0], Divided::ByRow, in_turn);
+        assert_eq!(row(&sums, 0), [(1.0, -2.0), (2.0, 0.5)]);
+        assert_eq!(row(&sums, 1), [(-1.0, 0.25), (1.0, 4.0), (2.0, 5.0)]);
+        assert_eq!((row(&sums, 2), sums.rows().len()), (vec![(3.0, 1.0)], 3));
+    }
+
+    #[test]
+    fn what_has_no_rows_goes_to_the_first() {
+        let mut sums = GradientSums::new(Some(0.0..=1.0));
+        sums.begin(3);
+        sums.observe(&[0.5, 0.5, 1.0], &[1.0, 2.0, 3.0], Divided::Not, in_turn);
+        assert_eq!(row(&sums, 0), [(0.5, 3.0), (1.0, 3.0)]);
+        assert!(row(&sums, 1).is_empty() && row(&sums, 2).is_empty());
+    }
+
+    #[test]
+    fn values_outside_belong_to_the_ends() {
+        let mut sums = GradientSums::new(Some(-1.0..=1.0));
+        sums.begin(1);
+        sums.observe(&[-5.0, -1.0, 1.0, 9.0], &[1.0, 2.0, 3.0, 4.0], Divided::ByRow, in_turn);
+        assert_eq!(row(&sums, 0), [(-1.0, 3.0), (9.0, 7.0)]);
+    }
+
+    #[test]
+    fn some_rows_are_enough() {
+        let mut sums = GradientSums::new(Some(0.0..=1.0));
+        for _ in 0..5 {
+            sums.begin(100);
+            sums.observe(&[1.0; 100], &[1.0; 100], Divided::ByRow, in_turn);
+        }
+        assert_eq!(sums.rows().len(), 300);
+    }
+
+    #[test]
+    fn without_a_range_nothing_is_kept() {
+        for range in [None, Some(1.0..=1.0), Some(f32::MIN..=f32::MAX), Some(f32::NAN..=1.0)] {
+            let mut sums = GradientSums::new(range);
+            sums.begin(2);
+            sums.observe(&[1.0, 1.0], &[1.0, 1.0], Divided::ByRow, in_turn);
+            assert_eq!((sums.range(), sums.rows().len(), sums.is_finite()), (None, 0, true));
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_told() {
+        for gradient in [f32::NAN, f32::INFINITY] {
+            let mut sums = GradientSums::new(Some(0.0..=1.0));
+            sums.begin(1);
+            sums.observe(&[1.0, f32::NAN], &[gradient, 1.0], Divided::ByRow, in_turn);
+            assert!(!sums.is_finite());
+        }
+    }
+
+    #[test]
+    fn rows_are_read_again() {
+        let mut sums = GradientSums::new(Some(-1.0..=1.0));
+        sums.begin(2);
+        sums.observe(&[0.5, -0.5], &[1.0, 2.0], Divided::ByRow, in_turn);
+        sums.end();
+        let stored: Vec<f32> = sums.rows().flatten().copied().collect();
+        let read = GradientSums::from_parts(-1.0..=1.0, sums.values().to_vec(), stored.clone()).expect("sums");
+        assert_eq!((row(&read, 0), row(&read, 1)), (row(&sums, 0), row(&sums, 1)));
+        assert_eq!(GradientSums::from_parts(-1.0..=1.0, sums.values().to_vec(), stored[1..].to_vec()), None);
+        assert_eq!(GradientSums::from_parts(1.0..=1.0, sums.values().to_vec(), stored), None);
+    }
+}

@@ -1,0 +1,85 @@
+//! What a quantizer's errors cost because they are not independent. The squared error at the outputs, to first order, is
+//! (Σ g (q − x))² over the elements of a row, g being their gradients: Σ g² (q − x)² and the products of different elements.
+//! This is the part of the products, estimated from sums of gradients by row. It refuses to know how thresholds are searched.
+//!
+//! Two things make errors of a row alike: values beyond the end, which all err to one side, and values that occur often (the
+//! constant that a batch normalization makes of a ReLU's zeros, the white of a photo), which all are rounded alike.
+
+use crate::quantizer::{Bits, QuantParams};
+use crate::statistics::{GradientSums, Observed};
+
+/// Bits up to which sums of gradients by row count for HMSE: beyond, levels are closer than their bins.
+pub const GRADIENT_SUMS_MAX_BITS: u8 = 8;
+
+/// Rows below which their spread says nothing.
+const LEAST_ROWS: usize = 2;
+
+/// Independent sums, so that they become vector instructions; part of the result.
+const LANES: usize = 16;
+
+/// Sums of gradients by value, one line for each row.
+pub(super) struct OffDiagonal {
+    values: Vec<f32>,
+    /// Of a whole number of lanes each.
+    rows: Vec<Vec<[f32; LANES]>>,
+}
+
+/// An estimate from independent rows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Estimate {
+    pub(super) mean: f64,
+    pub(super) standard_error: f64,
+}
+
+impl OffDiagonal {
+    /// Of the values that count; `None` where sums tell nothing: there are none, or too few, or levels are too close for them.
+    pub(super) fn new(sums: &GradientSums, counted: Observed, bits: Bits) -> Option<Self> {
+        if bits.get() > GRADIENT_SUMS_MAX_BITS || sums.rows().len() < LEAST_ROWS {
+            return None;
+        }
+        let range = counted.min()..=counted.max();
+        let kept: Vec<usize> = (0..sums.values().len()).filter(|&bin| range.contains(&sums.values()[bin])).collect();
+        let values: Vec<f32> = kept.iter().map(|&bin| sums.values()[bin]).collect();
+        let row = |sums: &[f32]| {
+            let mut row = vec![[0.0; LANES]; kept.len().div_ceil(LANES)];
+            for (place, sum) in row.as_flattened_mut().iter_mut().zip(kept.iter().map(|&bin| sums[bin])) {
+                *place = sum;
+            }
+            row
+        };
+        let rows = sums.rows().map(row).collect();
+        Some(Self { values, rows })
+    }
+
+    /// The mean over rows of (Σ g (q − x))².
+    pub(super) fn squared_error(&self, params: &QuantParams) -> Estimate {
+        let mut errors = vec![[0.0; LANES]; self.values.len().div_ceil(LANES)];
+        let images = errors.as_flattened_mut();
+        params.fake_quantize_slice(&self.values, &mut images[..self.values.len()]);
+        for (image, x) in images.iter_mut().zip(&self.values) {
+            *image -= x;
+        }
+        let squares: Vec<f64> = self.rows.iter().map(|row| dot(row, &errors).powi(2)).collect();
+        let count = squares.len() as f64;
+        let mean = squares.iter().sum::<f64>() / count;
+        let variance = squares.iter().map(|square| (square - mean).powi(2)).sum::<f64>() / (count - 1.0);
+        Estimate { mean, standard_error: (variance / count).sqrt() }
+    }
+
+    /// By how much the squared error is above `diagonal`, its part of independent errors, as far as that is no chance: beyond
+    /// its standard error.
+    pub(super) fn surplus(&self, params: &QuantParams, diagonal: f64) -> f64 {
+        let Estimate { mean, standard_error } = self.squared_error(params);
+        (mean - diagonal - standard_error).max(0.0)
+    }
+}
+
+fn dot(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> f64 {
+    let mut sums = [0.0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().map(|&sum| f64::from(sum)).sum()
+}
