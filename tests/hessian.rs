@@ -357,8 +357,9 @@ fn gradients_by_row_do_not_depend_on_the_batch_size() {
             let scores = subject.try_score_in(&request(probes, batch_size), &ranges).unwrap();
             let of_site = |scored: &Scored<ActivationScores>| {
                 let sums = &scored.scores.as_ref().unwrap().sums;
+                let values = sums.values();
                 let of_row = |row: &[f32]| {
-                    row.iter().zip(sums.values()).filter(|(sum, _)| **sum != 0.0).map(|(sum, x)| sum * x.signum()).sum()
+                    row.iter().zip(&values).filter(|(sum, _)| **sum != 0.0).map(|(sum, x)| sum * x.signum()).sum()
                 };
                 sums.rows().map(of_row).collect()
             };

@@ -35,7 +35,7 @@ impl Subject {
         let mut rows = 0;
         let observed =
             observe_by(summing, &self.clean, &self.sites.activations, &mut InputSums::default(), &self.data, |count| {
-                rows += count
+                rows += count;
             });
         let observed = observed.map_err(|error| error.to_string());
         assert!(observed.is_err() || rows == ROWS, "{rows}");
@@ -58,10 +58,6 @@ impl Subject {
         let scores = hessian::score_by(summing, &self.clean, layers, &self.data, &request, |_| ());
         scores.expect("scores").activations
     }
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|x| if x.is_nan() { f32::NAN } else { *x }.to_bits()).collect()
 }
 
 #[test]
@@ -95,7 +91,6 @@ fn scores_of_activations_are_the_same_but_for_rounding() {
                         continue;
                     }
                 };
-                assert_eq!(bits(tensors.sums.values()), bits(slices.sums.values()), "{name}");
                 assert_eq!(tensors.sums.rows().len(), 8, "{name}");
                 for (found, expected) in tensors.sums.rows().zip(slices.sums.rows()) {
                     let size = expected.iter().map(|sum| sum.abs()).fold(0.0, f32::max);

@@ -32,7 +32,7 @@ impl OnDevice {
     pub(super) fn new(device: Device, ranges: Vec<Option<RangeInclusive<f32>>>) -> Result<Self, Error> {
         let shared = Shared::new(device)?;
         let sites = ranges.iter().map(|_| Scores::new(&shared)).collect::<Result<_, _>>()?;
-        let rows = ranges.into_iter().map(|range| RowSums::new(range, device)).collect::<Result<_, _>>()?;
+        let rows = ranges.into_iter().map(|range| RowSums::new(range, device)).collect();
         Ok(Self { device, shared, sites, rows })
     }
 

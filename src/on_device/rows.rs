@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use tch::{Device, Kind, Tensor};
 
 use super::{PIECE, read};
-use crate::jit::{self, Error};
+use crate::jit::Error;
 use crate::statistics::GradientSums;
 
 const BINS: i64 = GradientSums::BINS as i64;
@@ -15,8 +15,6 @@ const BINS: i64 = GradientSums::BINS as i64;
 pub struct RowSums {
     device: Device,
     range: Option<(f32, f32)>,
-    /// The largest value of each bin; -infinity where there is none.
-    values: Tensor,
     /// Of each batch the sums of its rows, one after the other.
     batches: Vec<Tensor>,
     /// Whether the last batch is under way.
@@ -26,14 +24,9 @@ pub struct RowSums {
 
 impl RowSums {
     /// For values in this range; without a range nothing is kept.
-    ///
-    /// # Errors
-    /// Where libtorch fails.
-    pub fn new(range: Option<RangeInclusive<f32>>, device: Device) -> Result<Self, Error> {
+    pub fn new(range: Option<RangeInclusive<f32>>, device: Device) -> Self {
         let range = GradientSums::new(range).range().map(RangeInclusive::into_inner);
-        let bins = if range.is_some() { BINS } else { 0 };
-        let values = Tensor::f_full([bins], f64::NEG_INFINITY, (Kind::Float, device))?;
-        Ok(Self { device, range, values, batches: Vec::new(), is_open: false, rows: 0 })
+        Self { device, range, batches: Vec::new(), is_open: false, rows: 0 }
     }
 
     /// Begins a batch of so many rows; it keeps nothing of them if there are enough.
@@ -64,19 +57,16 @@ impl RowSums {
             return Ok(());
         };
         // In f32, as on the processor.
-        let per_value = GradientSums::BINS as f32 / (hi - lo);
+        let per_unit = GradientSums::bins_per_unit(lo, hi);
         let count = values.size().first().copied().unwrap_or_default();
         for start in (0..count).step_by(usize::try_from(PIECE).unwrap_or(1)) {
             let length = PIECE.min(count - start);
             let (x, gradients) = (values.f_narrow(0, start, length)?, gradients.f_narrow(0, start, length)?);
-            let places = x.f_sub_scalar(f64::from(lo))?.f_mul_scalar(f64::from(per_value))?;
+            let places = x.f_sub_scalar(f64::from(lo))?.f_mul_scalar(f64::from(per_unit))?;
             let places = places.f_nan_to_num(0.0, None::<f64>, None::<f64>)?;
             let bins = places.f_clamp(0.0, (BINS - 1) as f64)?.f_to_kind(Kind::Int64)?;
             let are_zero = x.f_abs()?.f_lt(f64::from(f32::MIN_POSITIVE))?;
             let gradients = gradients.f_masked_fill(&are_zero, 0.0)?;
-            let seen = x.f_masked_fill(&are_zero, f64::NEG_INFINITY)?;
-            // The largest is the same in any order.
-            let _ = jit::in_any_order(|| Ok(self.values.f_index_reduce_(0, &bins, &seen, "amax", true)?))?;
             let bins = match row_length {
                 None => bins,
                 Some(row_length) => {
@@ -97,12 +87,10 @@ impl RowSums {
     /// Where libtorch fails.
     pub fn read(&self) -> Result<GradientSums, Error> {
         let Some((lo, hi)) = self.range else { return Ok(GradientSums::default()) };
-        let values = read::<f32>(&self.values)?.into_iter();
-        let values = values.map(|x| if x == f32::NEG_INFINITY { f32::NAN } else { x }).collect();
         let mut sums = Vec::new();
         for batch in &self.batches {
             sums.extend(read::<f32>(batch)?);
         }
-        GradientSums::from_parts(lo..=hi, values, sums).ok_or_else(|| Error::Libtorch("expected whole rows".to_owned()))
+        GradientSums::from_parts(lo..=hi, sums).ok_or_else(|| Error::Libtorch("expected whole rows".to_owned()))
     }
 }

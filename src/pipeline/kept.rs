@@ -125,11 +125,9 @@ fn activation(site: &str, by_value: &WeightedHistogram, sums: &GradientSums) -> 
     let scores = Stored { dtype: Dtype::F64, shape, bytes };
     let mut tensors = vec![(bins_of(site), bins), (scores_of(site), scores)];
     if sums.range().is_some() {
-        let floats = |shape, bytes| Stored { dtype: Dtype::F32, shape, bytes };
-        let values = sums.values().iter().flat_map(|x| x.to_le_bytes()).collect();
-        tensors.push((values_of(site), floats(vec![sums.values().len()], values)));
-        let gradients = sums.rows().flatten().flat_map(|sum| sum.to_le_bytes()).collect();
-        tensors.push((gradients_of(site), floats(vec![sums.rows().len(), sums.values().len()], gradients)));
+        let bytes = sums.rows().flatten().flat_map(|sum| sum.to_le_bytes()).collect();
+        let shape = vec![sums.rows().len(), GradientSums::BINS];
+        tensors.push((gradients_of(site), Stored { dtype: Dtype::F32, shape, bytes }));
     }
     tensors
 }
@@ -140,10 +138,6 @@ fn bins_of(site: &str) -> String {
 
 fn scores_of(site: &str) -> String {
     format!("{site}.scores")
-}
-
-fn values_of(site: &str) -> String {
-    format!("{site}.values")
 }
 
 fn gradients_of(site: &str) -> String {
@@ -220,9 +214,8 @@ impl File<'_> {
         let by_value =
             histogram.ok_or_else(|| format!("expected a score for each bin of {site}, none negative, found others"))?;
         let Some([lo, hi]) = described.range else { return Ok(by_value.into()) };
-        let values = self.numbers(&values_of(site), Dtype::F32, f32::from_le_bytes)?;
         let gradients = self.numbers(&gradients_of(site), Dtype::F32, f32::from_le_bytes)?;
-        let sums = GradientSums::from_parts(lo..=hi, values, gradients).filter(GradientSums::is_finite);
+        let sums = GradientSums::from_parts(lo..=hi, gradients).filter(GradientSums::is_finite);
         let sums = sums.ok_or_else(|| format!("expected whole rows of finite sums for {site}, found others"))?;
         Ok(ActivationScores { by_value, sums })
     }

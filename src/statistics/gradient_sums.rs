@@ -1,8 +1,7 @@
 //! Sums of gradients by value, with their sign and apart for each row: they show whether the errors that a quantizer makes in
 //! one row add up or cancel. It knows pairs of a value and a gradient, and no quantizer.
 //!
-//! Bins are of one width, that of the range that is to be quantized by their number. The largest value that was seen in a bin
-//! stands for it.
+//! Bins are of one width, that of the range that is to be quantized by their number.
 
 use std::ops::RangeInclusive;
 use std::sync::Mutex;
@@ -14,25 +13,17 @@ const BINS: usize = GradientSums::BINS;
 /// Places for the gradients of zeros, which are not kept: several, because sums in one place would wait for each other.
 const ZEROS: usize = 8;
 
+/// Values whose bins are found before their gradients are added.
+const BLOCK: usize = 1024;
+
 /// For each row the sum of the gradients by value.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct GradientSums {
     range: Option<(f32, f32)>,
-    /// NaN where no value was seen.
-    values: Vec<f32>,
     /// One row after the other.
     sums: Vec<f32>,
     /// Rows of the batch under way, which are the last ones.
     open: usize,
-}
-
-/// One row of a batch on its way to the sums.
-struct Part<'a> {
-    values: &'a [f32],
-    gradients: &'a [f32],
-    sums: &'a mut [f32],
-    /// The largest value of each bin; NaN where there is none.
-    seen: Vec<f32>,
 }
 
 impl GradientSums {
@@ -45,15 +36,14 @@ impl GradientSums {
     /// For values in this range; those outside belong to its ends. Without a range nothing is kept.
     pub fn new(range: Option<RangeInclusive<f32>>) -> Self {
         let range = range.map(RangeInclusive::into_inner).filter(|(lo, hi)| lo < hi && (hi - lo).is_finite());
-        Self { range, values: range.map_or_else(Vec::new, |_| vec![f32::NAN; BINS]), ..Self::default() }
+        Self { range, ..Self::default() }
     }
 
-    /// What has these rows, as [`range`](Self::range), [`values`](Self::values) and [`rows`](Self::rows) tell of them;
-    /// `None` where they do not fit each other.
-    pub fn from_parts(range: RangeInclusive<f32>, values: Vec<f32>, sums: Vec<f32>) -> Option<Self> {
+    /// What has these rows, as [`range`](Self::range) and [`rows`](Self::rows) tell of them; `None` where they do not fit.
+    pub fn from_parts(range: RangeInclusive<f32>, sums: Vec<f32>) -> Option<Self> {
         let empty = Self::new(Some(range));
-        let fits = empty.range.is_some() && values.len() == BINS && sums.len().is_multiple_of(BINS);
-        fits.then_some(Self { values, sums, ..empty })
+        let fits = empty.range.is_some() && sums.len().is_multiple_of(BINS);
+        fits.then_some(Self { sums, ..empty })
     }
 
     /// The range that bins divide; `None` if nothing is kept.
@@ -61,9 +51,19 @@ impl GradientSums {
         self.range.map(|(lo, hi)| lo..=hi)
     }
 
-    /// The value that stands for each bin; NaN for a bin without values.
-    pub fn values(&self) -> &[f32] {
-        &self.values
+    /// Bins in a unit.
+    pub fn bins_per_unit(lo: f32, hi: f32) -> f32 {
+        BINS as f32 / (hi - lo)
+    }
+
+    /// The value that stands for each bin: its middle, but the ends themselves for the first and the last, where a clamp may
+    /// have put many values.
+    pub fn values(&self) -> Vec<f32> {
+        let Some((lo, hi)) = self.range else { return Vec::new() };
+        let (first, width) = (f64::from(lo), (f64::from(hi) - f64::from(lo)) / BINS as f64);
+        let mut values: Vec<f32> = (0..BINS).map(|bin| (first + width * (bin as f64 + 0.5)) as f32).collect();
+        (values[0], values[BINS - 1]) = (lo, hi);
+        values
     }
 
     /// The sums of each row by bin.
@@ -107,21 +107,15 @@ impl GradientSums {
         };
         let first = self.sums.len() - self.open * BINS;
         let rows = values.chunks(length.max(1)).zip(gradients.chunks(length.max(1)));
-        let parts = rows
-            .zip(self.sums[first..].chunks_exact_mut(BINS))
-            .map(|((values, gradients), sums)| Mutex::new(Part { values, gradients, sums, seen: Vec::new() }));
-        let parts: Vec<Mutex<Part<'_>>> = parts.collect();
+        let parts = rows.zip(self.sums[first..].chunks_exact_mut(BINS)).map(|((values, gradients), sums)| {
+            Mutex::new(Add { values, gradients, lo, per_unit: Self::bins_per_unit(lo, hi), sums })
+        });
+        let parts: Vec<Mutex<Add<'_>>> = parts.collect();
         in_parallel(parts.len(), &|number| {
             if let Some(part) = parts.get(number) {
-                locked(part).add(lo, hi);
+                pulp::Arch::new().dispatch(&mut *locked(part));
             }
         });
-        let seen: Vec<Vec<f32>> = parts.iter().map(|part| std::mem::take(&mut locked(part).seen)).collect();
-        for seen in seen {
-            for (value, seen) in self.values.iter_mut().zip(seen) {
-                *value = value.max(seen);
-            }
-        }
     }
 }
 
@@ -134,23 +128,36 @@ pub enum Divided {
     Not,
 }
 
-impl Part<'_> {
-    fn add(&mut self, lo: f32, hi: f32) {
+/// One row of a batch on its way to the sums; a type, because a closure would not be compiled for each set of vector
+/// instructions.
+struct Add<'a> {
+    values: &'a [f32],
+    gradients: &'a [f32],
+    lo: f32,
+    per_unit: f32,
+    sums: &'a mut [f32],
+}
+
+impl pulp::NullaryFnOnce for &mut Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
         let mut sums = [0.0f32; BINS + ZEROS];
-        let mut seen = vec![f32::NAN; BINS + ZEROS];
-        let per_value = BINS as f32 / (hi - lo);
-        for (place, (&x, &gradient)) in self.values.iter().zip(self.gradients).enumerate() {
-            // Too small and too large become the ends, and NaN the first bin.
-            let bin = (((x - lo) * per_value) as usize).min(BINS - 1);
-            let bin = if x.abs() < f32::MIN_POSITIVE { BINS + place % ZEROS } else { bin };
-            sums[bin] += gradient;
-            seen[bin] = seen[bin].max(x);
+        let mut bins = [0u16; BLOCK];
+        for (values, gradients) in self.values.chunks(BLOCK).zip(self.gradients.chunks(BLOCK)) {
+            for (place, (bin, &x)) in bins.iter_mut().zip(values).enumerate() {
+                // Too small and too large become the ends, and NaN the first bin.
+                let inside = ((x - self.lo) * self.per_unit).clamp(0.0, (BINS - 1) as f32) as u16;
+                *bin = if x.abs() < f32::MIN_POSITIVE { (BINS + place % ZEROS) as u16 } else { inside };
+            }
+            for (&bin, &gradient) in bins.iter().zip(gradients) {
+                sums[usize::from(bin) % (BINS + ZEROS)] += gradient;
+            }
         }
         for (sum, own) in self.sums.iter_mut().zip(sums) {
             *sum += own;
         }
-        seen.truncate(BINS);
-        self.seen = seen;
     }
 }
 
@@ -162,10 +169,12 @@ mod tests {
         (0..parts).rev().for_each(work);
     }
 
-    /// The sums of a row that are not zero, by the value that stands for the bin.
+    /// The sums of a row that are not zero, by the value that stands for the bin, which is near the one that was seen.
     fn row(sums: &GradientSums, row: usize) -> Vec<(f32, f32)> {
         let row = sums.rows().nth(row).expect("a row");
-        sums.values().iter().copied().zip(row.iter().copied()).filter(|(_, sum)| *sum != 0.0).collect()
+        let near = |x: f32| (x * 100.0).round() / 100.0;
+        let values = sums.values().into_iter().map(near);
+        values.zip(row.iter().copied()).filter(|(_, sum)| *sum != 0.0).collect()
     }
 
     #[test]
@@ -197,8 +206,20 @@ mod tests {
     fn values_outside_belong_to_the_ends() {
         let mut sums = GradientSums::new(Some(-1.0..=1.0));
         sums.begin(1);
-        sums.observe(&[-5.0, -1.0, 1.0, 9.0], &[1.0, 2.0, 3.0, 4.0], Divided::ByRow, in_turn);
-        assert_eq!(row(&sums, 0), [(-1.0, 3.0), (9.0, 7.0)]);
+        sums.observe(&[-5.0, -1.0, 1.0, 9.0, f32::NAN], &[1.0, 2.0, 3.0, 4.0, 8.0], Divided::ByRow, in_turn);
+        assert_eq!(row(&sums, 0), [(-1.0, 11.0), (1.0, 7.0)]);
+    }
+
+    #[test]
+    fn every_bin_has_a_value_of_its_own() {
+        let sums = GradientSums::new(Some(-0.7..=2.9));
+        let values = sums.values();
+        assert_eq!((values.len(), values[0], values[BINS - 1]), (BINS, -0.7, 2.9));
+        assert!(values.is_sorted_by(|a, b| a < b));
+        let mut sums = GradientSums::new(Some(-0.7..=2.9));
+        sums.begin(1);
+        sums.observe(&values, &vec![1.0; BINS], Divided::ByRow, in_turn);
+        assert!(sums.rows().flatten().all(|sum| *sum == 1.0));
     }
 
     #[test]
@@ -238,9 +259,9 @@ mod tests {
         sums.observe(&[0.5, -0.5], &[1.0, 2.0], Divided::ByRow, in_turn);
         sums.end();
         let stored: Vec<f32> = sums.rows().flatten().copied().collect();
-        let read = GradientSums::from_parts(-1.0..=1.0, sums.values().to_vec(), stored.clone()).expect("sums");
+        let read = GradientSums::from_parts(-1.0..=1.0, stored.clone()).expect("sums");
         assert_eq!((row(&read, 0), row(&read, 1)), (row(&sums, 0), row(&sums, 1)));
-        assert_eq!(GradientSums::from_parts(-1.0..=1.0, sums.values().to_vec(), stored[1..].to_vec()), None);
-        assert_eq!(GradientSums::from_parts(1.0..=1.0, sums.values().to_vec(), stored), None);
+        assert_eq!(GradientSums::from_parts(-1.0..=1.0, stored[1..].to_vec()), None);
+        assert_eq!(GradientSums::from_parts(1.0..=1.0, stored), None);
     }
 }

@@ -38,8 +38,9 @@ impl OffDiagonal {
             return None;
         }
         let range = counted.min()..=counted.max();
-        let kept: Vec<usize> = (0..sums.values().len()).filter(|&bin| range.contains(&sums.values()[bin])).collect();
-        let values: Vec<f32> = kept.iter().map(|&bin| sums.values()[bin]).collect();
+        let all = sums.values();
+        let kept: Vec<usize> = (0..all.len()).filter(|&bin| range.contains(&all[bin])).collect();
+        let values: Vec<f32> = kept.iter().map(|&bin| all[bin]).collect();
         let row = |sums: &[f32]| {
             let mut row = vec![[0.0; LANES]; kept.len().div_ceil(LANES)];
             for (place, sum) in row.as_flattened_mut().iter_mut().zip(kept.iter().map(|&bin| sums[bin])) {

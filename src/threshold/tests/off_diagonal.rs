@@ -60,12 +60,10 @@ fn normal(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| random.normal() as f32).collect()
 }
 
-/// A fifth of the values are four constants, each with gradients of one sign in each row. Values are multiples of 1/100, so that those of a
-/// bin are equal.
+/// A fifth of the values are four constants, each with gradients of one sign in each row.
 fn constants_among_others() -> Rows {
     let value = |row| {
         let mut values = normal(400, 10 + row as u64);
-        values.iter_mut().for_each(|x| *x = (*x * 100.0).round() / 100.0);
         for (own, x) in values.chunks_mut(20).zip([-1.23, -0.57, 0.71, 1.94]) {
             own.fill(x);
         }
@@ -98,7 +96,7 @@ fn constants_with_gradients_of_one_sign_are_rounded_well() {
     }
     // Some scales for the other values happen to suit the constants.
     let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
-    assert!(mean < 0.8, "{ratios:?}");
+    assert!(mean < 0.85, "{ratios:?}");
 }
 
 #[test]
@@ -110,7 +108,8 @@ fn what_is_told_is_the_direct_sum() {
             let found = rows.select(&scores, grid, bits);
             let [together, apart] = rows.errors(&found.params[0]);
             let (told, expected) = (found.off_diagonal.expect("a share"), together / apart - 1.0);
-            assert!((told - expected).abs() < 0.02 * (1.0 + expected), "{grid:?} {bits} bits: {told} {expected}");
+            // A bin is a sixteenth of a level of eight bits.
+            assert!((told - expected).abs() < 0.15 * (1.0 + expected), "{grid:?} {bits} bits: {told} {expected}");
         }
     }
 }
