@@ -104,11 +104,11 @@ fn what_is_told_is_the_direct_sum() {
     let rows = constants_among_others();
     let scores = rows.scores();
     for grid in GRIDS {
-        for bits in [3, 5, 8] {
+        for bits in [3, 4, 5] {
             let found = rows.select(&scores, grid, bits);
             let [together, apart] = rows.errors(&found.params[0]);
             let (told, expected) = (found.off_diagonal.expect("a share"), together / apart - 1.0);
-            // A bin is a sixteenth of a level of eight bits.
+            // With more bits, more of the values are rounded otherwise than the middle of their bin.
             assert!((told - expected).abs() < 0.15 * (1.0 + expected), "{grid:?} {bits} bits: {told} {expected}");
         }
     }
