@@ -205,7 +205,7 @@ pub struct WeightPlan {
 pub enum BiasCorrection {
     /// Nothing.
     None,
-    /// b += (W − W_q)·E[x] per output channel.
+    /// b += (W − W_q)·E(x) per output channel.
     ClosedForm,
 }
 

@@ -1,4 +1,4 @@
-//! b += (W − W_q)·E[x] per output channel: the mean error of a layer's result, taken out. E[x] is the mean of what the float
+//! b += (W − W_q)·E(x) per output channel: the mean error of a layer's result, taken out. E(x) is the mean of what the float
 //! model's op reads, over rows and over the positions of its result.
 //!
 //! The closed form of bias correction, as in "Data-Free Quantization Through Weight Equalization and Bias Correction" (Nagel
