@@ -605,7 +605,7 @@ quantization.z_threshold=off => `quantization.z_threshold` must be a number, fou
 quantization.z_threshol=3 => unknown key `z_threshol` in `quantization`, did you mean `z_threshold`?
 overrides={} => `overrides` must be a list, found a map
 device=cuda:x => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `cuda:x`, did you mean `cuda:N`?
-device=cuda:+1 => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `cuda:+1`, did you mean `cuda:N`?
+device=cuda:+1 => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `cuda:+1`, did you mean `cuda`?
 device=cuda:128 => `device`: expected the number of a GPU, 0 to 127, found 128
 device=cuda:99999999999 => `device`: expected the number of a GPU, 0 to 127, found 99999999999
 device=gpu => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `gpu`, did you mean `cpu`?

@@ -56,6 +56,11 @@ impl GradientSums {
         BINS as f32 / (hi - lo)
     }
 
+    /// The bin of a value.
+    pub fn bin_of(&self, x: f32) -> usize {
+        self.range.map_or(0, |(lo, hi)| usize::from(bin_of(x, lo, Self::bins_per_unit(lo, hi))))
+    }
+
     /// The value that stands for each bin: its middle, but the ends themselves for the first and the last, where a clamp may
     /// have put many values.
     pub fn values(&self) -> Vec<f32> {
@@ -119,6 +124,12 @@ impl GradientSums {
     }
 }
 
+/// Too small and too large become the ends, and NaN the first bin.
+#[inline(always)]
+fn bin_of(x: f32, lo: f32, per_unit: f32) -> u16 {
+    ((x - lo) * per_unit).clamp(0.0, (BINS - 1) as f32) as u16
+}
+
 /// How a batch lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Divided {
@@ -147,8 +158,7 @@ impl pulp::NullaryFnOnce for &mut Add<'_> {
         let mut bins = [0u16; BLOCK];
         for (values, gradients) in self.values.chunks(BLOCK).zip(self.gradients.chunks(BLOCK)) {
             for (place, (bin, &x)) in bins.iter_mut().zip(values).enumerate() {
-                // Too small and too large become the ends, and NaN the first bin.
-                let inside = ((x - self.lo) * self.per_unit).clamp(0.0, (BINS - 1) as f32) as u16;
+                let inside = bin_of(x, self.lo, self.per_unit);
                 *bin = if x.abs() < f32::MIN_POSITIVE { (BINS + place % ZEROS) as u16 } else { inside };
             }
             for (&bin, &gradient) in bins.iter().zip(gradients) {
@@ -216,6 +226,7 @@ mod tests {
         let values = sums.values();
         assert_eq!((values.len(), values[0], values[BINS - 1]), (BINS, -0.7, 2.9));
         assert!(values.is_sorted_by(|a, b| a < b));
+        assert!((0..BINS).all(|bin| sums.bin_of(values[bin]) == bin));
         let mut sums = GradientSums::new(Some(-0.7..=2.9));
         sums.begin(1);
         sums.observe(&values, &vec![1.0; BINS], Divided::ByRow, in_turn);

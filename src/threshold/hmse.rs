@@ -71,7 +71,7 @@ pub fn select_activation_scored(
         if is_without_scores {
             return chooser.by_method(Data::Histogram(counted), ErrorMethod::Mse);
         }
-        let off_diagonal = OffDiagonal::new(sums, observed, scheme.bits);
+        let off_diagonal = OffDiagonal::new(sums, counted, scheme.bits);
         Ok(by_masses(Masses::new(bins, by_value.total()), off_diagonal.as_ref(), chooser))
     })?;
     let Masses { bins, total, unit } = Masses::new(histogram.weighted_bins(by_value), by_value.total());
@@ -79,9 +79,7 @@ pub fn select_activation_scored(
     selection.weighted_error = mean(squared_error, total);
     if is_without_scores {
         selection.notes.push(Note::ZeroScores { channels: vec![0], count: 1 });
-    } else if let Some(observed) = histogram.observed()?
-        && let Some(off_diagonal) = OffDiagonal::new(sums, observed, scheme.bits)
-    {
+    } else if let Some(off_diagonal) = OffDiagonal::new(sums, histogram, scheme.bits) {
         let of = |params: &QuantParams| off_diagonal.squared_error(params).mean / (squared_error * unit) - 1.0;
         selection.off_diagonal = selection.params.first().map(of).filter(|share| share.is_finite());
     }

@@ -6,7 +6,7 @@
 //! constant that a batch normalization makes of a ReLU's zeros, the white of a photo), which all are rounded alike.
 
 use crate::quantizer::{Bits, QuantParams};
-use crate::statistics::{GradientSums, Observed};
+use crate::statistics::{Bin, GradientSums, Histogram};
 
 /// Bits up to which sums of gradients by row count for HMSE: beyond, levels are closer than their bins.
 pub const GRADIENT_SUMS_MAX_BITS: u8 = 8;
@@ -33,12 +33,13 @@ pub(super) struct Estimate {
 
 impl OffDiagonal {
     /// Of the values that count; `None` where sums tell nothing: there are none, or too few, or levels are too close for them.
-    pub(super) fn new(sums: &GradientSums, counted: Observed, bits: Bits) -> Option<Self> {
+    pub(super) fn new(sums: &GradientSums, counted: &Histogram, bits: Bits) -> Option<Self> {
         if bits.get() > GRADIENT_SUMS_MAX_BITS || sums.rows().len() < LEAST_ROWS {
             return None;
         }
-        let range = counted.min()..=counted.max();
-        let all = sums.values();
+        let observed = counted.observed().ok()??;
+        let range = observed.min()..=observed.max();
+        let all = values(sums, counted);
         let kept: Vec<usize> = (0..all.len()).filter(|&bin| range.contains(&all[bin])).collect();
         let values: Vec<f32> = kept.iter().map(|&bin| all[bin]).collect();
         let row = |sums: &[f32]| {
@@ -73,6 +74,29 @@ impl OffDiagonal {
         let Estimate { mean, standard_error } = self.squared_error(params);
         (mean - diagonal - standard_error).max(0.0)
     }
+}
+
+/// The value that stands for each bin: the mean of what was counted in it, as far as counted bins are the finer ones, else its
+/// middle. Where one value is frequent it has to be told well: all its gradients are multiplied with the error of what stands
+/// for it.
+fn values(sums: &GradientSums, counted: &Histogram) -> Vec<f32> {
+    let mut values = sums.values();
+    let mut means = vec![(0.0, 0.0); values.len()];
+    let [negative, positive] = [(counted.negative_bins(), -1.0), (counted.positive_bins(), 1.0)];
+    for (bins, sign) in [negative, positive] {
+        for Bin { lo, hi, mass } in bins {
+            let x = sign * (lo + hi) / 2.0;
+            let ends = [sums.bin_of((sign * lo) as f32), sums.bin_of((sign * hi) as f32)];
+            if let (Some(mean), true) = (means.get_mut(sums.bin_of(x as f32)), ends[0].abs_diff(ends[1]) <= 1) {
+                *mean = (mean.0 + mass * x, mean.1 + mass);
+            }
+        }
+    }
+    let inner = 1..values.len().saturating_sub(1);
+    for (value, (sum, mass)) in values[inner.clone()].iter_mut().zip(&means[inner]) {
+        *value = if *mass > 0.0 { (sum / mass) as f32 } else { *value };
+    }
+    values
 }
 
 fn dot(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> f64 {
