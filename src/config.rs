@@ -669,7 +669,7 @@ seed => expected KEY=VALUE such as `quantization.weights.bits=4`, found no `=`
 =1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a..b=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a=[1 => not valid YAML: unclosed bracket '['
-a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `hessian`, `device`, `output`, `evaluation`, `seed`
+a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `hessian`, `device`, `allow_tf32`, `output`, `evaluation`, `seed`
 calibration=5 => `calibration` must be a map of keys, found the number 5
 output.dir="a\0b" => `output.dir`: expected a path, found a\0b
 a=x: y: z => not valid YAML: mapping values are not allowed in this context

@@ -234,7 +234,9 @@ impl<'a> Run<'a> {
             }
         }
         if outputs.is_empty() {
-            // None of the layers ran in this batch, or no gradient reaches any.
+            // None of the layers ran in this batch, or no gradient reaches any: its rows count with gradients of zero.
+            self.activations.rows = place.rows;
+            self.activations.begin_probe(self.probes == 0)?;
             return Ok(());
         }
         let directions = Directions { request: self.request, first_row: place.first_row, rows: place.rows };

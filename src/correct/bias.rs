@@ -72,6 +72,9 @@ fn added(
     let means = total.f_to_device(Device::Cpu)?.f_mul_scalar(target.factor / sum.count as f64)?;
     let (weight, quantized) = (by_group(weight, target.form)?, by_group(quantized, target.form)?);
     let [groups, outputs, inputs, taps] = <[i64; 4]>::try_from(weight.size()).unwrap_or_default();
+    if i64::try_from(means.numel()) != Ok(groups * inputs * taps) {
+        return Ok(Err("its input has features at times that it has not at others"));
+    }
     let means = means.f_reshape([groups, inputs * taps, 1])?;
     let rows = (PIECE / (groups * inputs * taps).max(1)).max(1);
     let mut pieces = Vec::new();

@@ -133,27 +133,25 @@ fn through_taps(value: &Tensor, axes: &[Axis]) -> Result<(Tensor, usize), tch::T
         return Ok((over_all_but(&batch, 1)?.f_unsqueeze(-1)?, count));
     }
     // In f32 up to here: sums of a batch alone, of which the double sums are made.
-    let mut sum = batch.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
+    let mut sum = batch.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?.f_to_kind(Kind::Double)?;
     for axis in axes {
         // The axes come to the second place one after the other, and go to the end as taps.
-        let last = sum.f_movedim_int(1, -1)?;
-        let length = last.size().last().copied().unwrap_or_default();
-        sum = last.f_matmul(&meetings(axis, length)?.f_to_device(last.device())?)?;
+        sum = met_by_each_tap(&sum.f_movedim_int(1, -1)?, axis)?;
     }
-    Ok((sum.f_flatten(1, -1)?.f_to_kind(Kind::Double)?, count))
+    Ok((sum.f_flatten(1, -1)?, count))
 }
 
-/// (length, taps): 1 where the tap meets the position.
-fn meetings(axis: &Axis, length: i64) -> Result<Tensor, tch::TchError> {
-    let taps = usize::try_from(axis.kernel).unwrap_or_default();
-    let mut met = vec![0.0f32; usize::try_from(length).unwrap_or_default() * taps];
-    for tap in 0..axis.kernel {
-        for position in axis.met(length, tap) {
-            let index = usize::try_from(position * axis.kernel + tap).unwrap_or(usize::MAX);
-            if let Some(slot) = met.get_mut(index) {
-                *slot = 1.0;
-            }
-        }
-    }
-    Tensor::f_from_slice(&met)?.f_reshape([length, axis.kernel])
+/// The sums along the last axis over the positions that each tap meets, side by side.
+fn met_by_each_tap(sum: &Tensor, axis: &Axis) -> Result<Tensor, tch::TchError> {
+    let length = sum.size().last().copied().unwrap_or_default();
+    let taps = (0..axis.kernel).map(|tap| {
+        // Equally far from each other.
+        let mut met = axis.met(length, tap);
+        let (first, second, count) = (met.next(), met.next(), met.count() as i64);
+        let (start, step) = (first.unwrap_or_default(), second.zip(first).map_or(1, |(second, first)| second - first));
+        let positions = i64::from(first.is_some()) + i64::from(second.is_some()) + count;
+        let end = if positions == 0 { start } else { start + (positions - 1) * step + 1 };
+        sum.f_slice(-1, start, end, step)?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Double)
+    });
+    Tensor::f_stack(&taps.collect::<Result<Vec<_>, _>>()?, -1)
 }

@@ -342,7 +342,8 @@ impl Finder<'_> {
         let rank = known.seen.as_ref().map(|seen| seen.shape.len());
         let axis = match reading {
             Reading::Rows if rank == Some(2) => None,
-            Reading::Rows => Some(ChannelAxis::Last),
+            // One axis is one channel there, whatever its features.
+            Reading::Rows if rank.is_some_and(|rank| rank > 2) => Some(ChannelAxis::Last),
             Reading::Positions(axes) if axes.iter().all(Axis::is_pointwise) && rank == Some(axes.len() + 2) => {
                 Some(ChannelAxis::Second)
             }

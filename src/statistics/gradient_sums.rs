@@ -35,7 +35,9 @@ impl GradientSums {
 
     /// For values in this range; those outside belong to its ends. Without a range nothing is kept.
     pub fn new(range: Option<RangeInclusive<f32>>) -> Self {
-        let range = range.map(RangeInclusive::into_inner).filter(|(lo, hi)| lo < hi && (hi - lo).is_finite());
+        let range = range
+            .map(RangeInclusive::into_inner)
+            .filter(|(lo, hi)| lo < hi && (hi - lo).is_finite() && Self::bins_per_unit(*lo, *hi).is_finite());
         Self { range, ..Self::default() }
     }
 

@@ -81,7 +81,8 @@ pub fn select_activation_scored(
         selection.notes.push(Note::ZeroScores { channels: vec![0], count: 1 });
     } else if let Some(off_diagonal) = OffDiagonal::new(sums, histogram, scheme.bits) {
         let of = |params: &QuantParams| off_diagonal.squared_error(params).mean / (squared_error * unit) - 1.0;
-        selection.off_diagonal = selection.params.first().map(of).filter(|share| share.is_finite());
+        let told = selection.params.first().filter(|params| off_diagonal.tells_levels_of(params));
+        selection.off_diagonal = told.map(of).filter(|share| share.is_finite());
     }
     Ok(selection)
 }

@@ -11,6 +11,9 @@ use crate::statistics::{Bin, GradientSums, Histogram};
 /// Bits up to which sums of gradients by row count for HMSE: beyond, levels are closer than their bins.
 pub const GRADIENT_SUMS_MAX_BITS: u8 = 8;
 
+/// Bins that a level has to have at least.
+const LEAST_BINS: f64 = 3.0;
+
 /// Rows below which their spread says nothing.
 const LEAST_ROWS: usize = 2;
 
@@ -19,6 +22,8 @@ const LANES: usize = 16;
 
 /// Sums of gradients by value, one line for each row.
 pub(super) struct OffDiagonal {
+    /// Of a bin.
+    width: f64,
     values: Vec<f32>,
     /// Of a whole number of lanes each.
     rows: Vec<Vec<[f32; LANES]>>,
@@ -38,6 +43,8 @@ impl OffDiagonal {
             return None;
         }
         let observed = counted.observed().ok()??;
+        let (lo, hi) = sums.range()?.into_inner();
+        let width = (f64::from(hi) - f64::from(lo)) / GradientSums::BINS as f64;
         let range = observed.min()..=observed.max();
         let all = values(sums, counted);
         let kept: Vec<usize> = (0..all.len()).filter(|&bin| range.contains(&all[bin])).collect();
@@ -50,7 +57,12 @@ impl OffDiagonal {
             row
         };
         let rows = sums.rows().map(row).collect();
-        Some(Self { values, rows })
+        Some(Self { width, values, rows })
+    }
+
+    /// Whether bins are narrow enough beside the levels of a quantizer: one value stands for each bin.
+    pub(super) fn tells_levels_of(&self, params: &QuantParams) -> bool {
+        f64::from(params.scale()) >= LEAST_BINS * self.width
     }
 
     /// The mean over rows of (Σ g (q − x))².
@@ -71,8 +83,12 @@ impl OffDiagonal {
     /// By how much the squared error is above `diagonal`, its part of independent errors, as far as that is no chance: beyond
     /// its standard error.
     pub(super) fn surplus(&self, params: &QuantParams, diagonal: f64) -> f64 {
+        if !self.tells_levels_of(params) {
+            return 0.0;
+        }
         let Estimate { mean, standard_error } = self.squared_error(params);
-        (mean - diagonal - standard_error).max(0.0)
+        let surplus = mean - diagonal - standard_error;
+        if surplus.is_nan() { f64::INFINITY } else { surplus.max(0.0) }
     }
 }
 
