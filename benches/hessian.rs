@@ -1,20 +1,21 @@
 //! The Hessian stage against a plain forward and backward of libtorch to all weights, over the same batches, in turn in one
 //! process: `cargo bench --bench hessian -- EXPERIMENT.yaml ...`.
 
+#[path = "common/way_back.rs"]
+mod way_back;
+
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Parser;
-use tch::Tensor;
 use tsquant::config::{Experiment, HessianPlan, HessianRequest};
 use tsquant::correct::{InputSums, Targets};
 use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Layers};
-use tsquant::jit::{Clean, Differentiable, NoVisit};
 use tsquant::statistics::Activation;
-use tsquant::{feed, jit, observe, pipeline, sites};
+use tsquant::{jit, observe, pipeline, sites};
 
 #[derive(Parser)]
 struct Options {
@@ -93,7 +94,7 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
     let loaded = memory("VmRSS:");
     // Warm: libtorch optimizes in the first runs.
     for _ in 0..2 {
-        plain(&clean, &graph, &data, &request(1))?;
+        way_back::plain(&clean, &graph, &data, &request(1))?;
     }
     let plain_peak = memory("VmHWM:");
     let mut peaks = Vec::new();
@@ -104,8 +105,8 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
     let mut times = vec![Vec::new(); KINDS.len() + 1];
     let mut four_ways_back = Vec::new();
     for _ in 0..options.rounds {
-        times[0].push(seconds(|| plain(&clean, &graph, &data, &request(1)))?);
-        four_ways_back.push(seconds(|| plain(&clean, &graph, &data, &request(4)))?);
+        times[0].push(seconds(|| way_back::plain(&clean, &graph, &data, &request(1)))?);
+        four_ways_back.push(seconds(|| way_back::plain(&clean, &graph, &data, &request(4)))?);
         for (kind, times) in KINDS.into_iter().zip(&mut times[1..]) {
             times.push(seconds(|| score(kind))?);
         }
@@ -130,23 +131,6 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
             peaks[index],
             peaks[index] / plain_peak,
         );
-    }
-    Ok(())
-}
-
-/// The same batches forward and, for each probe, back to all weights, as libtorch does it.
-fn plain(clean: &Clean, graph: &Differentiable, data: &Dataset, request: &HessianRequest) -> Result<()> {
-    let ways_back = request.probes.get();
-    for batch in data.sample(request.samples, request.seed, request.batch_size) {
-        let recording = graph.record(&feed::bind(clean.module(), batch?)?, &mut NoVisit)?;
-        let tensors = recording.output().tensors();
-        let outputs = tensors.iter().filter(|(_, output)| output.requires_grad());
-        let outputs = outputs.map(|(_, output)| Ok((*output, output.f_ones_like()?)));
-        let outputs: Vec<(&Tensor, Tensor)> = outputs.collect::<Result<_>>()?;
-        ensure!(!outputs.is_empty(), "expected an output with a gradient, found none");
-        for way in 1..=ways_back {
-            recording.backward(&outputs, way < ways_back, &mut NoVisit)?;
-        }
     }
     Ok(())
 }

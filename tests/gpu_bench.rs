@@ -1,5 +1,8 @@
 //! The measurements of `benches/gpu` at a small size on the processor, so that the script is known to run.
 
+#[path = "../benches/common/way_back.rs"]
+mod way_back;
+
 #[path = "../benches/gpu/measure.rs"]
 mod measure;
 

@@ -352,7 +352,8 @@ fn gradients_by_row_do_not_depend_on_the_batch_size() {
     for name in ["linear", "mlp", "small_conv"] {
         let subject = Subject::new(model(name));
         let ranges = vec![Some(-100.0..=100.0f32); subject.sites.activations.len()];
-        // Of each site Σ g · x by row: a value beside the edge of a bin may be rounded into the next.
+        // Of each site by row the gradients of positive values less those of negative ones: another batch size may round a
+        // value into the next bin.
         let sums = |probes, batch_size| -> Vec<Vec<f32>> {
             let scores = subject.try_score_in(&request(probes, batch_size), &ranges).unwrap();
             let of_site = |scored: &Scored<ActivationScores>| {

@@ -1,5 +1,5 @@
 //! What runs on a GPU, run on the processor: the same tensor ops, against the code that tests of other files know to be right.
-//! A process that has a GPU runs it there as well.
+//! No test here runs on a GPU.
 
 mod common;
 

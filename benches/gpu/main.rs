@@ -8,6 +8,8 @@
 //! It needs a torch that has CUDA (README) and a GPU; `--device cpu` tries the script itself where there is none.
 
 mod measure;
+#[path = "../common/way_back.rs"]
+mod way_back;
 
 use std::path::{Path, PathBuf};
 

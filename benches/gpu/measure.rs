@@ -3,15 +3,17 @@
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
-use tch::{Device, Tensor};
+use anyhow::Result;
+use tch::Device;
 use tsquant::config::{HessianPlan, HessianRequest, Plan};
 use tsquant::correct::InputSums;
 use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Layers};
-use tsquant::jit::{Clean, Differentiable, NoVisit};
+use tsquant::jit::Clean;
 use tsquant::observe::{Summing, observe_by};
 use tsquant::{feed, jit, pipeline, sites};
+
+use super::way_back;
 
 /// Seconds, the best of all rounds, and bytes.
 #[derive(Debug)]
@@ -66,7 +68,7 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
     let (calibration, calibration_bytes) = timed(&|| {
         Ok(observe_by(summing, &clean, &sites.activations, &mut InputSums::default(), &data, |_| ()).map(drop)?)
     })?;
-    let (backward, _) = timed(&|| back(&clean, &graph, &data, &request))?;
+    let (backward, _) = timed(&|| way_back::plain(&clean, &graph, &data, &request))?;
     let (hessian, hessian_bytes) =
         timed(&|| Ok(hessian::score_by(summing, &clean, layers, &data, &request, |_| ()).map(drop)?))?;
     Ok(Measured {
@@ -87,20 +89,6 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
 fn plain(clean: &Clean, data: &Dataset) -> Result<()> {
     for batch in data.batches() {
         clean.module().forward(&feed::bind(clean.module(), batch?)?)?;
-    }
-    Ok(())
-}
-
-/// The batches forward and back to all weights, as libtorch does it.
-fn back(clean: &Clean, graph: &Differentiable, data: &Dataset, request: &HessianRequest) -> Result<()> {
-    for batch in data.sample(request.samples, request.seed, request.batch_size) {
-        let recording = graph.record(&feed::bind(clean.module(), batch?)?, &mut NoVisit)?;
-        let tensors = recording.output().tensors();
-        let outputs = tensors.iter().filter(|(_, output)| output.requires_grad());
-        let outputs = outputs.map(|(_, output)| Ok((*output, output.f_ones_like()?)));
-        let outputs: Vec<(&Tensor, Tensor)> = outputs.collect::<Result<_>>()?;
-        ensure!(!outputs.is_empty(), "expected an output with a gradient, found none");
-        recording.backward(&outputs, false, &mut NoVisit)?;
     }
     Ok(())
 }
