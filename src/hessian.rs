@@ -422,7 +422,8 @@ struct SiteError {
 impl Visit for Listener {
     fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
         let row_length = self.row_length(value);
-        let thinning = row_length.map(Thinning::new).filter(|thinning| thinning.is_needed());
+        let thinning = row_length.map(|length| Thinning::new(length, self.draw.probe));
+        let thinning = thinning.filter(|thinning| thinning.is_needed());
         let divided = if row_length.is_some() { Divided::ByRow } else { Divided::Not };
         let draw = Draw { site: tap, ..self.draw };
         let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };

@@ -12,8 +12,11 @@ use crate::random::SplitMix64;
 /// Neighbours that are looked at together.
 const BLOCK: usize = 1024;
 
-/// Elements of a row that are enough for a probe.
+/// Elements of a row that are enough for the first probe.
 const ENOUGH: usize = 1 << 15;
+
+/// Elements of a row that are enough for each further probe, which tells mainly what is random about a probe.
+const ENOUGH_MORE: usize = 1 << 13;
 
 /// How the rows of an activation are thinned out in one probe.
 #[derive(Debug, Clone, Copy)]
@@ -33,9 +36,10 @@ pub(super) struct Draw {
 }
 
 impl Thinning {
-    pub(super) fn new(row_length: usize) -> Self {
+    pub(super) fn new(row_length: usize, probe: usize) -> Self {
+        let enough = if probe == 0 { ENOUGH } else { ENOUGH_MORE };
         let mut root = 1;
-        while row_length / (root * root) > ENOUGH {
+        while row_length / (root * root) > enough {
             root *= 2;
         }
         Self { row_length, root }
@@ -94,17 +98,18 @@ mod tests {
     #[test]
     fn small_rows_are_whole() {
         for length in [1, BLOCK, ENOUGH] {
-            assert!(!Thinning::new(length).is_needed());
+            assert!(!Thinning::new(length, 0).is_needed());
         }
         for (length, root) in [(ENOUGH + 1, 2), (4 * ENOUGH, 2), (4 * ENOUGH + 4, 4), (40 * ENOUGH, 8)] {
-            assert_eq!(Thinning::new(length).root, root, "{length}");
+            assert_eq!(Thinning::new(length, 0).root, root, "{length}");
+            assert_eq!(Thinning::new(length, 1).root, 2 * root, "{length}");
         }
     }
 
     /// The mean over all offsets is the sum of all elements.
     #[test]
     fn every_block_is_as_likely() {
-        let thinning = Thinning::new(3 * ENOUGH + 77);
+        let thinning = Thinning::new(3 * ENOUGH + 77, 0);
         let mut counts = vec![0; thinning.row_length];
         let draws = 4000;
         for probe in 0..draws {
@@ -118,7 +123,7 @@ mod tests {
 
     #[test]
     fn rows_have_offsets_of_their_own_whatever_batch_they_are_in() {
-        let thinning = Thinning::new(5 * ENOUGH);
+        let thinning = Thinning::new(5 * ENOUGH, 0);
         let of = |first_row, row| -> Vec<Range<usize>> {
             let start = row * thinning.row_length;
             let ranges = thinning.ranges(Draw { first_row, ..DRAW }, row);
@@ -130,7 +135,7 @@ mod tests {
 
     #[test]
     fn gradients_are_weighted() {
-        let thinning = Thinning::new(2 * ENOUGH);
+        let thinning = Thinning::new(2 * ENOUGH, 0);
         let values: Vec<f32> = (0..4 * ENOUGH).map(|index| index as f32).collect();
         let gradients: Vec<f32> = values.iter().map(|x| -x).collect();
         let mut kept = [vec![9.0], vec![9.0]];

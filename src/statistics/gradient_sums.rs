@@ -129,7 +129,11 @@ impl GradientSums {
 /// Too small and too large become the ends, and NaN the first bin.
 #[inline(always)]
 fn bin_of(x: f32, lo: f32, per_unit: f32) -> u16 {
-    ((x - lo) * per_unit).clamp(0.0, (BINS - 1) as f32) as u16
+    // Not clamp, which leaves NaN.
+    #[expect(clippy::manual_clamp)]
+    let place = ((x - lo) * per_unit).max(0.0).min((BINS - 1) as f32);
+    // The last bits of a sum with 2^23 are the integer; a cast would be compiled to one value after the other.
+    ((place.floor() + (1u32 << 23) as f32).to_bits() as usize % BINS) as u16
 }
 
 /// How a batch lies in memory.
@@ -164,7 +168,9 @@ impl pulp::NullaryFnOnce for &mut Add<'_> {
                 *bin = if x.abs() < f32::MIN_POSITIVE { (BINS + place % ZEROS) as u16 } else { inside };
             }
             for (&bin, &gradient) in bins.iter().zip(gradients) {
-                sums[usize::from(bin) % (BINS + ZEROS)] += gradient;
+                if let Some(sum) = sums.get_mut(usize::from(bin)) {
+                    *sum += gradient;
+                }
             }
         }
         for (sum, own) in self.sums.iter_mut().zip(sums) {
