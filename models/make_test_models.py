@@ -469,6 +469,30 @@ class SmallConv(nn.Module):
         return self.fc(x.mean([2, 3]))
 
 
+class Tables(nn.Module):
+    """Tensors that stand in a dict, in lists of lists and in a tuple."""
+
+    scales: dict[str, Tensor]
+    shifts: list[list[Tensor]]
+    last: tuple[Tensor, int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.scales = {"coarse": torch.rand(4) + 0.5, "fine": torch.rand(4) + 0.5}
+        self.shifts = [[torch.randn(4) * 0.1], [torch.randn(4) * 0.1, torch.randn(4) * 0.1]]
+        self.last = (torch.randn(4) * 0.1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        for name in self.scales:
+            x = x * self.scales[name]
+        for row in self.shifts:
+            for shift in row:
+                x = x + shift
+        return x + self.last[0] * self.last[1]
+
+
 class Indices(nn.Module):
     """Answers with indices alone, which no gradient flows to."""
 
@@ -505,6 +529,7 @@ CASES = [
     Case("traps", Traps, lambda: {"x": torch.randn(ROWS, 8)}, script),
     Case("packed", Packed, packed_inputs, script),
     Case("extras", Extras, images(3, 8), script),
+    Case("tables", Tables, lambda: {"x": torch.randn(ROWS, 6)}, script),
     Case("linear", Linear, lambda: {"x": torch.randn(ROWS, 6)}, trace, exact={"fc": ""}),
     Case("mlp", Mlp, lambda: {"x": torch.randn(ROWS, 6)}, script, exact={"fc1": "tanh", "fc2": ""}),
     Case("small_conv", SmallConv, images(1, 6), trace, exact={"conv1": "relu1", "conv2": "relu2", "fc": ""}),

@@ -135,6 +135,14 @@ pub enum Error {
         /// libtorch's own words.
         message: String,
     },
+    /// The memory of the GPU is not enough for the model alone.
+    #[error(
+        "not enough memory on the GPU for the model's weights: {message}; take another GPU (`device: cuda:N`) or `device: cpu`"
+    )]
+    NoRoomForWeights {
+        /// libtorch's own words.
+        message: String,
+    },
     /// The run directory.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
@@ -286,8 +294,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
 
     progress.stage("check", Work::Rows(comparison.checked_rows(&calibration)));
     let simulation =
-        Simulation::new(&model, &sites, &selections, &corrections).map_err(comparison.batches().blame())?;
-    let emitted = Module::load_onto(&file, taken.device).map_err(comparison.batches().blame())?;
+        Simulation::new(&model, &sites, &selections, &corrections).map_err(device::blame_weights)?;
+    let emitted = Module::load_onto(&file, taken.device).map_err(device::blame_weights)?;
     let checked = simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows));
     checked.map_err(comparison.batches().blame())?;
     let dropped = dropped(model.module(), &emitted)?;
@@ -366,7 +374,7 @@ pub fn load_clean(plan: &Plan, calibration: &Dataset, device: Device) -> Result<
     // TF32 would round more than a clean-up may change.
     jit::prepare(device, false)?;
     let batches = calibration_batches(plan);
-    let module = Module::load_onto(&plan.model, device).map_err(batches.blame())?;
+    let module = Module::load_onto(&plan.model, device).map_err(device::blame_weights)?;
     let (sample, _) = check_rows(&module, calibration, batches.rows.get(), "calibration").map_err(batches.blame())?;
     let model = module.clean(Some(&sample)).map_err(batches.blame())?;
     jit::prepare(device, plan.allow_tf32)?;

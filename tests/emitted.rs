@@ -40,7 +40,7 @@ macro_rules! each_model {
 
 each_model! {
     bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place linear mlp multi_io packed
-    recurrent scripted_encoder sdpa small_conv stateful tiny_encoder training_mode traps mnist_resnet
+    recurrent scripted_encoder sdpa small_conv stateful tables tiny_encoder training_mode traps mnist_resnet
 }
 
 #[test]

@@ -230,7 +230,7 @@ mod tests {
         const META: i32 = -2;
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/test");
         // Outside of Python meta has neither convolutions nor relu.
-        let models = [("linear", &["x"][..]), ("mlp", &["x"]), ("recurrent", &["x"])];
+        let models = [("linear", &["x"][..]), ("mlp", &["x"]), ("recurrent", &["x"]), ("tables", &["x"])];
         for (name, arguments) in models {
             let path = folder.join(format!("{name}.pt"));
             let inputs = inputs(&folder, name, arguments);
@@ -239,6 +239,18 @@ mod tests {
             bridge::move_module(module.as_bridge().unwrap(), META).unwrap();
             assert_eq!(shapes(&module, &inputs, META), expected, "{name}");
         }
+    }
+
+    /// libtorch refuses lengths of packed sequences on a GPU.
+    #[test]
+    fn lengths_of_packed_sequences_stay_on_the_processor() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/test/packed.pt");
+        let module = Module::load(&path).unwrap();
+        bridge::move_module(module.as_bridge().unwrap(), -1).unwrap();
+        let clean = module.clean(None).unwrap();
+        let kinds: Vec<&str> = clean.listing().nodes.iter().map(|node| node.op.as_str()).collect();
+        let packs = kinds.iter().position(|&kind| kind == "aten::_pack_padded_sequence").unwrap();
+        assert_eq!(kinds[packs - 1], "aten::cpu", "{kinds:?}");
     }
 
     #[test]

@@ -8,8 +8,9 @@ use super::Error;
 use crate::config::DevicePlan;
 use crate::jit::{self, NoCuda};
 
-/// What libtorch says where a GPU has not enough memory, to whoever asked: the model, a statistic, cuBLAS.
-const OUT_OF_MEMORY: [&str; 3] = ["CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"];
+/// What libtorch says where a GPU has not enough memory, to whoever asked: the model, a statistic, cuBLAS, cuDNN.
+const OUT_OF_MEMORY: [&str; 4] =
+    ["CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"];
 
 /// The device of a run.
 pub(super) struct Taken {
@@ -59,12 +60,28 @@ impl Batches {
     pub(super) fn blame<E: Into<Error>>(self) -> impl Fn(E) -> Error {
         move |error| {
             let error = error.into();
-            let message = error.to_string();
-            let Some(start) = OUT_OF_MEMORY.iter().find_map(|text| message.find(text)) else { return error };
-            let sentence = message.get(start..).unwrap_or_default().split(". ").take(2).collect::<Vec<_>>().join(". ");
-            Error::OutOfMemory { key: self.key, rows: self.rows, message: sentence }
+            match out_of_memory(&error) {
+                Some(message) => Error::OutOfMemory { key: self.key, rows: self.rows, message },
+                None => error,
+            }
         }
     }
+}
+
+/// The error where the weights of a model go to a device, with advice where the memory of the GPU was not enough.
+pub(super) fn blame_weights<E: Into<Error>>(error: E) -> Error {
+    let error = error.into();
+    match out_of_memory(&error) {
+        Some(message) => Error::NoRoomForWeights { message },
+        None => error,
+    }
+}
+
+/// libtorch's words on memory, if that is what the error is about.
+fn out_of_memory(error: &Error) -> Option<String> {
+    let message = error.to_string();
+    let start = OUT_OF_MEMORY.iter().find_map(|text| message.find(text))?;
+    Some(message.get(start..).unwrap_or_default().split(". ").take(2).collect::<Vec<_>>().join(". "))
 }
 
 #[cfg(test)]
@@ -89,8 +106,26 @@ mod tests {
             "not enough memory on the GPU for batches of 64 rows: CUDA out of memory. Tried to allocate 784.00 MiB; lower \
              `calibration.batch_size`, or take `device: cpu`"
         );
-        let error = blamed("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`");
-        assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+        for message in [
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        ] {
+            let error = blamed(message);
+            assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+        }
+    }
+
+    /// No smaller batch makes room for weights.
+    #[test]
+    fn out_of_memory_for_weights_says_nothing_of_batches() {
+        let error = blame_weights(jit::Error::Libtorch("CUDA out of memory. Tried to allocate 2.00 GiB. GPU".to_owned()));
+        assert_eq!(
+            error.to_string(),
+            "not enough memory on the GPU for the model's weights: CUDA out of memory. Tried to allocate 2.00 GiB; take \
+             another GPU (`device: cuda:N`) or `device: cpu`"
+        );
+        let other = blame_weights(jit::Error::Libtorch("an empty handle".to_owned()));
+        assert!(matches!(other, Error::Jit(jit::Error::Libtorch(_))), "{other}");
     }
 
     #[test]

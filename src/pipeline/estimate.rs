@@ -81,12 +81,13 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let load = start.elapsed().as_secs_f64();
 
     let batch_size = plan.calibration.batch_size.get().min(calibration.rows());
-    let arguments = feed::bind(model.module(), calibration.first(batch_size)?)?;
+    let batches = calibration_batches(plan);
+    let arguments = feed::bind(model.module(), calibration.first(batch_size)?).map_err(batches.blame())?;
     let float = model.instrument(&[], &[])?;
     let mut row = f64::INFINITY;
     for _ in 0..RUNS {
         let start = Instant::now();
-        float.run(&arguments, &mut NoVisit).map_err(calibration_batches(plan).blame())?;
+        float.run(&arguments, &mut NoVisit).map_err(batches.blame())?;
         jit::synchronize(taken.device)?;
         row = row.min(start.elapsed().as_secs_f64() / batch_size as f64);
     }

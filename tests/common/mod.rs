@@ -43,6 +43,7 @@ pub(crate) const TEST_MODELS: &[Model] = &[
     Model { name: "sdpa", inputs: &["x", "mask"] },
     takes_x("small_conv"),
     takes_x("stateful"),
+    takes_x("tables"),
     Model { name: "tiny_encoder", inputs: &["ids", "mask"] },
     takes_x("training_mode"),
     takes_x("traps"),

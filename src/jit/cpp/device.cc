@@ -58,27 +58,49 @@ void for_each_constant(torch::jit::Block *block, const std::function<void(torch:
   }
 }
 
-// A constant that holds tensors or names a device, on this device; others as they are.
-c10::IValue moved_constant(const c10::IValue &value, at::Device device) {
+// A value that holds tensors or names a device, on this device; others as they are.
+c10::IValue moved_value(const c10::IValue &value, at::Device device,
+                        const std::function<at::Tensor(const at::Tensor &)> &move) {
+  const auto inside = [&](const c10::IValue &inner) { return moved_value(inner, device, move); };
   if (value.isTensor())
-    return moved(value.toTensor(), device);
+    return move(value.toTensor());
   if (value.isDevice())
     return device;
-  if (value.isTensorList()) {
-    c10::List<at::Tensor> tensors;
-    for (const at::Tensor &tensor : value.toTensorList())
-      tensors.push_back(moved(tensor, device));
-    return tensors;
+  if (value.isList()) {
+    const auto list = value.toList();
+    c10::impl::GenericList there(list.elementType());
+    for (const c10::IValue &element : list.vec())
+      there.push_back(inside(element));
+    return there;
+  }
+  if (value.isGenericDict()) {
+    const auto dict = value.toGenericDict();
+    c10::impl::GenericDict there(dict.keyType(), dict.valueType());
+    for (const auto &entry : dict)
+      there.insert(inside(entry.key()), inside(entry.value()));
+    return there;
   }
   if (value.isTuple()) {
     std::vector<c10::IValue> elements;
     for (const auto &element : value.toTupleRef().elements())
-      elements.push_back(moved_constant(element, device));
+      elements.push_back(inside(element));
     const auto type = value.toTupleRef().type();
     return type->schema() ? c10::ivalue::Tuple::createNamed(std::move(elements), type)
                           : c10::ivalue::Tuple::create(std::move(elements));
   }
   return value;
+}
+
+// Lengths of packed sequences have to be on the processor wherever the sequences are.
+void keep_lengths_on_cpu(torch::jit::Block *block) {
+  for (auto *node : block->nodes()) {
+    for (auto *inner : node->blocks())
+      keep_lengths_on_cpu(inner);
+    if (node->kind() != c10::aten::_pack_padded_sequence)
+      continue;
+    torch::jit::WithInsertPoint before(node);
+    node->replaceInput(1, node->owningGraph()->insert(c10::Symbol::aten("cpu"), {node->input(1)}));
+  }
 }
 
 // Notes which ops cannot be run in one order; without it each of them would be told on stderr, over and over.
@@ -116,7 +138,8 @@ void move_constants(torch::jit::Graph &graph, at::Device device) {
     if (!value || !is_elsewhere(*value, device))
       return;
     torch::jit::WithInsertPoint before(node);
-    auto *constant = graph.insertConstant(moved_constant(*value, device));
+    const auto move = [device](const at::Tensor &t) { return moved(t, device); };
+    auto *constant = graph.insertConstant(moved_value(*value, device, move));
     // A plain tensor type says nothing of the device.
     constant->setType(value->isTensor() ? c10::TensorType::get() : node->output()->type());
     node->output()->replaceAllUsesWith(constant);
@@ -127,7 +150,9 @@ void move_constants(torch::jit::Graph &graph, at::Device device) {
 void move_attributes(const torch::jit::Module &module, at::Device device) {
   // A tensor under several names stays one tensor.
   std::unordered_map<const void *, at::Tensor> known;
-  const auto moved_once = [&](const at::Tensor &t) {
+  const std::function<at::Tensor(const at::Tensor &)> move_once = [&](const at::Tensor &t) {
+    if (!t.defined() || stays(t))
+      return t;
     auto &there = known[t.unsafeGetTensorImpl()];
     if (!there.defined())
       there = t.detach().to(device).set_requires_grad(t.requires_grad());
@@ -138,9 +163,8 @@ void move_attributes(const torch::jit::Module &module, at::Device device) {
     for (std::size_t i = 0; i < inner.type()->numAttributes(); ++i) {
       const auto value = object->getSlot(i);
       // Modules are visited themselves.
-      if (value.isObject() || !is_elsewhere(value, device))
-        continue;
-      object->setSlot(i, value.isTensor() ? c10::IValue(moved_once(value.toTensor())) : moved_constant(value, device));
+      if (!value.isObject() && is_elsewhere(value, device))
+        object->setSlot(i, moved_value(value, device, move_once));
     }
   }
 }
@@ -201,8 +225,10 @@ void move_module(const Module &m, std::int32_t index) {
   const auto device = device_of(index);
   move_attributes(m.inner, device);
   for (auto *function : m.inner._ivalue()->compilation_unit()->get_functions())
-    if (auto *with_graph = torch::jit::tryToGraphFunction(*function))
+    if (auto *with_graph = torch::jit::tryToGraphFunction(*function)) {
       move_constants(*with_graph->graph(), device);
+      keep_lengths_on_cpu(with_graph->graph()->block());
+    }
 }
 
 std::unique_ptr<at::Tensor> upload(const at::Tensor &t, std::int32_t index) {
