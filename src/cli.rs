@@ -2,6 +2,7 @@
 
 mod completions;
 mod evaluate;
+mod experiment;
 mod inspect;
 mod measures;
 mod progress;
@@ -41,6 +42,8 @@ struct Cli {
 enum Command {
     /// Quantize a model as a YAML file describes.
     Quantize(quantize::Quantize),
+    /// Run many settings of one experiment over a single calibration, and rank them.
+    Experiment(experiment::Sweep),
     /// Run model files on data and compare a quantized one with the float one.
     Evaluate(evaluate::Evaluate),
     /// Explain a TorchScript file: signature, layers, what would be quantized and what not.
@@ -59,6 +62,7 @@ pub fn main() -> ExitCode {
     let watched = signals::watch().context("signals cannot be watched");
     let result = watched.and_then(|()| match cli.command {
         Command::Quantize(command) => command.run(),
+        Command::Experiment(command) => command.run(),
         Command::Evaluate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Schema(command) => command.run(),

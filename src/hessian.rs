@@ -210,6 +210,7 @@ impl<'a> Run<'a> {
             weights: layers.weights.iter().map(weight).collect::<Result<_, _>>()?,
             activations: Listener {
                 names: layers.activations.iter().map(|site| site.name.clone()).collect(),
+                first_values: layers.activations.iter().map(|site| site.anchors.first().map(|it| it.value)).collect(),
                 sums: ranges(layers).into_iter().map(ActivationSums::new).collect(),
                 counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| WeightedCounter::new()).collect(),
                 rows: 0,
@@ -355,6 +356,8 @@ fn lifted(layers: Layers<'_>) -> Vec<ValueId> {
 /// Takes the gradients of activations as they come.
 struct Listener {
     names: Vec<String>,
+    /// They tell sites apart whichever others are scored with them.
+    first_values: Vec<Option<ValueId>>,
     sums: Vec<ActivationSums>,
     /// One for each thread.
     counters: Vec<WeightedCounter>,
@@ -425,7 +428,8 @@ impl Visit for Listener {
         let thinning = row_length.map(|length| Thinning::new(length, self.draw.probe));
         let thinning = thinning.filter(|thinning| thinning.is_needed());
         let divided = if row_length.is_some() { Divided::ByRow } else { Divided::Not };
-        let draw = Draw { site: tap, ..self.draw };
+        let site = self.first_values.get(tap).copied().flatten();
+        let draw = Draw { site: site.map_or(0, |value| value as u64), ..self.draw };
         let Some(sums) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no site").into()) };
         let (counters, kept) = (&mut self.counters, &mut self.kept);
         sums.is_reached = true;

@@ -1,15 +1,21 @@
 //! The order of the stages, and nothing else that a stage could do itself.
 
+mod base;
 mod blame;
+mod chosen;
 mod compare;
 mod device;
 mod estimate;
+mod experiment;
 mod files;
 mod hash;
+mod journal;
 mod kept;
 mod run_dir;
 mod score;
 mod select;
+mod shared;
+mod simulation;
 mod worst;
 
 use std::collections::BTreeSet;
@@ -17,28 +23,29 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use serde::Serialize;
 use tch::Device;
 
+use self::base::Base;
+use self::chosen::Chosen;
 use self::device::Batches;
-use self::score::{Asking, Keeping};
-use crate::config::{BiasCorrection, DataPlan, Plan};
-use crate::correct::{self, Corrections, InputSums, Targets};
+use self::run_dir::RunDir;
+use self::score::{Asking, Keeping, ScoresTold};
+use crate::config::{BiasCorrection, DataPlan, HessianPlan, Plan};
+use crate::correct::Corrections;
 use crate::dataset::{self, Dataset};
-use crate::emit::{self, Emission};
 use crate::evaluate;
-use crate::feed;
 use crate::hessian;
-use crate::jit::{self, Arguments, Clean, Instrumented, Module};
-use crate::observe::{self, observe};
-use crate::quantizer::QuantParams;
+use crate::jit::{self, Arguments, Clean, Module};
+use crate::observe;
 use crate::report::{self, Report, SiteReport, Sqnr, Timings};
 use crate::settings;
-use crate::sites::{self, LeftFloat, Sites};
+use crate::sites::{LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
 
 pub use estimate::{Estimate, estimate};
+pub use experiment::{SweepOutcome, experiment};
 pub use files::evaluate;
+pub use journal::JournalError;
 pub use run_dir::{RunDirError, abandon_unfinished_runs};
 
 /// Rows that the clean-up is checked on.
@@ -146,6 +153,29 @@ pub enum Error {
     /// The run directory.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
+    /// The directory of a sweep.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A sweep without a single run that could be planned.
+    #[error("expected a sweep with at least one run that can be planned, found none")]
+    NothingToRun,
+    /// The scores that several runs of a sweep wait for.
+    #[error("{message}")]
+    SharedScores {
+        /// Why there are none.
+        message: String,
+    },
+    /// A sweep of which nothing is left.
+    #[error("all {count} runs of the sweep failed, the first: {message}")]
+    AllFailed {
+        /// How many there were.
+        count: usize,
+        /// Why the first of them failed.
+        message: String,
+    },
+    /// CSV.
+    #[error("the results cannot be written as CSV: {0}")]
+    Csv(#[from] csv::Error),
     /// A file cannot be read.
     #[error("{path}: {source}", path = path.display())]
     Read {
@@ -195,6 +225,8 @@ pub enum Work {
     Rows(usize),
     /// Weights and activations.
     Sites(usize),
+    /// Runs of a sweep.
+    Runs(usize),
 }
 
 /// A finished run.
@@ -206,128 +238,95 @@ pub struct Outcome {
     pub dir: PathBuf,
 }
 
-/// What goes into the emitted archive beside the model.
-#[derive(Serialize)]
-struct Description<'a> {
-    schema: u32,
-    versions: &'a report::Versions,
-    hashes: &'a report::Hashes,
-    seed: u64,
-    sites: &'a [SiteReport],
-    left_float: &'a [LeftFloat],
-}
-
 /// Quantizes one model as planned and writes the run directory, whole or not at all.
 ///
 /// # Errors
 /// Whatever goes wrong in a stage; nothing is left behind then.
 pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Error> {
-    let start = Instant::now();
-    let run_dir = run_dir::RunDir::open(&plan.output.dir)?;
-    let mut timings = Timings::default();
-
-    let mut clock = Instant::now();
+    let mut clock = Clock::start();
+    let run_dir = RunDir::open(&plan.output.dir)?;
     let taken = device::take(plan.device)?;
     progress.stage("load", Work::Uncounted);
-    let hashes = hash::of_plan(plan)?;
-    let calibration = blame::open(&plan.calibration, "calibration")?;
-    let comparison = compare::Data::open(plan)?;
-    let model = load_clean(plan, &calibration, taken.device)?;
-    let sites = sites::find(model.listing());
-    if sites.weights.is_empty() && sites.activations.is_empty() {
-        return Err(Error::NoSites { model: plan.model.clone() });
-    }
-    comparison.check(&model, &calibration).map_err(comparison.batches().blame())?;
-    let (mut sites, settings) = settings::settle(plan, sites)?;
-    timings.load = lap(&mut clock);
+    let base = Base::load(plan, taken)?;
+    let hashes = base.hashes_of(plan)?;
+    let (sites, settings) = settings::settle(plan, base.sites.clone())?;
+    clock.timings.load = clock.lap();
 
-    progress.stage("calibrate", Work::Rows(calibration.rows()));
-    let targets = targets(plan, &model, &sites);
-    let mut inputs = InputSums::new(&targets);
-    let statistics = observe(&model, &sites.activations, &mut inputs, &calibration, |rows| progress.advance(rows))
-        .map_err(calibration_batches(plan).blame())?;
-    timings.calibrate = lap(&mut clock);
+    progress.stage("calibrate", Work::Rows(base.calibration.rows()));
+    let observed = base.observe(plan, plan.weights.bias_correction, &sites, |rows| progress.advance(rows))?;
+    clock.timings.calibrate = clock.lap();
 
-    let versions = versions();
-    let scoring = plan.hessian.as_ref().map(|hessian| {
+    let asking = Asking::new(&settings, &sites, Some(&observed.statistics));
+    // Overrides may have taken the method away again, or left the sites float.
+    let pool = plan.hessian.as_ref().filter(|_| !asking.is_empty()).map(|hessian| {
         // How often all rows run is not known beforehand where there is a tolerance.
-        let rows = Work::Rows(hessian.request.samples.get().min(calibration.rows()));
+        let rows = Work::Rows(hessian.request.samples.get().min(base.calibration.rows()));
         progress.stage("hessian", if hessian.request.tolerance.is_none() { rows } else { Work::Uncounted });
-        let device = taken.name();
-        let keeping = Keeping { plan, hashes: &hashes, versions: &versions, device: &device, dir: run_dir.path() };
-        let asking = Asking::new(&settings, &sites, Some(&statistics));
-        let batches = Batches { key: "hessian.batch_size", rows: hessian.request.batch_size };
-        let scoring = asking.score(hessian, &keeping, &model, &calibration, |rows| progress.advance(rows));
-        scoring.map_err(batches.blame())
+        let keeping = Keeping { plan, hashes: &hashes, base: &base, dir: run_dir.path() };
+        let pool = asking.score(hessian, &keeping, |rows| progress.advance(rows));
+        pool.map_err(hessian_batches(hessian).blame()).map(|pool| (pool, hessian))
     });
-    let scoring = scoring.transpose()?.unwrap_or_default();
-    timings.hessian = if plan.hessian.is_some() { lap(&mut clock) } else { 0.0 };
+    let pool = pool.transpose()?;
+    let scores = pool.as_ref().map(|(pool, hessian)| pool.of(&asking, hessian)).transpose()?;
+    let (scores, told) = scores.unwrap_or_default();
+    clock.timings.hessian = if pool.is_some() { clock.lap() } else { 0.0 };
 
     progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
-    let given = select::Given { settings: &settings, statistics: &statistics, scores: &scoring.sites };
-    let selections = select::select(given, &model, &mut sites, |count| progress.advance(count))?;
-    let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
-    let worst_sites = worst::worst(&model, &sites, &statistics, &selections.reports, rows)?;
-    let seen = correct::Seen { inputs, statistics: &statistics };
-    let corrections = correct::closed_form(&model, &sites, &selections.weights, &targets, seen)?;
-    timings.search = lap(&mut clock);
+    let chosen = Chosen::new(&base, (sites, &settings), observed, &scores, |count| progress.advance(count))?;
+    clock.timings.search = clock.lap();
+    finish(&base, plan, (chosen, hashes, told), run_dir, clock, progress)
+}
 
+/// Writes, checks and measures the model that was chosen, and keeps the run directory.
+fn finish(
+    base: &Base,
+    plan: &Plan,
+    (chosen, hashes, scores): (Chosen, report::Hashes, ScoresTold),
+    run_dir: RunDir,
+    mut clock: Clock,
+    progress: &mut dyn Progress,
+) -> Result<Outcome, Error> {
+    let Base { model, calibration, comparison, .. } = base;
     progress.stage("emit", Work::Uncounted);
-    let description = serde_json::to_string(&Description {
-        schema: report::SCHEMA,
-        versions: &versions,
-        hashes: &hashes,
-        seed: plan.seed,
-        sites: &selections.reports,
-        left_float: &sites.left_float,
-    })?;
-    let emission = Emission {
-        sites: &sites,
-        activations: &selections.activations,
-        weights: &selections.weights,
-        biases: &corrections.biases,
-        description,
-    };
     let file = run_dir.path().join(MODEL_FILE);
-    emit::fake_quant(&model, &emission, &file)?;
-    timings.emit = lap(&mut clock);
+    chosen.emit(base, plan, &hashes, &file)?;
+    clock.timings.emit = clock.lap();
 
-    progress.stage("check", Work::Rows(comparison.checked_rows(&calibration)));
-    let simulation =
-        Simulation::new(&model, &sites, &selections, &corrections).map_err(device::blame_weights)?;
-    let emitted = Module::load_onto(&file, taken.device).map_err(device::blame_weights)?;
-    let checked = simulation.check_against(&emitted, comparison.dataset(&calibration), |rows| progress.advance(rows));
+    progress.stage("check", Work::Rows(comparison.checked_rows(calibration)));
+    let simulation = chosen.simulation(base)?;
+    let emitted = Module::load_onto(&file, base.taken.device).map_err(device::blame_weights)?;
+    let checked = simulation.check_against(&emitted, comparison.dataset(calibration), |rows| progress.advance(rows));
     checked.map_err(comparison.batches().blame())?;
     let dropped = dropped(model.module(), &emitted)?;
     drop(emitted);
-    timings.check = lap(&mut clock);
+    clock.timings.check = clock.lap();
 
-    progress.stage("evaluate", Work::Rows(comparison.rows(&calibration)));
+    progress.stage("evaluate", Work::Rows(comparison.rows(calibration)));
     let evaluation = comparison
-        .run(&model, &simulation, &calibration, |rows| progress.advance(rows))
+        .run(model, &simulation, calibration, |rows| progress.advance(rows))
         .map_err(comparison.batches().blame())?;
-    timings.evaluate = lap(&mut clock);
+    clock.timings.evaluate = clock.lap();
 
-    let mut warnings = warnings(&model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation);
-    warnings.extend(scoring.warnings);
-    warnings.extend(taken.warning.clone());
+    let Chosen { sites, selections, corrections, worst_sites } = chosen;
+    let mut warnings = warnings(model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation);
+    warnings.extend(scores.warnings);
+    warnings.extend(base.taken.warning.clone());
     warnings.extend(
         jit::take_unordered()
             .into_iter()
             .map(|op| format!("{op} has no kernel on this GPU that adds up in one order: runs may differ by rounding")),
     );
-    timings.total = start.elapsed().as_secs_f64();
     let report = Report {
         schema: report::SCHEMA,
         model: plan.model.clone(),
-        device: taken.name(),
+        device: base.device(),
         seed: plan.seed,
         hashes,
-        versions,
-        timings_s: timings,
+        versions: base.versions.clone(),
+        timings_s: clock.total(),
         peak_memory_bytes: peak_memory_bytes(),
         calibration_samples: calibration.rows(),
-        hessian: scoring.report,
+        hessian: scores.report,
         bias_correction: corrected_biases(plan, corrections),
         warnings,
         sites: selections.reports,
@@ -341,14 +340,6 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     run_dir.write(EXPERIMENT_FILE, &plan.to_yaml()?)?;
     let dir = run_dir.keep()?;
     Ok(Outcome { report, dir })
-}
-
-/// The ops whose biases are to be corrected, as planned.
-fn targets(plan: &Plan, model: &Clean, sites: &Sites) -> Targets {
-    match plan.weights.bias_correction {
-        BiasCorrection::None => Targets::default(),
-        BiasCorrection::ClosedForm => Targets::find(model.listing(), sites),
-    }
 }
 
 /// What the report says of them.
@@ -420,64 +411,6 @@ fn check_rows(
     bind(batch_size)
 }
 
-/// The quantized model, run without being written: the float graph with quantized weights and a simulated quantizer at
-/// each site.
-pub(crate) struct Simulation {
-    instrumented: Instrumented,
-    params: Vec<QuantParams>,
-}
-
-impl Simulation {
-    fn new(
-        model: &Clean,
-        sites: &Sites,
-        selections: &select::Selections,
-        corrections: &Corrections,
-    ) -> Result<Self, Error> {
-        let mut params = Vec::new();
-        let mut taps = Vec::new();
-        for (site, quantizer) in sites.activations.iter().zip(&selections.activations) {
-            let Some(quantizer) = quantizer else { continue };
-            let number = params.len();
-            params.push(*quantizer);
-            taps.extend(site.anchors.iter().map(|anchor| jit::Tap {
-                value: anchor.value,
-                number,
-                kind: jit::TapKind::Substitute,
-            }));
-        }
-        let weights = sites.weights.iter().zip(&selections.weights);
-        let weights = weights.flat_map(|(site, tensor)| {
-            site.values.iter().map(|&value| (jit::Place::Constant(value), tensor.shallow_clone()))
-        });
-        let biases = corrections.biases.iter().map(|bias| (bias.place, bias.tensor.shallow_clone()));
-        let tensors: Vec<_> = weights.chain(biases).collect();
-        Ok(Self { instrumented: model.instrument(&taps, &tensors)?, params })
-    }
-
-    pub(crate) fn run(&self, arguments: &Arguments) -> Result<jit::Output, jit::Error> {
-        self.instrumented.run(arguments, &mut crate::simulate::Simulate { params: &self.params })
-    }
-
-    /// Runs the written file, loaded again, op by op on the first batches: it has to compute what was simulated, bit for bit.
-    fn check_against(&self, emitted: &Module, data: &Dataset, mut advance: impl FnMut(usize)) -> Result<(), Error> {
-        let by_op = Instrumented::of_module(emitted)?;
-        for batch in data.batches().take(CHECK_BATCHES) {
-            let batch = batch?;
-            let rows = batch.rows;
-            let arguments = feed::bind(emitted, batch)?;
-            let found = by_op.run(&arguments, &mut jit::NoVisit)?;
-            let expected = self.run(&arguments)?;
-            let difference = compare::largest_difference(&expected, &found)?;
-            if difference != 0.0 {
-                return Err(Error::Differs { path: emitted.path().to_owned(), difference });
-            }
-            advance(rows);
-        }
-        Ok(())
-    }
-}
-
 /// What `emitted` is without, of the methods of `float` and of the attributes that its forward does not use.
 fn dropped(float: &Module, emitted: &Module) -> Result<Vec<report::Dropped>, Error> {
     let kept_methods = emitted.other_methods()?;
@@ -534,11 +467,36 @@ fn calibration_batches(plan: &Plan) -> Batches {
     Batches { key: "calibration.batch_size", rows: plan.calibration.batch_size }
 }
 
-fn lap(clock: &mut Instant) -> f64 {
-    let now = Instant::now();
-    let seconds = now.duration_since(*clock).as_secs_f64();
-    *clock = now;
-    seconds
+fn hessian_batches(plan: &HessianPlan) -> Batches {
+    Batches { key: "hessian.batch_size", rows: plan.request.batch_size }
+}
+
+/// Takes the times of a run's stages.
+struct Clock {
+    start: Instant,
+    last: Instant,
+    timings: Timings,
+}
+
+impl Clock {
+    fn start() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, timings: Timings::default() }
+    }
+
+    /// Seconds since the last lap.
+    fn lap(&mut self) -> f64 {
+        let now = Instant::now();
+        let seconds = now.duration_since(self.last).as_secs_f64();
+        self.last = now;
+        seconds
+    }
+
+    /// With all of it until now.
+    fn total(mut self) -> Timings {
+        self.timings.total = self.start.elapsed().as_secs_f64();
+        self.timings
+    }
 }
 
 fn size(path: &std::path::Path) -> Result<u64, Error> {

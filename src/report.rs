@@ -3,6 +3,7 @@
 mod files;
 mod measures;
 mod provenance;
+mod sweep;
 
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ use crate::threshold::{ErrorMethod, Exponent, Selection};
 pub use files::{Alone, FilesReport, Measures};
 pub use measures::{Accuracy, Comparison, Sqnr};
 pub use provenance::{NotQuantized, Provenance, QuantizedSite};
+pub use sweep::{Gave, SweepReport, SweepRow};
 
 /// Version of the report's form; grows when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;

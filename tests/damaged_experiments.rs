@@ -70,7 +70,9 @@ impl Files {
 fn shipped_experiments() -> Vec<(PathBuf, Vec<u8>)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
     let paths = fs_err::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<_> = paths.map(|path| (path.clone(), fs_err::read(path).unwrap())).collect();
+    let files = paths.map(|path| (path.clone(), fs_err::read(path).unwrap()));
+    let is_sweep = |text: &[u8]| text.windows(7).any(|part| part == b"\nsweep:");
+    let mut files: Vec<_> = files.filter(|(_, text)| !is_sweep(text)).collect();
     files.sort();
     assert!(!files.is_empty());
     files
@@ -105,6 +107,40 @@ fn every_damaged_byte_of_the_shipped_experiments_is_survived() {
     println!("{tried} damaged experiments, {refused} refused");
     // Most of a file is comments; a third of the rest is keys.
     assert!(refused > tried / 20, "{refused} of {tried}");
+}
+
+#[test]
+fn every_damaged_byte_of_a_sweep_is_survived() {
+    const SWEEPS: [&str; 2] = [
+        "{grid: {quantization.weights.bits: [8, 4], overrides: [null, [{ops: add, activations: float}]]}, emit: all}",
+        "{runs: {\"a b\": {quantization.weights: {bits: 3}}, c: null}, rank_by: sqnr}",
+    ];
+    let files = Files::new();
+    let (_, yaml) = &shipped_experiments()[0];
+    let refused = AtomicUsize::new(0);
+    for sweep in SWEEPS {
+        let resolve = |sweep: &str| {
+            let file = files.folder.path().join(format!("s{}.yaml", rayon::current_thread_index().unwrap_or(0)));
+            fs_err::write(&file, yaml).unwrap();
+            let settings = [format!("sweep={sweep}")];
+            let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+            Experiment::read(&file).and_then(|it| it.overlay(&settings)?.resolve_sweep(root))
+        };
+        assert!(resolve(sweep).unwrap().combinations.len() > 1);
+        (0..sweep.len()).into_par_iter().for_each(|at| {
+            for damaged in damaged_at(sweep.as_bytes(), at).filter_map(|bytes| String::from_utf8(bytes).ok()) {
+                match catch_unwind(AssertUnwindSafe(|| resolve(&damaged))).unwrap_or_else(|_| panic!("{damaged}")) {
+                    // Its settings are those of the command that makes a row.
+                    Ok(found) => assert!(!found.combinations.is_empty(), "{damaged}"),
+                    Err(error) => {
+                        assert!(!error.to_string().chars().any(char::is_control), "{damaged}");
+                        refused.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        });
+    }
+    assert!(refused.into_inner() > 100);
 }
 
 #[test]

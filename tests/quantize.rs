@@ -407,6 +407,7 @@ const MODELS: &[(&str, &[&str])] = &[
     ("sdpa", &["[x, mask]"]),
     ("small_conv", &["[x]"]),
     ("stateful", &["[x]"]),
+    ("tables", &["[x]"]),
     ("tiny_encoder", &["[ids, mask]", "{mask: mask, ids: ids}"]),
     ("training_mode", &["[x]"]),
     ("traps", &["[x]"]),

@@ -2,7 +2,7 @@
 
 use super::table;
 use crate::config::Metric;
-use crate::report::{Accuracy, Alone, Evaluation, Sqnr};
+use crate::report::{Accuracy, Alone, Evaluation, Gave, Sqnr};
 
 /// Sizes of the model files in bytes.
 pub(super) struct Sizes {
@@ -38,7 +38,14 @@ pub(super) fn alone(data: &str, measures: &Alone, metrics: &[Metric], size: u64)
     table
 }
 
-fn name(metric: Metric) -> &'static str {
+/// A metric of one run of a sweep.
+pub(super) fn cell(metric: Metric, gave: &Gave) -> String {
+    // The name of the data is for titles.
+    cells(metric, &Evaluation { data: "", float: gave.float, quantized: gave.quantized }).1
+}
+
+/// A metric in words.
+pub(super) fn name(metric: Metric) -> &'static str {
     match metric {
         Metric::Top1 => "top-1 accuracy",
         Metric::Top5 => "top-5 accuracy",

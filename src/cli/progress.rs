@@ -48,6 +48,7 @@ fn style(work: Work) -> ProgressStyle {
         Work::Uncounted => "{msg:<10} {spinner} {elapsed}",
         Work::Rows(_) => "{msg:<10} {wide_bar} {pos}/{len} rows, {eta} left",
         Work::Sites(_) => "{msg:<10} {wide_bar} {pos}/{len} sites, {eta} left",
+        Work::Runs(_) => "{msg:<10} {wide_bar} {pos}/{len}, {eta} left",
     };
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
@@ -60,12 +61,13 @@ impl Progress for Display {
                 Work::Uncounted => eprintln!("{name}"),
                 Work::Rows(rows) => eprintln!("{name}: {rows} rows"),
                 Work::Sites(sites) => eprintln!("{name}: {sites} sites"),
+                Work::Runs(runs) => eprintln!("{name}: {runs}"),
             },
             Self::Bar { bar, target } => {
                 bar.finish_and_clear();
                 let total = match work {
                     Work::Uncounted => None,
-                    Work::Rows(count) | Work::Sites(count) => Some(count as u64),
+                    Work::Rows(count) | Work::Sites(count) | Work::Runs(count) => Some(count as u64),
                 };
                 *bar = ProgressBar::with_draw_target(total, target()).with_style(style(work)).with_message(name);
                 bar.enable_steady_tick(Duration::from_millis(100));

@@ -107,6 +107,55 @@ impl Node {
         }
     }
 
+    /// The value of a map's key.
+    pub(super) fn field(&self, name: &str) -> Option<&Self> {
+        match &self.value {
+            Value::Map(fields) => fields.iter().find(|(key, _)| key.name == name).map(|(_, value)| value),
+            _ => None,
+        }
+    }
+
+    /// The items of a list.
+    pub(super) fn items(&self) -> &[Self] {
+        match &self.value {
+            Value::List(items) => items,
+            _ => &[],
+        }
+    }
+
+    /// The map without this key.
+    pub(super) fn without(&self, name: &str) -> Self {
+        let mut rest = self.clone();
+        if let Value::Map(fields) = &mut rest.value {
+            fields.retain(|(key, _)| key.name != name);
+        }
+        rest
+    }
+
+    /// An error about this value, which `key` is the path of.
+    pub(super) fn invalid(&self, key: &str, reason: &str) -> Error {
+        self.place.error(Problem::Invalid { key: key.to_owned(), reason: reason.to_owned() })
+    }
+
+    /// As YAML on one line.
+    pub(super) fn to_flow(&self) -> String {
+        match &self.value {
+            Value::Null => "null".to_owned(),
+            Value::Bool(value) => value.to_string(),
+            Value::Int(value) => value.to_string(),
+            Value::Float(value) => format!("{value:?}"),
+            Value::Text(text) => text_to_flow(text),
+            Value::List(items) => {
+                format!("[{}]", items.iter().map(Self::to_flow).collect::<Vec<_>>().join(", "))
+            }
+            Value::Map(fields) => {
+                let fields =
+                    fields.iter().map(|(key, value)| format!("{}: {}", text_to_flow(&key.name), value.to_flow()));
+                format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
+            }
+        }
+    }
+
     /// What was typed, for a message.
     pub(super) fn describe(&self) -> String {
         match &self.value {
@@ -151,6 +200,14 @@ impl Node {
         }
         Ok(fields)
     }
+}
+
+/// A text as YAML: plain where that is a text again, else in quotes as JSON has it, which YAML reads.
+fn text_to_flow(text: &str) -> String {
+    let is_plain = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/' || c == '_')
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "_./-".contains(c));
+    let is_word = ["null", "true", "false", "yes", "no", "on", "off", "y", "n"].contains(&text.to_lowercase().as_str());
+    if is_plain && !is_word { text.to_owned() } else { serde_json::Value::from(text).to_string() }
 }
 
 /// The path of the key `name` in the map at `parent`, for a message.

@@ -16,6 +16,7 @@ use super::device::DevicePlan;
 use super::hessian::HessianKeys;
 use super::overrides::OverrideKeys;
 use super::plan::{BiasCorrection, Format, InputsPlan, Layout, Metric};
+use super::sweep::SweepKeys;
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent, ExponentError};
 
@@ -45,6 +46,9 @@ pub(super) struct Keys {
     pub(super) evaluation: Option<EvaluationKeys>,
     /// Seed of everything that draws.
     pub(super) seed: Option<u64>,
+    /// Many runs, for `tsquant experiment`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) sweep: Option<SweepKeys>,
 }
 
 /// The model that comes in.

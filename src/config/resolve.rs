@@ -57,6 +57,10 @@ impl Resolver<'_> {
     /// # Errors
     /// A missing key, a value or combination that is impossible, a model or data set that is not there.
     pub(super) fn plan(&self, keys: Keys) -> Result<Plan, Error> {
+        if keys.sweep.is_some() {
+            let reason = "many runs are for `tsquant experiment`; `--set sweep=` leaves them out";
+            return Err(self.invalid("sweep", reason.to_owned()));
+        }
         let model = self.model(keys.model.unwrap_or_default().path)?;
         let seed = keys.seed.unwrap_or(0);
         let calibration = self.calibration(keys.calibration.unwrap_or_default(), seed)?;

@@ -87,6 +87,7 @@ impl From<&Plan> for Keys {
             }),
             evaluation: plan.evaluation.as_ref().map(Into::into),
             seed: Some(plan.seed),
+            sweep: None,
         }
     }
 }

@@ -29,6 +29,13 @@ pub(super) struct Input {
     bytes: u64,
 }
 
+impl Input {
+    /// Whether it is the same value, read in the same way.
+    pub(super) fn reads_as(&self, other: &Self) -> bool {
+        (self.result, self.slot, &self.reading) == (other.result, other.slot, &other.reading)
+    }
+}
+
 #[cfg(test)]
 impl Input {
     pub(super) fn at_tap(reading: Reading) -> Self {

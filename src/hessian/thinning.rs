@@ -30,7 +30,7 @@ pub(super) struct Thinning {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Draw {
     pub(super) seed: u64,
-    pub(super) site: usize,
+    pub(super) site: u64,
     pub(super) first_row: usize,
     pub(super) probe: usize,
 }
@@ -64,7 +64,7 @@ impl Thinning {
     pub(super) fn ranges(self, draw: Draw, row: usize) -> impl Iterator<Item = Range<usize>> {
         let step = self.root * self.root;
         let Draw { seed, site, first_row, probe } = draw;
-        let mut stream = SplitMix64::of(&[seed, site as u64, (first_row + row) as u64, probe as u64]);
+        let mut stream = SplitMix64::of(&[seed, site, (first_row + row) as u64, probe as u64]);
         let offset = stream.below(step as u64) as usize;
         let start = row * self.row_length;
         let end = start + self.row_length;

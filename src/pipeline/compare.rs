@@ -5,7 +5,8 @@ use std::num::NonZeroUsize;
 use tch::Tensor;
 
 use super::device::Batches;
-use super::{CHECK_BATCHES, Error, Simulation, blame, check_rows};
+use super::simulation::Simulation;
+use super::{CHECK_BATCHES, Error, blame, check_rows};
 use crate::config::Plan;
 use crate::dataset::Dataset;
 use crate::evaluate::Evaluation;

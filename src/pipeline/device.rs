@@ -13,6 +13,7 @@ const OUT_OF_MEMORY: [&str; 4] =
     ["CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"];
 
 /// The device of a run.
+#[derive(Clone)]
 pub(super) struct Taken {
     pub(super) device: Device,
     /// Why `auto` did not take the GPU that libtorch could use.
@@ -118,7 +119,8 @@ mod tests {
     /// No smaller batch makes room for weights.
     #[test]
     fn out_of_memory_for_weights_says_nothing_of_batches() {
-        let error = blame_weights(jit::Error::Libtorch("CUDA out of memory. Tried to allocate 2.00 GiB. GPU".to_owned()));
+        let error =
+            blame_weights(jit::Error::Libtorch("CUDA out of memory. Tried to allocate 2.00 GiB. GPU".to_owned()));
         assert_eq!(
             error.to_string(),
             "not enough memory on the GPU for the model's weights: CUDA out of memory. Tried to allocate 2.00 GiB; take \

@@ -3,9 +3,9 @@
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
-use super::device::Batches;
+use super::base::Base;
 use super::score::Asking;
-use super::{Error, blame, calibration_batches, compare, device, hash, load_clean, peak_memory_bytes, run_dir};
+use super::{Error, calibration_batches, device, hessian_batches, peak_memory_bytes, run_dir};
 use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan};
 use crate::dataset::Dataset;
 use crate::feed;
@@ -13,7 +13,7 @@ use crate::jit::{self, Clean, NoVisit};
 use crate::quantizer::Grid;
 use crate::report::{Hashes, Timings};
 use crate::settings::{self, Settings, SiteSettings};
-use crate::sites::{self, LeftFloat, Sites};
+use crate::sites::{LeftFloat, Sites};
 use crate::threshold::ErrorMethod;
 
 /// Calibration in plain forwards, measured on MobileNetV2; see docs/measurements.md.
@@ -67,17 +67,10 @@ pub struct Estimate {
 pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     run_dir::check(&plan.output.dir)?;
     let start = Instant::now();
-    let taken = device::take(plan.device)?;
-    let hashes = hash::of_plan(plan)?;
-    let calibration = blame::open(&plan.calibration, "calibration")?;
-    let comparison = compare::Data::open(plan)?;
-    let model = load_clean(plan, &calibration, taken.device)?;
-    comparison.check(&model, &calibration).map_err(comparison.batches().blame())?;
-    let sites = sites::find(model.listing());
-    if sites.weights.is_empty() && sites.activations.is_empty() {
-        return Err(Error::NoSites { model: plan.model.clone() });
-    }
-    let (sites, settings) = settings::settle(plan, sites)?;
+    let base = Base::load(plan, device::take(plan.device)?)?;
+    let hashes = base.hashes_of(plan)?;
+    let (sites, settings) = settings::settle(plan, base.sites.clone())?;
+    let Base { calibration, comparison, model, .. } = &base;
     let load = start.elapsed().as_secs_f64();
 
     let batch_size = plan.calibration.batch_size.get().min(calibration.rows());
@@ -88,14 +81,14 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     for _ in 0..RUNS {
         let start = Instant::now();
         float.run(&arguments, &mut NoVisit).map_err(batches.blame())?;
-        jit::synchronize(taken.device)?;
+        jit::synchronize(base.taken.device)?;
         row = row.min(start.elapsed().as_secs_f64() / batch_size as f64);
     }
 
     let (hessian, hessian_rows) = match &plan.hessian {
         Some(hessian) => {
-            let batches = Batches { key: "hessian.batch_size", rows: hessian.request.batch_size };
-            hessian_seconds(hessian, &settings, &sites, &model, &calibration).map_err(batches.blame())?
+            let seconds = hessian_seconds(hessian, &settings, &sites, model, calibration);
+            seconds.map_err(hessian_batches(hessian).blame())?
         }
         None => (0.0, 0),
     };
@@ -104,26 +97,26 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
     let weight_elements: u64 = weights.iter().sum();
     let search: f64 = weights.iter().zip(&settings.weights).map(|(&count, site)| count as f64 * per_weight(site)).sum();
-    let evaluation_rows = comparison.rows(&calibration);
+    let evaluation_rows = comparison.rows(calibration);
     let mut timings = Timings {
         load,
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
         hessian,
         search: search + sites.activations.len() as f64 * SITE,
         emit: 0.0,
-        check: row * comparison.checked_rows(&calibration) as f64 * EVALUATION,
+        check: row * comparison.checked_rows(calibration) as f64 * EVALUATION,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
         total: 0.0,
     };
     timings.total =
         timings.load + timings.calibrate + timings.hessian + timings.search + timings.check + timings.evaluate;
-    let targets = super::targets(plan, &model, &sites);
+    let targets = base.targets(plan.weights.bias_correction, &sites);
     let is_corrected = plan.weights.bias_correction != BiasCorrection::None;
     let statistics = sites.activations.len() as u64 * STATISTICS + targets.bytes();
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;
     Ok(Estimate {
-        device: taken.name(),
+        device: base.device(),
         hashes,
         weights: sites.weights.len(),
         weight_elements,

@@ -7,9 +7,18 @@ use sha2::{Digest, Sha256};
 
 use super::Error;
 use crate::config::Plan;
-use crate::report::Hashes;
 
-pub(super) fn of_plan(plan: &Plan) -> Result<Hashes, Error> {
+/// Of what a plan names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct OfFiles {
+    pub(super) model: String,
+    pub(super) calibration: String,
+    /// If it is other data.
+    pub(super) evaluation: Option<String>,
+}
+
+/// The hashes of the files that a plan names.
+pub(super) fn of_files(plan: &Plan) -> Result<OfFiles, Error> {
     let calibration = of_path(&plan.calibration.path)?;
     let evaluation = plan.evaluation.as_ref().map(|evaluation| &evaluation.data.path);
     let evaluation = match evaluation {
@@ -17,19 +26,18 @@ pub(super) fn of_plan(plan: &Plan) -> Result<Hashes, Error> {
         Some(path) => Some(of_path(path)?),
         None => None,
     };
-    // Two runs that differ in nothing but their place are the same run.
+    Ok(OfFiles { model: of_path(&plan.model)?, calibration, evaluation })
+}
+
+/// The hash of the plan itself. Two runs that differ in nothing but their place are the same run.
+pub(super) fn of_plan(plan: &Plan) -> Result<String, Error> {
     let mut placeless = plan.clone();
     placeless.output.dir = Path::new("/").to_owned();
-    Ok(Hashes {
-        model: of_path(&plan.model)?,
-        calibration,
-        evaluation,
-        plan: hex(&Sha256::digest(placeless.to_yaml()?.as_bytes())),
-    })
+    Ok(hex(&Sha256::digest(placeless.to_yaml()?.as_bytes())))
 }
 
 /// Of a file's bytes; of a folder, the names and bytes of all files in it, in sorted order.
-fn of_path(path: &Path) -> Result<String, Error> {
+pub(super) fn of_path(path: &Path) -> Result<String, Error> {
     let mut hash = Sha256::new();
     if path.is_dir() {
         for file in files_in(path)? {

@@ -61,7 +61,8 @@ pub(super) enum Found {
 
 /// SHA-256 of all that scores depend on: programs, device, model, data, request, and the sites that are asked for.
 pub(super) fn request(keeping: &Keeping<'_>, hessian: &HessianPlan, layers: Layers<'_>) -> Result<String, Error> {
-    let Keeping { plan, hashes, versions, device, .. } = *keeping;
+    let Keeping { plan, hashes, base, .. } = *keeping;
+    let (versions, device) = (&base.versions, base.device());
     let mut data = plan.calibration.clone();
     // The hash of the data stands for it.
     data.path = Path::new("/").to_owned();
@@ -70,7 +71,7 @@ pub(super) fn request(keeping: &Keeping<'_>, hessian: &HessianPlan, layers: Laye
     let ranges: Vec<Option<(&f32, &f32)>> =
         layers.ranges.iter().map(|range| range.as_ref().map(|range| (range.start(), range.end()))).collect();
     // On the processor TF32 is never used.
-    let arithmetic = (device, plan.allow_tf32 && device != "cpu");
+    let arithmetic = (&device, plan.allow_tf32 && device != "cpu");
     let request = (data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names, ranges);
     let all = (versions, arithmetic, &hashes.model, &hashes.calibration, request);
     Ok(hash::hex(&Sha256::digest(serde_json::to_string(&all)?.as_bytes())))

@@ -1,16 +1,18 @@
 //! Hessian scores for the sites whose error method needs them: computed, or those that an earlier run kept.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 use std::path::Path;
 
 use tch::Tensor;
 
+use super::base::Base;
 use super::{Error, kept};
 use crate::config::{HessianPlan, Plan};
 use crate::dataset::Dataset;
 use crate::hessian::{self, Layers, Scored, Scores, Unusable};
 use crate::jit::{self, Clean};
-use crate::report::{self, Hashes, Versions};
+use crate::report::{self, Hashes};
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, Sites, WeightSite};
 use crate::statistics::{Activation, ActivationScores};
@@ -18,30 +20,79 @@ use crate::threshold::{ErrorMethod, GRADIENT_SUMS_MAX_BITS};
 
 /// Scores in the order of the sites; `None` where no error method asks for them.
 #[derive(Default)]
-pub(super) struct SiteScores {
-    pub(super) weights: Vec<Option<Scored<Tensor>>>,
-    pub(super) activations: Vec<Option<Scored<ActivationScores>>>,
+pub(super) struct SiteScores<'a> {
+    pub(super) weights: Vec<Option<&'a Scored<Tensor>>>,
+    pub(super) activations: Vec<Option<&'a Scored<ActivationScores>>>,
     /// Rows that were used.
     pub(super) samples: usize,
     /// Whether MSE may stand in where they are of no use.
     pub(super) allow_fallback: bool,
 }
 
-/// The scores of a run, and what the report says of them.
+/// Scores by the names of their sites.
+pub(super) struct Pool {
+    scores: Scores,
+    /// Of weights and of activations, in the order of the scores.
+    names: [Vec<String>; 2],
+    /// They are those that an earlier run kept.
+    reused: bool,
+    warnings: Vec<String>,
+}
+
+/// What a report says of scores.
 #[derive(Default)]
-pub(super) struct Scoring {
-    pub(super) sites: SiteScores,
+pub(super) struct ScoresTold {
     pub(super) report: Option<report::Hessian>,
     pub(super) warnings: Vec<String>,
+}
+
+impl Pool {
+    /// What a run with these sites takes from it, and what its report says.
+    ///
+    /// # Errors
+    /// Where the scores of a layer are of no use, unless a fallback is allowed.
+    pub(super) fn of(&self, asking: &Asking<'_>, plan: &HessianPlan) -> Result<(SiteScores<'_>, ScoresTold), Error> {
+        let [weights, activations] = &self.names;
+        let own_weights = asking.weights.iter().map(|site| site.name.as_str());
+        let own_activations = asking.activations.iter().map(|site| site.name.as_str());
+        let [of_weights, of_activations] = &asking.asks;
+        let sites = SiteScores {
+            weights: in_order(of_weights, own_weights, weights, &self.scores.weights),
+            activations: in_order(of_activations, own_activations, activations, &self.scores.activations),
+            samples: self.scores.samples,
+            allow_fallback: plan.allow_fallback,
+        };
+        if !plan.allow_fallback {
+            asking.refuse_unusable(&sites)?;
+        }
+        let report = self.describe(plan, &sites);
+        let mut warnings = self.warnings.clone();
+        warnings.extend(missed_tolerance(&report));
+        Ok((sites, ScoresTold { report: Some(report), warnings }))
+    }
+
+    fn describe(&self, plan: &HessianPlan, sites: &SiteScores<'_>) -> report::Hessian {
+        let weights = sites.weights.iter().flatten().filter_map(|scored| scored.standard_error);
+        let all = weights.chain(sites.activations.iter().flatten().filter_map(|scored| scored.standard_error));
+        report::Hessian {
+            samples: self.scores.samples,
+            probes: self.scores.probes,
+            batch_size: plan.request.batch_size.get(),
+            distribution: plan.request.distribution,
+            seed: plan.request.seed,
+            tolerance: plan.request.tolerance,
+            standard_error: all.reduce(f64::max),
+            left_out: self.scores.left_out.clone(),
+            reused: self.reused,
+        }
+    }
 }
 
 /// What scores are kept for and where.
 pub(super) struct Keeping<'a> {
     pub(super) plan: &'a Plan,
     pub(super) hashes: &'a Hashes,
-    pub(super) versions: &'a Versions,
-    /// The device that computes.
-    pub(super) device: &'a str,
+    pub(super) base: &'a Base,
     /// The run directory that is being filled.
     pub(super) dir: &'a Path,
 }
@@ -87,6 +138,12 @@ impl<'a> Asking<'a> {
         self.weights.is_empty() && self.activations.is_empty()
     }
 
+    /// The names of all of them.
+    pub(super) fn names(&self) -> BTreeSet<String> {
+        let weights = self.weights.iter().map(|site| &site.name);
+        weights.chain(self.activations.iter().map(|site| &site.name)).cloned().collect()
+    }
+
     fn layers(&self) -> Layers<'_> {
         Layers { weights: &self.weights, activations: &self.activations, ranges: &self.ranges }
     }
@@ -105,68 +162,83 @@ impl<'a> Asking<'a> {
         hessian::score(model, self.layers(), data, &plan.request, advance).map_err(|error| named(error, plan, data))
     }
 
+    /// The scores of these sites, computed anew, for runs that share them.
+    ///
+    /// # Errors
+    /// Where they cannot be computed.
+    pub(super) fn pool(&self, plan: &HessianPlan, base: &Base, advance: impl FnMut(usize)) -> Result<Pool, Error> {
+        let scores = self.compute(plan, &base.model, &base.calibration, advance)?;
+        Ok(self.named(scores))
+    }
+
     /// The scores of these sites: those that an earlier run kept, if it was of the same model, data and request.
     ///
     /// # Errors
-    /// Where they cannot be computed or written, and where those of a layer are of no use, unless a fallback is allowed.
+    /// Where they cannot be computed or written.
     pub(super) fn score(
         &self,
         plan: &HessianPlan,
         keeping: &Keeping<'_>,
-        model: &Clean,
-        data: &Dataset,
         mut advance: impl FnMut(usize),
-    ) -> Result<Scoring, Error> {
-        if self.is_empty() {
-            // Overrides took the method away again, or left the sites float.
-            return Ok(Scoring::default());
+    ) -> Result<Pool, Error> {
+        if !plan.save {
+            return self.pool(plan, keeping.base, advance);
         }
-        let mut warnings = Vec::new();
-        let mut reused = false;
-        let scores = if plan.save {
-            let request = kept::request(keeping, plan, self.layers())?;
-            let Keeping { plan: run, dir, .. } = *keeping;
-            let path = run.output.dir.join(kept::FILE);
-            let scores = match kept::read(&path, &request, self.layers()) {
-                kept::Found::Scores(scores) => {
-                    warnings
-                        .push(format!("the Hessian scores are those that an earlier run kept in {}", path.display()));
-                    reused = true;
-                    advance(scores.samples);
-                    scores
-                }
-                found => {
-                    if let kept::Found::Useless(reason) = found {
-                        warnings.push(format!("Hessian scores were computed anew: {reason}"));
-                    }
-                    self.compute(plan, model, data, &mut advance)?
-                }
-            };
-            kept::write(&dir.join(kept::FILE), &request, self.layers(), &scores)?;
-            scores
-        } else {
-            self.compute(plan, model, data, advance)?
+        let request = kept::request(keeping, plan, self.layers())?;
+        let Keeping { plan: run, dir, .. } = *keeping;
+        let path = run.output.dir.join(kept::FILE);
+        let pool = match kept::read(&path, &request, self.layers()) {
+            kept::Found::Scores(scores) => {
+                advance(scores.samples);
+                let warning = format!("the Hessian scores are those that an earlier run kept in {}", path.display());
+                Pool { reused: true, warnings: vec![warning], ..self.named(scores) }
+            }
+            found => {
+                let computed = self.pool(plan, keeping.base, advance)?;
+                let reason = match found {
+                    kept::Found::Useless(reason) => Some(format!("Hessian scores were computed anew: {reason}")),
+                    _ => None,
+                };
+                Pool { warnings: reason.into_iter().collect(), ..computed }
+            }
         };
-        if !plan.allow_fallback {
-            self.refuse_unusable(&scores)?;
+        kept::write(&dir.join(kept::FILE), &request, self.layers(), &pool.scores)?;
+        Ok(pool)
+    }
+
+    fn named(&self, scores: Scores) -> Pool {
+        let weights = self.weights.iter().map(|site| site.name.clone()).collect();
+        let activations = self.activations.iter().map(|site| site.name.clone()).collect();
+        Pool { scores, names: [weights, activations], reused: false, warnings: Vec::new() }
+    }
+
+    /// The sites among `all` that any of these ask for.
+    pub(super) fn union(all: &'a Sites, several: &[&Asking<'_>]) -> Self {
+        let names = |names: &mut dyn Iterator<Item = &str>| names.map(str::to_owned).collect::<BTreeSet<String>>();
+        let of_weights = names(&mut several.iter().flat_map(|it| it.weights.iter().map(|site| site.name.as_str())));
+        let activations = several.iter().flat_map(|it| it.activations.iter().zip(&it.ranges));
+        let mut ranges = BTreeMap::new();
+        for (site, range) in activations {
+            let known: &mut Option<RangeInclusive<f32>> = ranges.entry(site.name.as_str()).or_default();
+            *known = known.take().or_else(|| range.clone());
         }
-        let report = report::Hessian { reused, ..describe(plan, &scores) };
-        warnings.extend(missed_tolerance(&report));
-        let [of_weights, of_activations] = &self.asks;
-        let sites = SiteScores {
-            weights: in_order(of_weights, scores.weights),
-            activations: in_order(of_activations, scores.activations),
-            samples: scores.samples,
-            allow_fallback: plan.allow_fallback,
-        };
-        Ok(Scoring { sites, report: Some(report), warnings })
+        let of_weights: Vec<bool> = all.weights.iter().map(|site| of_weights.contains(&site.name)).collect();
+        let of_activations: Vec<bool> =
+            all.activations.iter().map(|site| ranges.contains_key(site.name.as_str())).collect();
+        let activations = those(&all.activations, &of_activations);
+        Self {
+            ranges: activations.iter().map(|site| ranges.get(site.name.as_str()).cloned().flatten()).collect(),
+            weights: those(&all.weights, &of_weights),
+            activations,
+            asks: [of_weights, of_activations],
+        }
     }
 
     /// An error for the first site whose scores are of no use.
-    fn refuse_unusable(&self, scores: &Scores) -> Result<(), Error> {
-        let weights = self.weights.iter().zip(&scores.weights);
+    fn refuse_unusable(&self, scores: &SiteScores<'_>) -> Result<(), Error> {
+        let weights = self.weights.iter().zip(scores.weights.iter().flatten());
         let weights = weights.map(|(site, scored)| ("weight", &site.name, reason(scored)));
-        let activations = self.activations.iter().zip(&scores.activations);
+        let activations = self.activations.iter().zip(scores.activations.iter().flatten());
         let activations = activations.map(|(site, scored)| ("activation", &site.name, reason(scored)));
         let unusable = weights.chain(activations).find_map(|(kind, site, reason)| Some((kind, site, reason?)));
         match unusable {
@@ -187,30 +259,20 @@ fn those<'a, S>(sites: &'a [S], asks: &[bool]) -> Vec<&'a S> {
     sites.iter().zip(asks).filter(|(_, asks)| **asks).map(|(site, _)| site).collect()
 }
 
-/// What was asked for, put where it was asked for.
-fn in_order<T>(asks: &[bool], scored: Vec<Scored<T>>) -> Vec<Option<Scored<T>>> {
-    let mut scored = scored.into_iter();
-    asks.iter().map(|&asks| if asks { scored.next() } else { None }).collect()
+/// For each of all sites its scores if it `asks`; `own` are the names of those that do, and `names` those of `scored`.
+fn in_order<'a, T>(
+    asks: &[bool],
+    mut own: impl Iterator<Item = impl AsRef<str>>,
+    names: &[String],
+    scored: &'a [Scored<T>],
+) -> Vec<Option<&'a Scored<T>>> {
+    let by_name: HashMap<&str, &Scored<T>> = names.iter().map(String::as_str).zip(scored).collect();
+    let mut next = || by_name.get(own.next()?.as_ref()).copied();
+    asks.iter().map(|&asks| if asks { next() } else { None }).collect()
 }
 
 fn reason<T>(scored: &Scored<T>) -> Option<&Unusable> {
     scored.scores.as_ref().err()
-}
-
-fn describe(plan: &HessianPlan, scores: &Scores) -> report::Hessian {
-    let weights = scores.weights.iter().filter_map(|scored| scored.standard_error);
-    let all = weights.chain(scores.activations.iter().filter_map(|scored| scored.standard_error));
-    report::Hessian {
-        samples: scores.samples,
-        probes: scores.probes,
-        batch_size: plan.request.batch_size.get(),
-        distribution: plan.request.distribution,
-        seed: plan.request.seed,
-        tolerance: plan.request.tolerance,
-        standard_error: all.reduce(f64::max),
-        left_out: scores.left_out.clone(),
-        reused: false,
-    }
 }
 
 fn missed_tolerance(report: &report::Hessian) -> Option<String> {

@@ -25,7 +25,7 @@ pub(super) struct Given<'a> {
     pub(super) settings: &'a Settings,
     /// In the order of the activations and of their anchors.
     pub(super) statistics: &'a [Vec<Activation>],
-    pub(super) scores: &'a SiteScores,
+    pub(super) scores: &'a SiteScores<'a>,
 }
 
 /// What was chosen for each site.
@@ -139,7 +139,7 @@ impl<'a, T> Method<'a, T> {
     }
 
     /// Sees whether MSE chose for all channels, because nothing that is quantized has a score but zeros.
-    fn check(&mut self, selection: &Selection, scores: &SiteScores) -> Result<(), Unusable> {
+    fn check(&mut self, selection: &Selection, scores: &SiteScores<'_>) -> Result<(), Unusable> {
         let is_whole = |note: &Note| matches!(note, Note::ZeroScores { channels, count } if channels.len() == *count);
         if self.scores.is_some() && selection.notes.iter().any(is_whole) {
             if !scores.allow_fallback {
@@ -157,8 +157,8 @@ impl<'a, T> Method<'a, T> {
     }
 }
 
-fn scored<T>(scores: &[Option<Scored<T>>], index: usize) -> Option<&Scored<T>> {
-    scores.get(index)?.as_ref()
+fn scored<'a, T>(scores: &[Option<&'a Scored<T>>], index: usize) -> Option<&'a Scored<T>> {
+    *scores.get(index)?
 }
 
 fn weight(

@@ -1,9 +1,9 @@
 //! Measures of a quantized model, as plain numbers.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Measures of one model against labels.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Accuracy {
     /// Share of rows whose arg-max is an accepted class, from 0 to 1; `None` without labels.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -14,7 +14,7 @@ pub struct Accuracy {
 }
 
 /// Measures of a quantized model against labels and against the float model.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
     /// Against labels.
     #[serde(flatten)]

@@ -130,7 +130,6 @@ impl GradientSums {
 #[inline(always)]
 fn bin_of(x: f32, lo: f32, per_unit: f32) -> u16 {
     // Not clamp, which leaves NaN.
-    #[expect(clippy::manual_clamp)]
     let place = ((x - lo) * per_unit).max(0.0).min((BINS - 1) as f32);
     // The last bits of a sum with 2^23 are the integer; a cast would be compiled to one value after the other.
     ((place.floor() + (1u32 << 23) as f32).to_bits() as usize % BINS) as u16

@@ -1,0 +1,92 @@
+//! What was chosen for one plan: quantizers for all sites and biases, and what can be made of them: a simulation, a file.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::base::{Base, Observed};
+use super::score::SiteScores;
+use super::select::{self, Given, Selections};
+use super::simulation::Simulation;
+use super::{Error, device, worst};
+use crate::config::Plan;
+use crate::correct::{self, Corrections};
+use crate::emit::{self, Emission};
+use crate::report::{self, Hashes, SiteReport, WorstSite};
+use crate::settings::Settings;
+use crate::sites::{LeftFloat, Sites};
+
+/// What was chosen.
+pub(super) struct Chosen {
+    /// Without those that never ran.
+    pub(super) sites: Sites,
+    pub(super) selections: Selections,
+    pub(super) corrections: Corrections,
+    pub(super) worst_sites: Vec<WorstSite>,
+}
+
+/// What goes into the emitted archive beside the model.
+#[derive(Serialize)]
+struct Description<'a> {
+    schema: u32,
+    versions: &'a report::Versions,
+    hashes: &'a Hashes,
+    seed: u64,
+    sites: &'a [SiteReport],
+    left_float: &'a [LeftFloat],
+}
+
+impl Chosen {
+    /// Chooses for these sites, which `observed` and `scores` are of. `advance` is called with 1 for each.
+    ///
+    /// # Errors
+    /// Where a threshold cannot be chosen.
+    pub(super) fn new(
+        base: &Base,
+        (mut sites, settings): (Sites, &Settings),
+        observed: Observed,
+        scores: &SiteScores<'_>,
+        advance: impl FnMut(usize) + Send,
+    ) -> Result<Self, Error> {
+        let Base { model, calibration, .. } = base;
+        let Observed { statistics, targets, inputs } = observed;
+        let given = Given { settings, statistics: &statistics, scores };
+        let selections = select::select(given, model, &mut sites, advance)?;
+        let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
+        let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, rows)?;
+        let seen = correct::Seen { inputs, statistics: &statistics };
+        let corrections = correct::closed_form(model, &sites, &selections.weights, &targets, seen)?;
+        Ok(Self { sites, selections, corrections, worst_sites })
+    }
+
+    /// Writes the model file.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub(super) fn emit(&self, base: &Base, plan: &Plan, hashes: &Hashes, file: &Path) -> Result<(), Error> {
+        let description = serde_json::to_string(&Description {
+            schema: report::SCHEMA,
+            versions: &base.versions,
+            hashes,
+            seed: plan.seed,
+            sites: &self.selections.reports,
+            left_float: &self.sites.left_float,
+        })?;
+        let emission = Emission {
+            sites: &self.sites,
+            activations: &self.selections.activations,
+            weights: &self.selections.weights,
+            biases: &self.corrections.biases,
+            description,
+        };
+        Ok(emit::fake_quant(&base.model, &emission, file)?)
+    }
+
+    /// The quantized model as it would be emitted.
+    ///
+    /// # Errors
+    /// Where libtorch refuses it.
+    pub(super) fn simulation(&self, base: &Base) -> Result<Simulation, Error> {
+        Simulation::new(&base.model, &self.sites, &self.selections, &self.corrections).map_err(device::blame_weights)
+    }
+}
