@@ -227,8 +227,8 @@ impl<'a> Run<'a> {
     fn batch(&mut self, arguments: &Arguments, place: Place, lot: usize) -> Result<(), Error> {
         let recording = self.graph.record(arguments, &mut jit::NoVisit)?;
         let tensors = recording.output().tensors();
-        let outputs: Vec<&Tensor> =
-            tensors.iter().map(|(_, output)| *output).filter(|output| is_probed(output)).collect();
+        let numbered = tensors.iter().map(|(_, output)| *output).enumerate();
+        let outputs: Vec<(usize, &Tensor)> = numbered.filter(|(_, output)| is_probed(output)).collect();
         for (path, _) in tensors.iter().filter(|(_, output)| !is_probed(output)) {
             if !self.left_out.contains(path) {
                 self.left_out.push(path.clone());
@@ -246,7 +246,7 @@ impl<'a> Run<'a> {
             self.activations.rows = place.rows;
             let draw = &mut self.activations.draw;
             (draw.first_row, draw.probe) = (place.first_row, self.probes + probe);
-            let outputs: Vec<_> = outputs.iter().copied().zip(drawn).collect();
+            let outputs: Vec<_> = outputs.iter().map(|(_, output)| *output).zip(drawn).collect();
             self.activations.begin_probe(self.probes + probe == 0)?;
             self.probe(&recording, &outputs, OfLot { probe, probes: lot })?;
         }

@@ -253,7 +253,8 @@ pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Err
     clock.timings.load = clock.lap();
 
     progress.stage("calibrate", Work::Rows(base.calibration.rows()));
-    let observed = base.observe(plan, plan.weights.bias_correction, &sites, |rows| progress.advance(rows))?;
+    let targets = base.targets(plan.weights.bias_correction, &sites);
+    let observed = base.observe(plan, targets, &sites, |rows| progress.advance(rows))?;
     clock.timings.calibrate = clock.lap();
 
     let asking = Asking::new(&settings, &sites, Some(&observed.statistics));

@@ -6,8 +6,11 @@ mod damage;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use binary::{BINARY, Folder, Ran, experiment, in_folder, ran, shipped, test_data, test_model, tsquant};
+use binary::{
+    BINARY, Folder, Ran, experiment, in_folder, ran, safetensors_file, shipped, test_data, test_model, tsquant,
+};
 use damage::Random;
+use safetensors::Dtype;
 use serde_json::Value;
 use tsquant::config::Experiment;
 
@@ -38,10 +41,11 @@ fn json(folder: &Folder, path: &str) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-/// `results.json` without what differs from run to run.
+/// `results.json` without what differs from run to run and from folder to folder.
 fn results(folder: &Folder) -> Value {
     let mut results = json(folder, "run/results.json");
     for row in results["rows"].as_array_mut().unwrap() {
+        row["command"].take();
         if let Some(gave) = row["gave"].as_object_mut() {
             gave.retain(|key, _| !key.ends_with("_s"));
         }
@@ -49,28 +53,44 @@ fn results(folder: &Folder) -> Value {
     results
 }
 
-/// Runs the command of a row, as a shell takes it, into another directory.
+/// Runs the command of a row, as a shell takes it, and returns the report of what it makes.
 fn made_alone(folder: &Folder, row: &Value) -> Value {
-    let command = row["command"].as_str().unwrap().replacen("tsquant", BINARY, 1);
-    let mut shell = in_folder(folder.path(), "sh");
-    ran(shell.args(["-c", &format!("{command} --quiet --set output.dir=alone")])).succeeded();
-    folder.report("alone")
+    let command = row["command"].as_str().unwrap();
+    let rest = command.strip_prefix("tsquant ").unwrap();
+    ran(in_folder(folder.path(), "sh").args(["-c", &format!("{BINARY} {rest} --quiet")])).succeeded();
+    folder.report(&model_dir(row))
+}
+
+fn model_dir(row: &Value) -> String {
+    format!("run/models/{:04}", row["number"].as_u64().unwrap())
+}
+
+/// Fails where the models of a sweep differ from those that the commands of its rows make.
+fn check_rows_alone(folder: &Folder, count: usize) {
+    sweep(folder, &["sweep.emit=all"]).succeeded();
+    let results = json(folder, "run/results.json");
+    let rows = results["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), count);
+    for row in rows {
+        let name = &row["name"];
+        let together = folder.report(&model_dir(row));
+        let written = json(folder, &format!("run/rows/{:04}.json", row["number"].as_u64().unwrap()));
+        fs_err::remove_dir_all(folder.path().join(model_dir(row))).unwrap();
+        let alone = made_alone(folder, row);
+        for key in ["sites", "bias_correction", "evaluation", "left_float", "warnings", "worst_sites", "hashes"] {
+            assert_eq!(together[key], alone[key], "{name} {key}");
+        }
+        assert_eq!(written["sites"], alone["sites"], "{name}");
+        assert_eq!(row["gave"]["quantized"], alone["evaluation"]["quantized"], "{name}");
+        assert_eq!(row["gave"]["float"], alone["evaluation"]["float"], "{name}");
+    }
 }
 
 #[test]
 fn a_row_is_what_its_command_gives() {
     let folder = folder(GRID);
-    sweep(&folder, &[]).succeeded();
-    let results = results(&folder);
-    let rows = results["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 12);
-    for row in rows {
-        let alone = made_alone(&folder, row);
-        let written = json(&folder, &format!("run/rows/{:04}.json", row["number"].as_u64().unwrap()));
-        assert_eq!(written["sites"], alone["sites"], "{}", row["name"]);
-        assert_eq!(row["gave"]["quantized"], alone["evaluation"]["quantized"], "{}", row["name"]);
-        assert_eq!(row["gave"]["float"], alone["evaluation"]["float"], "{}", row["name"]);
-    }
+    check_rows_alone(&folder, 12);
+    let rows = results(&folder)["rows"].as_array().unwrap().clone();
     let bytes: Vec<u64> = rows.iter().map(|row| row["gave"]["weight_bytes"].as_u64().unwrap()).collect();
     // conv1 27, conv2 108 and fc 12 weights; half of conv2's with the override.
     assert!(bytes.iter().all(|&bytes| bytes == 27 + 108 + 12 || bytes == 27 + 54 + 12), "{bytes:?}");
@@ -79,20 +99,51 @@ fn a_row_is_what_its_command_gives() {
     assert!(rows[0]["is_on_pareto_front"].as_bool().unwrap());
 }
 
+/// Layers that read the same value, one of which has no quantized weight, or reads it in float.
+#[test]
+fn rows_with_other_layers_are_what_their_commands_give() {
+    let folder = Folder::new();
+    let sweep = "sweep:
+  runs:
+    plain: null
+    no query: {overrides: [{layers: layer.0.query, weights: float, inputs: float}]}
+    up in float: {overrides: [{layers: layer.0.up, inputs: float}]}
+    scored: {quantization.activation_error_method: HMSE}
+    scored in part: {overrides: [{layers: layer.0.up, weights: {error_method: HMSE}}]}
+";
+    let alone = experiment(&test_model("tiny_encoder"), &test_data("tiny_encoder"), "[ids, mask]");
+    folder.write("e.yaml", alone + sweep);
+    check_rows_alone(&folder, 5);
+}
+
+/// Outputs that depend on some of the scored layers alone.
+#[test]
+fn rows_with_scores_of_other_layers_are_what_their_commands_give() {
+    let folder = Folder::new();
+    let sweep = "sweep:
+  runs:
+    all: {quantization: {weights_error_method: HMSE, activation_error_method: HMSE}}
+    side: {overrides: [{layers: side, weights: {error_method: HMSE}}]}
+    head: {overrides: [{layers: head, weights: {error_method: HMSE}}]}
+    tolerant: {quantization.weights_error_method: HMSE, hessian: {tolerance: 0.5}}
+    tolerant side: {overrides: [{layers: side, weights: {error_method: HMSE}}], hessian: {tolerance: 0.5}}
+";
+    let alone = experiment(&test_model("multi_io"), &test_data("multi_io"), "[x, y]");
+    folder.write("e.yaml", alone + sweep);
+    check_rows_alone(&folder, 5);
+}
+
 #[test]
 fn the_best_model_is_written_as_alone() {
     let folder = folder(GRID);
     sweep(&folder, &["sweep.emit=best"]).succeeded();
-    let best = results(&folder)["rows"][0].clone();
-    let alone = made_alone(&folder, &best);
-    let dir = format!("run/models/{:04}", best["number"].as_u64().unwrap());
-    let report = folder.report(&dir);
-    assert_eq!(report["sites"], alone["sites"]);
-    assert_eq!(report["bias_correction"], alone["bias_correction"]);
-    assert_eq!(report["hashes"], alone["hashes"]);
-    let bytes = |dir: &str| fs_err::read(folder.path().join(dir).join("quantized.pt")).unwrap();
-    assert!(bytes(&dir) == bytes("alone"), "the models differ");
+    let best = json(&folder, "run/results.json")["rows"][0].clone();
+    let bytes = || fs_err::read(folder.path().join(model_dir(&best)).join("quantized.pt")).unwrap();
+    let together = bytes();
     assert_eq!(fs_err::read_dir(folder.path().join("run/models")).unwrap().count(), 1);
+    fs_err::remove_dir_all(folder.path().join(model_dir(&best))).unwrap();
+    made_alone(&folder, &best);
+    assert!(together == bytes(), "the models differ");
 }
 
 #[test]
@@ -135,6 +186,41 @@ fn runs_that_fail_are_told_and_the_rest_go_on() {
     assert_eq!(csv.lines().count(), 5, "{csv}");
 }
 
+/// What was missing may be there the next time, and a line more in the file changes no row.
+#[test]
+fn rows_that_failed_are_gone_on_with() {
+    let sweep_yaml = "sweep: {runs: {good: {evaluation: null}, later: {calibration.data: later.safetensors}}}\n";
+    let folder = folder(sweep_yaml);
+    let text = fs_err::read_to_string(folder.path().join("e.yaml")).unwrap();
+    let data = serde_json::to_string(&test_data("small_conv")).unwrap();
+    folder.write("e.yaml", format!("evaluation: {{data: {data}}}\n{}", text.replace("evaluation: null", "seed: 1")));
+    let told = tsquant(folder.path(), ["experiment", "e.yaml"]).succeeded().stdout;
+    assert!(told.contains("failed: later: "), "{told}");
+    fs_err::copy(test_data("small_conv"), folder.path().join("later.safetensors")).unwrap();
+    let text = fs_err::read_to_string(folder.path().join("e.yaml")).unwrap();
+    folder.write("e.yaml", format!("# One line more.\n{text}"));
+    let told = tsquant(folder.path(), ["experiment", "e.yaml"]).succeeded().stdout;
+    assert!(!told.contains("failed: ") && told.contains("1 of 2 runs were done before"), "{told}");
+}
+
+/// A value that is infinite in float32, which one run alone quantizes.
+#[test]
+fn an_infinite_value_concerns_those_that_quantize_it() {
+    let folder = Folder::new();
+    let tensor = |count: usize, largest: f32| -> Vec<u8> {
+        let value = |index: usize| if index < 192 && largest > 1.0 { largest } else { (index as f32 / 31.0).sin() };
+        (0..count).flat_map(|index| value(index).to_le_bytes()).collect()
+    };
+    let (x, y) = (tensor(16 * 3 * 8 * 8, 3.3e38), tensor(16 * 5, 1.0));
+    let tensors = [("x", Dtype::F32, &[16, 3, 8, 8][..], x.as_slice()), ("y", Dtype::F32, &[16, 5], &y)];
+    folder.write("data.safetensors", safetensors_file(&tensors));
+    let alone = experiment(&test_model("multi_io"), &folder.path().join("data.safetensors"), "[x, y]");
+    let float = "{overrides: [{layers: [conv, side], activations: float}, {ops: mean, activations: float}]}";
+    folder.write("e.yaml", format!("{alone}sweep: {{runs: {{plain: null, in float: {float}}}}}\n"));
+    let told = tsquant(folder.path(), ["experiment", "e.yaml"]).succeeded().stdout;
+    assert!(told.contains("failed: plain: ") && !told.contains("failed: in float"), "{told}");
+}
+
 #[test]
 fn a_sweep_of_which_all_fail_is_an_error() {
     let folder = folder("sweep: {runs: {a: {overrides: [{layers: conv7, weights: float}]}}}\n");
@@ -161,6 +247,14 @@ fn what_is_no_sweep_is_refused_with_its_place() {
         (
             "sweep: {grid: {seed: [1]}, emit: worst}\n",
             "`sweep.emit` must be one of `none`, `best`, `all`, found `worst`",
+        ),
+        (
+            "sweep: {grid: {seed: [1]}, rank_by: top1}\n",
+            "`sweep.rank_by`: expected `evaluation.labels` for it, found none",
+        ),
+        (
+            "sweep: {grid: {calibration.samples: [8, 16]}}\n",
+            "`sweep`: expected runs that are measured on the same data, found others for `samples=16`",
         ),
         (
             "hessian: {save: true}\nquantization: {weights_error_method: HMSE}\nsweep: {grid: {seed: [1]}}\n",
@@ -194,8 +288,10 @@ fn another_experiment_in_the_same_place_is_refused() {
     assert!(line.contains("the settings of row 1 (`seed=1`) have changed"), "{line}");
     assert_eq!(folder.listing(), before);
     // Ranking and emission are no part of the rows.
-    sweep(&folder, &["sweep.emit=best", "sweep.rank_by=cosine"]).succeeded();
-    assert!(folder.path().join("run/models").exists());
+    for (emit, count) in [("best", 1), ("all", 2)] {
+        sweep(&folder, &[&format!("sweep.emit={emit}"), "sweep.rank_by=cosine"]).succeeded();
+        assert_eq!(fs_err::read_dir(folder.path().join("run/models")).unwrap().count(), count);
+    }
 }
 
 /// Killed at any moment, the same command goes on and ends with the same results.
@@ -210,7 +306,7 @@ fn a_killed_sweep_goes_on() {
         let mut command: Command = in_folder(folder.path(), BINARY);
         let command = command.args(["experiment", "e.yaml", "--quiet"]).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(100 + random.below(900) as u64));
+        std::thread::sleep(Duration::from_millis(100 + random.below(400) as u64));
         // The process may have ended.
         let _ = child.kill();
         child.wait().unwrap();

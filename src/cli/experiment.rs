@@ -1,7 +1,7 @@
 //! `tsquant experiment`.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -45,7 +45,7 @@ impl Sweep {
         };
         let sweep = experiment.resolve_sweep(&working_dir()?)?;
         let mut display = Display::new(self.quiet);
-        let command = |combination: &Combination| self.command(combination);
+        let command = |combination: &Combination, dir: &Path| self.command(combination, dir);
         let outcome = pipeline::experiment(&sweep, &command, &mut display);
         display.finish();
         let outcome = outcome.map_err(|error| located(&experiment, error))?;
@@ -56,10 +56,13 @@ impl Sweep {
     }
 
     /// What makes the model of one run alone.
-    fn command(&self, combination: &Combination) -> String {
-        let of_all = self.set.iter().filter(|setting| !setting.starts_with("sweep")).cloned();
+    fn command(&self, combination: &Combination, dir: &Path) -> String {
+        let is_of_sweep =
+            |setting: &&String| setting.split(['.', '=']).next().is_some_and(|name| name.trim() == "sweep");
+        let of_all = self.set.iter().filter(|setting| !is_of_sweep(setting)).cloned();
+        let dir = format!("output.dir={}", serde_json::Value::from(dir.to_string_lossy()));
         let own = combination.settings.iter().map(|(key, value)| format!("{key}={value}"));
-        let settings = ["sweep=".to_owned()].into_iter().chain(of_all).chain(own);
+        let settings = ["sweep=".to_owned()].into_iter().chain(of_all).chain(own).chain([dir]);
         let mut words = vec!["tsquant".to_owned(), "quantize".to_owned(), self.experiment.display().to_string()];
         words.extend(settings.flat_map(|setting| ["--set".to_owned(), setting]));
         words.extend(self.device.iter().flat_map(|device| ["--device".to_owned(), device.clone()]));

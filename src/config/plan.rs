@@ -40,6 +40,18 @@ pub struct Plan {
     pub seed: u64,
 }
 
+impl Plan {
+    /// Whether float and quantized model are compared on the same rows.
+    #[must_use]
+    pub fn is_measured_as(&self, other: &Self) -> bool {
+        match (&self.evaluation, &other.evaluation) {
+            (Some(own), Some(other)) => own.data.is_same_as(&other.data),
+            (None, None) => self.calibration.is_same_as(&other.calibration),
+            _ => false,
+        }
+    }
+}
+
 /// A data set and how its rows become tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataPlan {
@@ -57,6 +69,15 @@ pub struct DataPlan {
     pub batch_size: NonZeroUsize,
     /// From stored values to the model's values.
     pub transform: Transform,
+}
+
+impl DataPlan {
+    /// Whether it gives the same batches: the seed of a draw counts where there is one.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let seed = if self.shuffle { other.seed } else { self.seed };
+        *self == Self { seed, ..other.clone() }
+    }
 }
 
 /// Evaluation data with its labels and the metrics asked for.

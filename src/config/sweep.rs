@@ -136,8 +136,19 @@ impl Experiment {
             let slip = plans.find_map(|plan| plan.as_ref().err().cloned());
             return Err(slip.unwrap_or_else(|| sweep.invalid("sweep", "expected at least one combination, found none")));
         };
-        if first.hessian.as_ref().is_some_and(|hessian| hessian.save) {
-            return Err(self.error_at("hessian.save", "the scores of a sweep are not kept"));
+        let needs_labels = matches!(keys.rank_by, Some(Metric::Top1 | Metric::Top5));
+        for Combination { name, plan, .. } in &combinations {
+            let Ok(plan) = plan else { continue };
+            if plan.hessian.as_ref().is_some_and(|hessian| hessian.save) {
+                return Err(self.error_at("hessian.save", "the scores of a sweep are not kept"));
+            }
+            if !plan.is_measured_as(first) {
+                let reason = format!("expected runs that are measured on the same data, found others for `{name}`");
+                return Err(sweep.invalid("sweep", &reason));
+            }
+            if needs_labels && plan.evaluation.as_ref().is_none_or(|evaluation| evaluation.labels.is_none()) {
+                return Err(self.error_at("sweep.rank_by", "expected `evaluation.labels` for it, found none"));
+            }
         }
         Ok(Sweep {
             dir: first.output.dir.clone(),

@@ -58,11 +58,12 @@ impl InputSums {
         Ok(sum.add(reading, value)?)
     }
 
-    /// The same sums for ops that are all among those of `targets`, which these are of.
+    /// The same sums for `some` ops, all of which are among those of `targets`, which these are of.
     #[must_use]
     pub fn for_some(&self, targets: &Targets, some: &Targets) -> Self {
         let mut sums = Self::new(some);
-        for (sum, input) in sums.sums.iter_mut().zip(&some.inputs) {
+        let wanted = sums.sums.iter_mut().zip(&some.inputs).filter(|(_, input)| input.source == Source::Tap);
+        for (sum, input) in wanted {
             let number = targets.inputs.iter().position(|other| other.reads_as(input));
             if let Some(known) = number.and_then(|number| self.sums.get(number)) {
                 let total = known.total.as_ref().map(Tensor::shallow_clone);
@@ -82,10 +83,11 @@ impl InputSums {
     }
 
     /// Takes the sums that the statistics of the activation sites hold.
-    ///
-    /// # Errors
-    /// Where libtorch fails.
-    pub fn with_statistics(mut self, targets: &Targets, statistics: &[Vec<Activation>]) -> Result<Self, tch::TchError> {
+    pub(super) fn with_statistics(
+        mut self,
+        targets: &Targets,
+        statistics: &[Vec<Activation>],
+    ) -> Result<Self, tch::TchError> {
         for (sum, input) in self.sums.iter_mut().zip(&targets.inputs) {
             let Source::Statistics { site, anchor } = input.source else { continue };
             let activation = statistics.get(site).and_then(|site| site.get(anchor));

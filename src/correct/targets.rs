@@ -170,6 +170,19 @@ impl Targets {
         targets
     }
 
+    /// The inputs that any of these taps, to be summed up for all of them at once; of the ops themselves it has none.
+    #[must_use]
+    pub fn taps_of(several: &[Self]) -> Self {
+        let mut all = Self::default();
+        let taps = several.iter().flat_map(|targets| &targets.inputs).filter(|input| input.source == Source::Tap);
+        for input in taps {
+            if !all.inputs.iter().any(|known| known.reads_as(input)) {
+                all.inputs.push(input.clone());
+            }
+        }
+        all
+    }
+
     /// How many biases would be corrected.
     #[must_use]
     pub fn count(&self) -> usize {

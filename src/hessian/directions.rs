@@ -16,13 +16,16 @@ pub(super) struct Directions<'a> {
 }
 
 impl Directions<'_> {
-    /// One direction for each of `outputs`, of its shape, dtype and device. Each row has its own stream of numbers, so that its
-    /// directions do not depend on the batch that it is in. Rows lie along the first axis of their number; an output without
-    /// such an axis counts as the first row's.
-    pub(super) fn draw(&self, outputs: &[&Tensor], probe: usize) -> Result<Vec<Tensor>, jit::Error> {
-        let stream = |row| SplitMix64::of(&[self.request.seed, (self.first_row + row) as u64, probe as u64]);
-        let mut streams: Vec<SplitMix64> = (0..self.rows).map(stream).collect();
-        let directions = outputs.iter().map(|output| {
+    /// One direction for each of `outputs`, told by their numbers among all, of its shape, dtype and device. Each row and output
+    /// has its own stream of numbers, so that its directions do not depend on the batch that it is in and on the other outputs.
+    /// Rows lie along the first axis of their number; an output without such an axis counts as the first row's.
+    pub(super) fn draw(&self, outputs: &[(usize, &Tensor)], probe: usize) -> Result<Vec<Tensor>, jit::Error> {
+        let directions = outputs.iter().map(|&(number, output)| {
+            let stream = |row| {
+                let row = (self.first_row + row) as u64;
+                SplitMix64::of(&[self.request.seed, row, probe as u64, number as u64])
+            };
+            let mut streams: Vec<SplitMix64> = (0..self.rows).map(stream).collect();
             let mut values = vec![0.0; output.numel()];
             let mut shape = output.size();
             let axis = shape.iter().position(|&size| usize::try_from(size) == Ok(self.rows));
@@ -88,7 +91,7 @@ mod tests {
     fn draw(request: &HessianRequest, first_row: usize, rows: usize, probe: usize, shapes: &[&[i64]]) -> Vec<Vec<f64>> {
         let outputs: Vec<Tensor> =
             shapes.iter().map(|shape| Tensor::zeros(*shape, (Kind::Float, Device::Cpu))).collect();
-        let outputs: Vec<&Tensor> = outputs.iter().collect();
+        let outputs: Vec<(usize, &Tensor)> = outputs.iter().enumerate().collect();
         let drawn = Directions { request, first_row, rows }.draw(&outputs, probe).unwrap();
         drawn.iter().map(numbers).collect()
     }

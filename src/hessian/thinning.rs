@@ -100,9 +100,9 @@ mod tests {
         for length in [1, BLOCK, ENOUGH] {
             assert!(!Thinning::new(length, 0).is_needed());
         }
-        for (length, root) in [(ENOUGH + 1, 2), (4 * ENOUGH, 2), (4 * ENOUGH + 4, 4), (40 * ENOUGH, 8)] {
-            assert_eq!(Thinning::new(length, 0).root, root, "{length}");
-            assert_eq!(Thinning::new(length, 1).root, 2 * root, "{length}");
+        let roots = [(ENOUGH + 1, [2, 2]), (4 * ENOUGH, [2, 4]), (4 * ENOUGH + 4, [4, 4]), (40 * ENOUGH, [8, 16])];
+        for (length, roots) in roots {
+            assert_eq!([0, 1].map(|probe| Thinning::new(length, probe).root), roots, "{length}");
         }
     }
 

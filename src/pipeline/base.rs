@@ -72,11 +72,10 @@ impl Base {
     pub(super) fn observe(
         &self,
         plan: &Plan,
-        correction: BiasCorrection,
+        targets: Targets,
         sites: &Sites,
         advance: impl FnMut(usize),
     ) -> Result<Observed, Error> {
-        let targets = self.targets(correction, sites);
         let mut inputs = InputSums::new(&targets);
         let statistics = observe(&self.model, &sites.activations, &mut inputs, &self.calibration, advance)
             .map_err(calibration_batches(plan).blame())?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::device::Taken;
-use super::journal::{Journal, Key, RowKey};
+use super::journal::{Journal, Key, PlanKey, RowKey};
 use super::run_dir::RunDir;
 use super::shared::Shared;
 use super::{Clock, Error, Progress, Work, device, finish, hash, versions};
@@ -29,98 +29,111 @@ pub struct SweepOutcome {
 }
 
 /// Runs all combinations that are not done yet; those that fail are written down with their errors, and the rest go on.
-/// `command` tells how one is made alone.
+/// `command` tells how the model of one is made alone, into this run directory.
 ///
 /// # Errors
 /// Where the directory cannot be used, and where no row at all can be had.
 pub fn experiment(
     sweep: &Sweep,
-    command: &dyn Fn(&Combination) -> String,
+    command: &dyn Fn(&Combination, &Path) -> String,
     progress: &mut dyn Progress,
 ) -> Result<SweepOutcome, Error> {
-    let plans: Vec<Option<&Plan>> = sweep.combinations.iter().map(|it| it.plan.as_ref().ok()).collect();
-    let first = plans.iter().flatten().next().copied().ok_or(Error::NothingToRun)?;
+    let first = sweep.combinations.iter().find_map(|it| it.plan.as_ref().ok()).ok_or(Error::NothingToRun)?;
     let rank_by = sweep.rank_by.unwrap_or_else(|| default_rank(first));
     let taken = device::take(first.device)?;
     progress.stage("hash", Work::Uncounted);
-    let journal = Journal::open(&sweep.dir, &key(sweep, &taken)?)?;
+    let journal = Journal::open(&sweep.dir, &key(sweep, &taken))?;
     let mut runs = Runs { sweep, command, journal, taken, shared: None };
-    let mut rows = runs.journal.done(sweep.combinations.len())?;
-    let resumed = rows.iter().flatten().count();
+    let done = runs.journal.done(sweep.combinations.len())?;
+    let resumed = done.iter().flatten().count();
 
+    let mut rows: Vec<SweepRow> = (0..done.len()).map(|index| runs.row(index)).collect();
     let mut pending: Vec<usize> = Vec::new();
-    for (index, (row, combination)) in rows.iter_mut().zip(&sweep.combinations).enumerate() {
-        match (&row, &combination.plan) {
-            (Some(_), _) => {}
-            (None, Ok(_)) => pending.push(index),
-            (None, Err(error)) => *row = Some(runs.failed(index, &error.to_string())?),
+    for ((row, done), combination) in rows.iter_mut().zip(done).zip(&sweep.combinations) {
+        match (done, &combination.plan) {
+            // Names and commands are those of this process.
+            (Some(done), Ok(_)) => row.gave = done.gave,
+            (None, Ok(_)) => pending.push(row.number - 1),
+            (_, Err(error)) => *row = runs.failed(row.number - 1, &error.to_string())?,
         }
     }
-    for group in groups(&pending, &plans) {
-        for (index, row) in runs.group(&group, progress)? {
-            if let Some(place) = rows.get_mut(index) {
-                *place = Some(row);
-            }
+    for group in runs.groups(&pending) {
+        for row in runs.group(&group, progress)? {
+            let place = row.number - 1;
+            rows[place] = row;
         }
     }
-    let report = SweepReport::new(versions(), rank_by, rows.into_iter().flatten().collect());
-    let Some(best) = report.best() else {
+    let report = SweepReport::new(versions(), rank_by, rows);
+    if report.rows.iter().all(|row| row.gave.is_none()) {
         let message = report.rows.first().and_then(|row| row.error.clone()).unwrap_or_default();
         return Err(Error::AllFailed { count: report.rows.len(), message });
-    };
-    let best = match sweep.emit {
-        Emit::None => None,
-        Emit::Best => Some(runs.emit(best.number - 1, progress)?),
-        Emit::All => Some(runs.journal.model_dir(best.number - 1)),
-    };
+    }
     for (name, text) in RESULTS.iter().zip([report.to_json()?, report.to_csv()?]) {
         runs.journal.write_results(name, &text)?;
     }
+    let best = report.best().map(|row| row.number - 1);
+    let wanted: Vec<usize> = match sweep.emit {
+        Emit::None => Vec::new(),
+        Emit::Best => best.into_iter().collect(),
+        Emit::All => report.rows.iter().filter(|row| row.gave.is_some()).map(|row| row.number - 1).collect(),
+    };
+    runs.emit(&wanted, progress)?;
+    let best = best.filter(|best| wanted.contains(best)).map(|best| runs.journal.model_dir(best));
     Ok(SweepOutcome { report, dir: sweep.dir.clone(), resumed, best })
 }
 
 /// A sweep under way.
 struct Runs<'a> {
     sweep: &'a Sweep,
-    command: &'a dyn Fn(&Combination) -> String,
+    command: &'a dyn Fn(&Combination, &Path) -> String,
     journal: Journal,
     taken: Taken,
-    /// What the runs of the last group shared, and which these are.
+    /// What the runs of the last group share, and which these are.
     shared: Option<(Vec<usize>, Shared)>,
 }
 
 impl Runs<'_> {
     /// Runs rows that share a calibration.
-    fn group(&mut self, group: &[usize], progress: &mut dyn Progress) -> Result<Vec<(usize, SweepRow)>, Error> {
-        // That of the group before is of no use any more, and large.
-        self.shared = None;
-        let plans: Vec<&Plan> = group.iter().filter_map(|&index| self.plan(index)).collect();
-        let shared = match Shared::new(&plans, self.taken.clone(), progress) {
+    fn group(&mut self, group: &[usize], progress: &mut dyn Progress) -> Result<Vec<SweepRow>, Error> {
+        let mut shared = match self.share(group, progress) {
             Ok(shared) => shared,
+            // One of them may quantize a value that another leaves alone, and that is infinite.
+            Err(_) if group.len() > 1 => {
+                let each = group.iter().map(|&index| self.group(&[index], progress));
+                return Ok(each.collect::<Result<Vec<_>, _>>()?.concat());
+            }
             Err(error) => {
-                let failed = |&index: &usize| Ok((index, self.failed(index, &error.to_string())?));
+                let failed = |&index: &usize| self.failed(index, &error.to_string());
                 return group.iter().map(failed).collect();
             }
         };
         progress.stage("runs", Work::Runs(group.len()));
         let mut rows = Vec::new();
-        for &index in group {
-            let row = match self.run(index, &shared) {
+        for number in shared.order() {
+            let Some(&index) = group.get(number) else { continue };
+            let row = match self.run(number, index, &mut shared) {
                 Ok((gave, sites)) => self.done(index, gave, &sites)?,
                 Err(error) => self.failed(index, &error.to_string())?,
             };
-            rows.push((index, row));
+            rows.push(row);
             progress.advance(1);
         }
         self.shared = Some((group.to_vec(), shared));
         Ok(rows)
     }
 
-    /// Chooses and measures one row, and writes its model if all are to be written.
-    fn run(&self, index: usize, shared: &Shared) -> Result<(Gave, Vec<SiteReport>), Error> {
+    fn share(&mut self, group: &[usize], progress: &mut dyn Progress) -> Result<Shared, Error> {
+        // That of the group before is of no use any more, and large.
+        self.shared = None;
+        let plans: Vec<&Plan> = group.iter().filter_map(|&index| self.plan(index)).collect();
+        Shared::new(&plans, self.taken.clone(), progress)
+    }
+
+    /// Chooses and measures one row, `number` of its group, and writes its model if all are to be written.
+    fn run(&self, number: usize, index: usize, shared: &mut Shared) -> Result<(Gave, Vec<SiteReport>), Error> {
         let plan = self.plan(index).ok_or(Error::NothingToRun)?;
         if self.sweep.emit == Emit::All {
-            let report = self.write_model(index, shared)?;
+            let report = self.write_model(number, index, shared)?;
             let gave = Gave {
                 float: report.evaluation.float,
                 quantized: report.evaluation.quantized,
@@ -131,7 +144,7 @@ impl Runs<'_> {
             return Ok((gave, report.sites));
         }
         let mut clock = Clock::start();
-        let (chosen, _) = shared.choose(plan)?;
+        let (chosen, _) = shared.choose(number, plan)?;
         let search_s = clock.lap();
         let base = &shared.base;
         let simulation = chosen.simulation(base)?;
@@ -142,34 +155,63 @@ impl Runs<'_> {
         Ok((gave, chosen.selections.reports))
     }
 
-    /// Writes the run directory of a row, unless it is there.
-    fn emit(&mut self, index: usize, progress: &mut dyn Progress) -> Result<PathBuf, Error> {
-        let dir = self.journal.model_dir(index);
-        let shared = self.shared.take().filter(|(group, _)| group.contains(&index));
-        let plan = self.plan(index).ok_or(Error::NothingToRun)?;
-        if holds_run_of(&dir, &hash::of_plan(plan)?) {
-            return Ok(dir);
+    /// Writes the run directories of rows, but those that are there.
+    fn emit(&mut self, wanted: &[usize], progress: &mut dyn Progress) -> Result<(), Error> {
+        let mut missing = Vec::new();
+        for &index in wanted {
+            let plan = hash::of_plan(self.plan(index).ok_or(Error::NothingToRun)?)?;
+            if !holds_run_of(&self.journal.model_dir(index), &plan) {
+                missing.push(index);
+            }
         }
-        let shared = match shared {
-            Some((_, shared)) => shared,
-            None => Shared::new(&[plan], self.taken.clone(), progress)?,
-        };
-        progress.stage("emit", Work::Uncounted);
-        self.write_model(index, &shared)?;
-        Ok(dir)
+        for group in self.groups(&missing) {
+            let known = self.shared.take().filter(|(known, _)| group.iter().all(|index| known.contains(index)));
+            let (members, mut shared) = match known {
+                Some(known) => known,
+                None => match self.share(&group, progress) {
+                    Ok(shared) => (group.clone(), shared),
+                    Err(_) if group.len() > 1 => {
+                        group.iter().try_for_each(|&index| self.emit(&[index], progress))?;
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                },
+            };
+            progress.stage("emit", Work::Runs(group.len()));
+            for number in shared.order() {
+                let Some(&index) = members.get(number).filter(|index| group.contains(index)) else { continue };
+                self.write_model(number, index, &mut shared)?;
+                progress.advance(1);
+            }
+        }
+        Ok(())
     }
 
-    fn write_model(&self, index: usize, shared: &Shared) -> Result<report::Report, Error> {
+    fn write_model(&self, number: usize, index: usize, shared: &mut Shared) -> Result<report::Report, Error> {
         let mut plan = self.plan(index).cloned().ok_or(Error::NothingToRun)?;
         plan.output.dir = self.journal.model_dir(index);
         let run_dir = RunDir::open(&plan.output.dir)?;
         let hashes = shared.base.hashes_of(&plan)?;
         let mut clock = Clock::start();
-        let (chosen, told) = shared.choose(&plan)?;
+        let (chosen, told) = shared.choose(number, &plan)?;
         clock.timings = shared.timings;
         clock.timings.search = clock.lap();
         let outcome = finish(&shared.base, &plan, (chosen, hashes, told), run_dir, clock, &mut Silent)?;
         Ok(outcome.report)
+    }
+
+    /// Rows that share model and calibration data, in the order in which the first of each comes.
+    fn groups(&self, rows: &[usize]) -> Vec<Vec<usize>> {
+        let mut groups: Vec<(&Plan, Vec<usize>)> = Vec::new();
+        for &index in rows {
+            let Some(plan) = self.plan(index) else { continue };
+            let shares = |other: &Plan| other.model == plan.model && other.calibration.is_same_as(&plan.calibration);
+            match groups.iter_mut().find(|(other, _)| shares(other)) {
+                Some((_, group)) => group.push(index),
+                None => groups.push((plan, vec![index])),
+            }
+        }
+        groups.into_iter().map(|(_, group)| group).collect()
     }
 
     fn plan(&self, index: usize) -> Option<&Plan> {
@@ -194,7 +236,7 @@ impl Runs<'_> {
             number: index + 1,
             name: combination.map(|it| it.name.clone()).unwrap_or_default(),
             settings: combination.map(|it| it.settings.clone()).unwrap_or_default(),
-            command: combination.map(self.command).unwrap_or_default(),
+            command: combination.map(|it| (self.command)(it, &self.journal.model_dir(index))).unwrap_or_default(),
             gave: None,
             error: None,
             is_on_pareto_front: false,
@@ -216,22 +258,8 @@ fn default_rank(plan: &Plan) -> Metric {
     plan.evaluation.as_ref().and_then(|evaluation| evaluation.metrics.first().copied()).unwrap_or(Metric::Sqnr)
 }
 
-/// Those that share model and calibration data, in the order in which the first of each comes.
-fn groups(pending: &[usize], plans: &[Option<&Plan>]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<(&Plan, Vec<usize>)> = Vec::new();
-    for &index in pending {
-        let Some(plan) = plans.get(index).copied().flatten() else { continue };
-        let shares = |other: &Plan| other.model == plan.model && other.calibration == plan.calibration;
-        match groups.iter_mut().find(|(other, _)| shares(other)) {
-            Some((_, group)) => group.push(index),
-            None => groups.push((plan, vec![index])),
-        }
-    }
-    groups.into_iter().map(|(_, group)| group).collect()
-}
-
 /// What the sweep is of.
-fn key(sweep: &Sweep, taken: &Taken) -> Result<Key, Error> {
+fn key(sweep: &Sweep, taken: &Taken) -> Key {
     let mut hashes: BTreeMap<PathBuf, String> = BTreeMap::new();
     let mut hash_of = |path: &Path| -> Result<String, Error> {
         if let Some(known) = hashes.get(path) {
@@ -241,20 +269,18 @@ fn key(sweep: &Sweep, taken: &Taken) -> Result<Key, Error> {
         hashes.insert(path.to_owned(), hash.clone());
         Ok(hash)
     };
-    let row = |combination: &Combination| {
-        let (plan, files) = match &combination.plan {
-            Ok(plan) => {
-                let evaluation =
-                    plan.evaluation.as_ref().map(|evaluation| hash_of(&evaluation.data.path)).transpose()?;
-                let files = [Some(hash_of(&plan.model)?), Some(hash_of(&plan.calibration.path)?), evaluation];
-                (hash::of_plan(plan)?, files)
-            }
-            Err(error) => (error.to_string(), [None, None, None]),
-        };
-        Ok(RowKey { name: combination.name.clone(), plan, files })
+    let mut of_plan = |plan: &Plan| -> Result<PlanKey, Error> {
+        let evaluation = plan.evaluation.as_ref().map(|evaluation| hash_of(&evaluation.data.path)).transpose()?;
+        let files = [Some(hash_of(&plan.model)?), Some(hash_of(&plan.calibration.path)?), evaluation];
+        Ok(PlanKey { plan: hash::of_plan(plan)?, files })
     };
-    let rows = sweep.combinations.iter().map(row).collect::<Result<_, Error>>()?;
-    Ok(Key { versions: versions(), device: taken.name(), rows })
+    let row = |combination: &Combination| {
+        // A file that cannot be read is told when its turn comes.
+        let plan = combination.plan.as_ref().ok().and_then(|plan| of_plan(plan).ok());
+        RowKey { name: combination.name.clone(), plan }
+    };
+    let rows = sweep.combinations.iter().map(row).collect();
+    Key { versions: versions(), device: taken.name(), rows }
 }
 
 /// Whether a run directory is there that was made of this plan.

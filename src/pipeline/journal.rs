@@ -63,13 +63,27 @@ pub(super) struct Key {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct RowKey {
     pub(super) name: String,
-    /// SHA-256 of the resolved plan; of a row without one what is wrong.
+    /// What is known of a row that can be run; such a one alone can be done.
+    pub(super) plan: Option<PlanKey>,
+}
+
+/// What a row can be run with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct PlanKey {
+    /// SHA-256 of the resolved plan.
     pub(super) plan: String,
     /// SHA-256 of the model, the calibration and the evaluation data.
     pub(super) files: [Option<String>; 3],
 }
 
 impl Key {
+    /// Takes from the key before what this one does not know: a row that cannot be run now may have been done.
+    fn keep_known(&mut self, before: Self) {
+        for (row, before) in self.rows.iter_mut().zip(before.rows) {
+            row.plan = row.plan.take().or(before.plan);
+        }
+    }
+
     /// The first thing that differs, in words.
     fn difference(&self, found: &Self) -> Option<String> {
         let differ = |what: &str, expected: &str, found: &str| {
@@ -88,11 +102,17 @@ impl Key {
         }
         self.rows.iter().zip(&found.rows).enumerate().find_map(|(index, (expected, found))| {
             let row = format!("row {} (`{}`)", index + 1, expected.name);
+            if let Some(difference) = differ("a name", &format!("`{}`", expected.name), &format!("`{}`", found.name)) {
+                return Some(difference);
+            }
+            // A row that could not be run, or cannot now, was not done or is not.
+            let (expected, found) = (expected.plan.as_ref()?, found.plan.as_ref()?);
             let what = ["the model file", "the calibration data", "the evaluation data"];
             let files = what.iter().zip(expected.files.iter().zip(&found.files));
             let mut files = files.filter(|(_, (expected, found))| expected != found);
-            differ("a name", &format!("`{}`", expected.name), &format!("`{}`", found.name))
-                .or_else(|| files.next().map(|(what, _)| format!("{what} of {row} has changed")))
+            files
+                .next()
+                .map(|(what, _)| format!("{what} of {row} has changed"))
                 .or_else(|| (expected.plan != found.plan).then(|| format!("the settings of {row} have changed")))
         })
     }
@@ -101,8 +121,8 @@ impl Key {
 /// The directory of a sweep, held by this process.
 pub(super) struct Journal {
     dir: PathBuf,
-    /// Locked as long as it is open.
-    _mark: File,
+    /// Of the directory itself, held as long as it is open.
+    _lock: File,
 }
 
 impl Journal {
@@ -111,32 +131,39 @@ impl Journal {
     /// # Errors
     /// Where there is something else, another sweep, or another process at work.
     pub(super) fn open(dir: &Path, key: &Key) -> Result<Self, JournalError> {
-        let mark = dir.join(MARK);
-        if !mark.exists() {
-            refuse_occupied(dir)?;
-            std::fs::create_dir_all(dir).map_err(io(dir))?;
-            write_whole(&mark, &to_json(key, &mark)?)?;
-        }
-        let file = File::open(&mark).map_err(io(&mark))?;
-        match file.try_lock() {
+        refuse_other(dir)?;
+        std::fs::create_dir_all(dir).map_err(io(dir))?;
+        let lock = File::open(dir).map_err(io(dir))?;
+        match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(JournalError::Busy { path: dir.to_owned() }),
-            Err(TryLockError::Error(source)) => return Err(JournalError::Io { path: mark, source }),
+            Err(TryLockError::Error(source)) => return Err(JournalError::Io { path: dir.to_owned(), source }),
         }
-        let text = std::fs::read_to_string(&mark).map_err(io(&mark))?;
-        let difference = match serde_json::from_str::<Key>(&text) {
-            Ok(found) => key.difference(&found),
-            Err(error) => Some(format!("{MARK} cannot be read: {error}")),
-        };
-        if let Some(difference) = difference {
-            return Err(JournalError::Another { path: dir.to_owned(), difference });
+        let (mark, rows) = (dir.join(MARK), dir.join(ROWS));
+        let mut key = key.clone();
+        if mark.exists() {
+            let text = std::fs::read_to_string(&mark).map_err(io(&mark))?;
+            let difference = match serde_json::from_str::<Key>(&text) {
+                Ok(found) => {
+                    let difference = key.difference(&found);
+                    key.keep_known(found);
+                    difference
+                }
+                Err(error) => Some(format!("{MARK} cannot be read: {error}")),
+            };
+            if let Some(difference) = difference {
+                return Err(JournalError::Another { path: dir.to_owned(), difference });
+            }
+        } else {
+            refuse_occupied(dir)?;
         }
-        let rows = dir.join(ROWS);
+        // Anew each time: rows that could not be run before may be now.
+        write_whole(&mark, &to_json(&key, &mark)?)?;
         std::fs::create_dir_all(&rows).map_err(io(&rows))?;
         for folder in [dir, rows.as_path()] {
             remove_unfinished(folder).map_err(io(folder))?;
         }
-        Ok(Self { dir: dir.to_owned(), _mark: file })
+        Ok(Self { dir: dir.to_owned(), _lock: lock })
     }
 
     /// The rows that are done; those that failed are tried again.
@@ -224,18 +251,24 @@ fn remove_unfinished(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn refuse_occupied(dir: &Path) -> Result<(), JournalError> {
-    let occupied = |found| Err(JournalError::Occupied { path: dir.to_owned(), found });
+/// An error where something stands that is no folder.
+fn refuse_other(dir: &Path) -> Result<(), JournalError> {
     match std::fs::symlink_metadata(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(source) => Err(JournalError::Io { path: dir.to_owned(), source }),
-        Ok(metadata) if !metadata.is_dir() => occupied("a file"),
-        Ok(_) => {
-            let is_own = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(UNFINISHED);
-            let mut entries = std::fs::read_dir(dir).map_err(io(dir))?;
-            if entries.any(|entry| !entry.is_ok_and(is_own)) { occupied("other files") } else { Ok(()) }
-        }
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(JournalError::Occupied { path: dir.to_owned(), found: "a file" }),
     }
+}
+
+/// An error for a folder with anything in it but what a killed process left.
+fn refuse_occupied(dir: &Path) -> Result<(), JournalError> {
+    let is_own = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(UNFINISHED);
+    let mut entries = std::fs::read_dir(dir).map_err(io(dir))?;
+    if entries.any(|entry| !entry.is_ok_and(is_own)) {
+        return Err(JournalError::Occupied { path: dir.to_owned(), found: "other files" });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -244,11 +277,8 @@ mod tests {
 
     fn key(plan: &str) -> Key {
         let versions = Versions { tsquant: "1".to_owned(), torch: "2".to_owned() };
-        let row = |name: &str| RowKey {
-            name: name.to_owned(),
-            plan: plan.to_owned(),
-            files: [Some("m".to_owned()), None, None],
-        };
+        let plan = PlanKey { plan: plan.to_owned(), files: [Some("m".to_owned()), None, None] };
+        let row = |name: &str| RowKey { name: name.to_owned(), plan: Some(plan.clone()) };
         Key { versions, device: "cpu".to_owned(), rows: vec![row("a"), row("b")] }
     }
 
@@ -287,13 +317,25 @@ mod tests {
         drop(Journal::open(&dir, &key("p")).unwrap());
         let refused = |key: &Key| Journal::open(&dir, key).err().unwrap().to_string();
         let mut other = key("p");
-        other.rows[1].files[0] = Some("n".to_owned());
+        other.rows[1].plan.as_mut().unwrap().files[0] = Some("n".to_owned());
         assert!(refused(&other).contains("the model file of row 2 (`b`) has changed"), "{}", refused(&other));
         assert!(refused(&key("q")).contains("the settings of row 1 (`a`) have changed"));
         other.rows.pop();
         assert!(refused(&other).contains("the number of rows is 1, was 2"));
         other.device = "cuda:0".to_owned();
         assert!(refused(&other).contains("the device is cuda:0, was cpu"));
+    }
+
+    /// As long as a row cannot be run nothing is known of it; from then on it is.
+    #[test]
+    fn a_row_that_could_not_be_run_may_be_mended() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("sweep");
+        let mut broken = key("p");
+        broken.rows[1].plan = None;
+        drop(Journal::open(&dir, &broken).unwrap());
+        drop(Journal::open(&dir, &key("p")).unwrap());
+        assert!(Journal::open(&dir, &key("q")).is_err());
     }
 
     #[test]

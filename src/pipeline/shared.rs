@@ -8,7 +8,8 @@ use super::chosen::Chosen;
 use super::device::Taken;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
 use super::{Clock, Error, Progress, Work, hessian_batches};
-use crate::config::{BiasCorrection, HessianPlan, Plan};
+use crate::config::{HessianPlan, Plan};
+use crate::correct::Targets;
 use crate::report::Timings;
 use crate::settings::{self, Settings};
 use crate::sites::Sites;
@@ -17,12 +18,22 @@ use crate::statistics::Activation;
 /// What runs share.
 pub(super) struct Shared {
     pub(super) base: Base,
+    /// In the order of the plans; `None` where overrides do not fit the model.
+    settled: Vec<Option<Settled>>,
     /// The sites that any of the runs quantizes.
     sites: Sites,
     observed: Observed,
-    pools: Vec<(Scored, Result<Pool, String>)>,
+    /// Hessian scores of the runs that are under way, which are large: those of one request at a time.
+    pool: Option<(Scored, Result<Pool, String>)>,
     /// What all of this took.
     pub(super) timings: Timings,
+}
+
+/// A run whose sites are settled.
+struct Settled {
+    sites: Sites,
+    settings: Settings,
+    scored: Option<Scored>,
 }
 
 /// What scores are computed for: runs whose requests are equal share them. With a tolerance the number of probes depends on
@@ -31,13 +42,6 @@ pub(super) struct Shared {
 struct Scored {
     plan: HessianPlan,
     layers: Option<BTreeSet<String>>,
-}
-
-/// A run whose sites are settled.
-struct Settled<'a> {
-    plan: &'a Plan,
-    sites: Sites,
-    settings: Settings,
 }
 
 impl Shared {
@@ -51,78 +55,59 @@ impl Shared {
         let first = plans.first().ok_or(Error::NothingToRun)?;
         let base = Base::load(first, taken)?;
         // What is wrong with the overrides of one run is told when its turn comes.
-        let settled = plans.iter().copied().filter_map(|plan| {
+        let settle = |plan: &&Plan| {
             let (sites, settings) = settings::settle(plan, base.sites.clone()).ok()?;
-            Some(Settled { plan, sites, settings })
-        });
-        let settled: Vec<Settled<'_>> = settled.collect();
+            Some(Settled { sites, settings, scored: None })
+        };
+        let mut settled: Vec<Option<Settled>> = plans.iter().map(settle).collect();
         let sites = union(&base.sites, &settled);
+        let runs = plans.iter().zip(&settled).filter_map(|(plan, run)| Some((plan, run.as_ref()?)));
+        let targets: Vec<Targets> =
+            runs.map(|(plan, run)| base.targets(plan.weights.bias_correction, &run.sites)).collect();
         clock.timings.load = clock.lap();
 
         progress.stage("calibrate", Work::Rows(base.calibration.rows()));
-        let corrections = plans.iter().map(|plan| plan.weights.bias_correction);
-        let correction =
-            corrections.fold(BiasCorrection::None, |all, own| if own == BiasCorrection::None { all } else { own });
-        let Observed { statistics, targets, inputs } =
-            base.observe(first, correction, &sites, |rows| progress.advance(rows))?;
-        let inputs = inputs.with_statistics(&targets, &statistics)?;
+        let observed = base.observe(first, Targets::taps_of(&targets), &sites, |rows| progress.advance(rows))?;
+        for (plan, run) in plans.iter().zip(&mut settled) {
+            let Some(run) = run else { continue };
+            let statistics = statistics_of(&run.sites, &sites, &observed);
+            run.scored = Scored::of(plan, &Asking::new(&run.settings, &run.sites, Some(&statistics)));
+        }
         clock.timings.calibrate = clock.lap();
-
-        let mut shared = Self {
-            observed: Observed { statistics, targets, inputs },
-            pools: Vec::new(),
-            timings: clock.timings,
-            base,
-            sites,
-        };
-        shared.pools = shared.score(&settled, progress);
-        shared.timings.hessian = if shared.pools.is_empty() { 0.0 } else { clock.lap() };
-        Ok(shared)
+        Ok(Self { base, settled, sites, observed, pool: None, timings: clock.timings })
     }
 
-    /// Hessian scores for all runs that ask for some.
-    fn score(&self, settled: &[Settled<'_>], progress: &mut dyn Progress) -> Vec<(Scored, Result<Pool, String>)> {
-        let mut wanted: Vec<(Scored, Vec<Asking<'_>>)> = Vec::new();
-        for run in settled {
-            let observed = self.statistics_of(&run.sites);
-            let asking = Asking::new(&run.settings, &run.sites, Some(&observed));
-            let Some(scored) = Scored::of(run.plan, &asking) else { continue };
-            match wanted.iter_mut().find(|(other, _)| *other == scored) {
-                Some((_, askings)) => askings.push(asking),
-                None => wanted.push((scored, vec![asking])),
+    /// The order in which the runs take turns, so that those that share scores follow each other.
+    pub(super) fn order(&self) -> Vec<usize> {
+        let scored = |index: &usize| self.settled.get(*index).and_then(|run| run.as_ref()?.scored.as_ref());
+        let mut kinds: Vec<&Scored> = Vec::new();
+        for own in (0..self.settled.len()).filter_map(|index| scored(&index)) {
+            if !kinds.contains(&own) {
+                kinds.push(own);
             }
         }
-        let pool = |(scored, askings): (Scored, Vec<Asking<'_>>)| {
-            let plan = &scored.plan;
-            let rows = Work::Rows(plan.request.samples.get().min(self.base.calibration.rows()));
-            progress.stage("hessian", if plan.request.tolerance.is_none() { rows } else { Work::Uncounted });
-            let asking = Asking::union(&self.sites, &askings.iter().collect::<Vec<_>>());
-            let pool = asking.pool(plan, &self.base, |rows| progress.advance(rows));
-            let pool = pool.map_err(|error| hessian_batches(plan).blame()(error).to_string());
-            (scored, pool)
-        };
-        wanted.into_iter().map(pool).collect()
+        let mut order: Vec<usize> = (0..self.settled.len()).collect();
+        order.sort_by_key(|index| scored(index).and_then(|own| kinds.iter().position(|kind| *kind == own)));
+        order
     }
 
-    /// What is chosen for one of the plans, and what its report says of scores.
+    /// What is chosen for the plan of this number, and what its report says of scores.
     ///
     /// # Errors
     /// Where overrides do not fit the model, scores are of no use, or a threshold cannot be chosen.
-    pub(super) fn choose(&self, plan: &Plan) -> Result<(Chosen, ScoresTold), Error> {
+    pub(super) fn choose(&mut self, number: usize, plan: &Plan) -> Result<(Chosen, ScoresTold), Error> {
         let (sites, settings) = settings::settle(plan, self.base.sites.clone())?;
-        let statistics = self.statistics_of(&sites);
+        let scored = self.settled.get(number).and_then(|run| run.as_ref()?.scored.clone());
+        if let Some(scored) = &scored {
+            self.score(scored);
+        }
+        let statistics = statistics_of(&sites, &self.sites, &self.observed);
         let targets = self.base.targets(plan.weights.bias_correction, &sites);
         let inputs = self.observed.inputs.for_some(&self.observed.targets, &targets);
         let asking = Asking::new(&settings, &sites, Some(&statistics));
-        let (scores, told) = match (Scored::of(plan, &asking), &plan.hessian) {
-            (Some(scored), Some(hessian)) => {
-                let pool = self.pools.iter().find(|(own, _)| *own == scored).map(|(_, pool)| pool);
-                match pool {
-                    Some(Ok(pool)) => pool.of(&asking, hessian)?,
-                    Some(Err(message)) => return Err(Error::SharedScores { message: message.clone() }),
-                    None => return Err(Error::NothingToRun),
-                }
-            }
+        let (scores, told) = match (&scored, &self.pool, &plan.hessian) {
+            (Some(_), Some((_, Ok(pool))), Some(hessian)) => pool.of(&asking, hessian)?,
+            (Some(_), Some((_, Err(message))), _) => return Err(Error::SharedScores { message: message.clone() }),
             _ => (SiteScores::default(), ScoresTold::default()),
         };
         drop(asking);
@@ -130,15 +115,26 @@ impl Shared {
         Ok((Chosen::new(&self.base, (sites, &settings), observed, &scores, |_| ())?, told))
     }
 
-    /// The statistics of these sites, which are among the shared ones.
-    fn statistics_of(&self, sites: &Sites) -> Vec<Vec<Activation>> {
-        let names = self.sites.activations.iter().map(|site| site.name.as_str());
-        let by_name: BTreeMap<&str, _> = names.zip(&self.observed.statistics).collect();
-        sites
-            .activations
-            .iter()
-            .map(|site| by_name.get(site.name.as_str()).copied().cloned().unwrap_or_default())
-            .collect()
+    /// Computes the scores of all runs with this request, unless they are there.
+    fn score(&mut self, scored: &Scored) {
+        if self.pool.as_ref().is_some_and(|(known, _)| known == scored) {
+            return;
+        }
+        // Those before are of no use any more.
+        self.pool = None;
+        let mut clock = Clock::start();
+        let runs: Vec<&Settled> =
+            self.settled.iter().flatten().filter(|run| run.scored.as_ref() == Some(scored)).collect();
+        let statistics: Vec<_> =
+            runs.iter().map(|run| statistics_of(&run.sites, &self.sites, &self.observed)).collect();
+        let askings = runs.iter().zip(&statistics);
+        let askings: Vec<_> =
+            askings.map(|(run, statistics)| Asking::new(&run.settings, &run.sites, Some(statistics))).collect();
+        let asking = Asking::union(&self.sites, &askings.iter().collect::<Vec<_>>());
+        let pool = asking.pool(&scored.plan, &self.base, |_| ());
+        let pool = pool.map_err(|error| hessian_batches(&scored.plan).blame()(error).to_string());
+        self.pool = Some((scored.clone(), pool));
+        self.timings.hessian = clock.lap();
     }
 }
 
@@ -151,12 +147,20 @@ impl Scored {
     }
 }
 
+/// The statistics of these sites, which are among `all` that were observed.
+fn statistics_of(sites: &Sites, all: &Sites, observed: &Observed) -> Vec<Vec<Activation>> {
+    let names = all.activations.iter().map(|site| site.name.as_str());
+    let by_name: BTreeMap<&str, &Vec<Activation>> = names.zip(&observed.statistics).collect();
+    let own = sites.activations.iter().map(|site| by_name.get(site.name.as_str()).copied());
+    own.map(|statistics| statistics.cloned().unwrap_or_default()).collect()
+}
+
 /// The sites that any of these quantizes.
-fn union(all: &Sites, settled: &[Settled<'_>]) -> Sites {
-    let weights: BTreeSet<&str> =
-        settled.iter().flat_map(|run| &run.sites.weights).map(|it| it.name.as_str()).collect();
+fn union(all: &Sites, settled: &[Option<Settled>]) -> Sites {
+    let runs = || settled.iter().flatten();
+    let weights: BTreeSet<&str> = runs().flat_map(|run| &run.sites.weights).map(|it| it.name.as_str()).collect();
     let activations: BTreeSet<&str> =
-        settled.iter().flat_map(|run| &run.sites.activations).map(|it| it.name.as_str()).collect();
+        runs().flat_map(|run| &run.sites.activations).map(|it| it.name.as_str()).collect();
     let mut sites = all.clone();
     sites.weights.retain(|site| weights.contains(site.name.as_str()));
     sites.activations.retain(|site| activations.contains(site.name.as_str()));

@@ -93,6 +93,7 @@ impl SweepReport {
             let failed = a.gave.is_none().cmp(&b.gave.is_none());
             let (x, y) = (a.quality(rank_by), b.quality(rank_by));
             failed
+                .then(x.is_none().cmp(&y.is_none()))
                 .then(y.partial_cmp(&x).unwrap_or(Ordering::Equal))
                 .then(size(a).cmp(&size(b)))
                 .then(a.number.cmp(&b.number))
@@ -109,10 +110,10 @@ impl SweepReport {
         Self { schema: super::SCHEMA, versions, rank_by, rows }
     }
 
-    /// The first row, if it did not fail.
+    /// The first row, if what ranks was measured on it.
     #[must_use]
     pub fn best(&self) -> Option<&SweepRow> {
-        self.rows.first().filter(|row| row.gave.is_some())
+        self.rows.first().filter(|row| row.quality(self.rank_by).is_some())
     }
 
     /// `results.json`, indented.

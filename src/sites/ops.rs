@@ -132,7 +132,7 @@ const TABLE: &[(&str, Role)] = &[
     ("aten::expand_as", MOVE), ("aten::broadcast_to", MOVE), ("aten::repeat", MOVE),
     ("aten::repeat_interleave", MOVE), ("aten::tile", MOVE), ("aten::flip", MOVE), ("aten::roll", MOVE),
     ("aten::contiguous", MOVE), ("aten::clone", MOVE), ("aten::detach", MOVE), ("aten::alias", MOVE),
-    ("aten::to", MOVE), ("aten::type_as", MOVE), ("aten::float", MOVE), ("aten::dropout", MOVE),
+    ("aten::to", MOVE), ("aten::cpu", MOVE), ("aten::type_as", MOVE), ("aten::float", MOVE), ("aten::dropout", MOVE),
     ("aten::dropout_", MOVE), ("aten::feature_dropout", MOVE), ("aten::alpha_dropout", MOVE),
     ("aten::pixel_shuffle", MOVE), ("aten::pixel_unshuffle", MOVE), ("aten::channel_shuffle", MOVE),
     ("aten::unfold", MOVE), ("aten::im2col", MOVE), ("aten::upsample_nearest1d", MOVE),
