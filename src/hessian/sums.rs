@@ -43,14 +43,19 @@ impl Spread {
 /// would leave the range of an f32.
 const PLAIN: std::ops::RangeInclusive<f64> = 1.0 / (1 << 20) as f64..=(1 << 20) as f64;
 
+/// Elements of a weight that tell its spread over probes: more would take memory and time, and tell no more.
+const ENOUGH_FOR_SPREAD: usize = 1 << 16;
+
 /// Of one weight: a sum for each element.
 pub(super) struct WeightSums {
     /// In squared units.
     sum: Tensor,
     /// What gradients are counted in, a power of two; known from the first one on that is not zero.
     unit: Option<f64>,
-    /// The sum of the batch under way; not needed with one probe.
+    /// The sum of the batch under way over the elements that the spread is estimated from; not needed with one probe.
     batch: Option<Tensor>,
+    /// Every so many elements one of them.
+    step: i64,
     spread: Spread,
     /// Whether a gradient ever came.
     is_reached: bool,
@@ -58,14 +63,18 @@ pub(super) struct WeightSums {
 
 impl WeightSums {
     pub(super) fn new(weight: &Tensor) -> Result<Self, jit::Error> {
-        Ok(Self { sum: weight.f_zeros_like()?, unit: None, batch: None, spread: Spread::default(), is_reached: false })
+        let step = weight.numel().div_ceil(ENOUGH_FOR_SPREAD).max(1) as i64;
+        let (sum, spread) = (weight.f_zeros_like()?, Spread::default());
+        Ok(Self { sum, unit: None, batch: None, step, spread, is_reached: false })
     }
 
     /// Adds the gradient of one probe; whether its spread counts is known from the start of the batch.
     pub(super) fn add(&mut self, gradient: &Tensor, has_spread: bool) -> Result<(), jit::Error> {
         self.is_reached = true;
         if self.unit.is_none() {
-            let largest = gradient.f_abs()?.f_max()?.f_double_value(&[])?;
+            // Not of absolute values, which would be a copy.
+            let [least, most] = [gradient.f_min()?, gradient.f_max()?].map(|it| it.f_double_value(&[]));
+            let largest = most?.max(-least?);
             let unit = if PLAIN.contains(&largest) { 1.0 } else { largest.log2().floor().exp2() };
             self.unit = Some(unit).filter(|unit| unit.is_normal());
         }
@@ -73,26 +82,21 @@ impl WeightSums {
             Some(unit) if unit != 1.0 => &gradient.f_mul_scalar(1.0 / unit)?,
             _ => gradient,
         };
-        if !has_spread {
-            let _ = self.sum.f_addcmul_(gradient, gradient)?;
-            return Ok(());
+        let _ = self.sum.f_addcmul_(gradient, gradient)?;
+        if has_spread {
+            let squares = some_of(gradient, self.step)?.f_square()?;
+            self.spread.add_probe(squared_norm(&squares)?);
+            self.batch = Some(match self.batch.take() {
+                Some(mut batch) => batch.f_add_(&squares)?,
+                None => squares,
+            });
         }
-        if self.batch.is_none() {
-            self.batch = Some(self.sum.f_zeros_like()?);
-        }
-        let squares = gradient.f_square()?;
-        if let Some(batch) = &mut self.batch {
-            let _ = batch.f_add_(&squares)?;
-        }
-        self.spread.add_probe(squared_norm(&squares)?);
         Ok(())
     }
 
     pub(super) fn end_batch(&mut self, probes: usize) -> Result<(), jit::Error> {
-        if let Some(batch) = &mut self.batch {
-            self.spread.end_batch(probes, squared_norm(batch)?);
-            let _ = self.sum.f_add_(batch)?;
-            let _ = batch.f_zero_()?;
+        if let Some(batch) = self.batch.take() {
+            self.spread.end_batch(probes, squared_norm(&batch)?);
         }
         Ok(())
     }
@@ -102,7 +106,7 @@ impl WeightSums {
     }
 
     pub(super) fn relative_error(&self) -> Result<Option<f64>, jit::Error> {
-        Ok(self.spread.relative(squared_norm(&self.sum)?.sqrt()))
+        Ok(self.spread.relative(squared_norm(&some_of(&self.sum, self.step)?)?.sqrt()))
     }
 
     /// The sums times `factor`, and times a power of two where the largest would be out of the range of an f32: scores are
@@ -116,6 +120,11 @@ impl WeightSums {
         let is_in_range = largest == 0.0 || (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&largest);
         Ok(Some(self.sum.f_mul_scalar_(if is_in_range { factor * unit * unit } else { factor })?))
     }
+}
+
+/// Every `step`-th element.
+fn some_of(tensor: &Tensor, step: i64) -> Result<Tensor, jit::Error> {
+    Ok(tensor.f_reshape([-1])?.f_slice(0, None, None, step)?)
 }
 
 /// Σ x². Squares of squared gradients may leave the range of an f32; summing them up in f64 takes thrice as long.

@@ -14,7 +14,8 @@ use crate::quantizer::Grid;
 use crate::report::{Hashes, Timings};
 use crate::settings::{self, Settings, SiteSettings};
 use crate::sites::{LeftFloat, Sites};
-use crate::threshold::ErrorMethod;
+use crate::statistics::GradientSums;
+use crate::threshold::{ErrorMethod, GRADIENT_SUMS_MAX_BITS};
 
 /// Calibration in plain forwards, measured on MobileNetV2; see docs/measurements.md.
 const CALIBRATION: f64 = 1.35;
@@ -113,6 +114,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let targets = base.targets(plan.weights.bias_correction, &sites);
     let is_corrected = plan.weights.bias_correction != BiasCorrection::None;
     let statistics = sites.activations.len() as u64 * STATISTICS + targets.bytes();
+    let gradient_sums = gradient_sums(&settings, hessian_rows);
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;
     Ok(Estimate {
@@ -127,8 +129,17 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         hessian_rows,
         evaluation_rows,
         timings,
-        peak_memory_bytes: peak_memory_bytes().map(|bytes| bytes + statistics + copies),
+        peak_memory_bytes: peak_memory_bytes().map(|bytes| bytes + statistics + gradient_sums + copies),
     })
+}
+
+/// Bytes of the sums of gradients by row, of the activations that have some.
+fn gradient_sums(settings: &Settings, rows: usize) -> u64 {
+    let has_some = |site: &&SiteSettings| {
+        site.error_method == ErrorMethod::Hmse && site.scheme.bits.get() <= GRADIENT_SUMS_MAX_BITS
+    };
+    let sites = settings.activations.iter().filter(has_some).count() as u64;
+    sites * rows.min(GradientSums::ENOUGH) as u64 * GradientSums::BINS as u64 * 4
 }
 
 /// Seconds that Hessian scores take, by those of one batch, and the rows that they are computed on; with a tolerance, of as
