@@ -201,6 +201,15 @@ fn rows_that_failed_are_gone_on_with() {
     folder.write("e.yaml", format!("# One line more.\n{text}"));
     let told = tsquant(folder.path(), ["experiment", "e.yaml"]).succeeded().stdout;
     assert!(!told.contains("failed: ") && told.contains("1 of 2 runs were done before"), "{told}");
+    // Away again, it is told; what was done is not lost.
+    let away = folder.path().join("later.safetensors");
+    let bytes = fs_err::read(&away).unwrap();
+    fs_err::remove_file(&away).unwrap();
+    let told = tsquant(folder.path(), ["experiment", "e.yaml"]).succeeded().stdout;
+    assert!(told.contains("failed: later: "), "{told}");
+    fs_err::write(&away, bytes).unwrap();
+    let told = tsquant(folder.path(), ["experiment", "e.yaml"]).succeeded().stdout;
+    assert!(told.contains("2 of 2 runs were done before"), "{told}");
 }
 
 /// A value that is infinite in float32, which one run alone quantizes.

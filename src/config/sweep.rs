@@ -172,7 +172,7 @@ struct Laid<'a> {
 
 /// The keys of a grid with several values, and every combination of its lists.
 fn combine(grid: &Node) -> Result<(Axes, Vec<Laid<'_>>), Error> {
-    let axes = fields(grid, "sweep.grid")?;
+    let axes = settings(grid, "sweep.grid")?;
     let mut laid = vec![Vec::new()];
     for (key, node) in axes {
         let Value::List(values) = &node.value else {
@@ -214,14 +214,14 @@ fn named(runs: &Node) -> Result<Vec<Laid<'_>>, Error> {
         let settings = match &run.value {
             // Nothing but what is said of all.
             Value::Null => Vec::new(),
-            _ => fields(run, &path)?.iter().map(|(key, value)| (key.name.as_str(), value)).collect(),
+            _ => settings(run, &path)?.iter().map(|(key, value)| (key.name.as_str(), value)).collect(),
         };
         Ok(Laid { name: key.name.clone(), settings })
     });
     laid.collect()
 }
 
-/// The fields of a map at `path`, whose keys may be swept if they are those of settings.
+/// The fields of the map at `path`.
 fn fields<'a>(node: &'a Node, path: &str) -> Result<&'a [(Key, Node)], Error> {
     let Value::Map(fields) = &node.value else {
         return Err(node.invalid(path, &format!("expected a map, found {}", node.describe())));
@@ -229,9 +229,12 @@ fn fields<'a>(node: &'a Node, path: &str) -> Result<&'a [(Key, Node)], Error> {
     if fields.is_empty() {
         return Err(node.invalid(path, "expected at least one key, found none"));
     }
-    if path == "sweep.runs" {
-        return Ok(fields);
-    }
+    Ok(fields)
+}
+
+/// The settings in the map at `path`, by keys that may differ between runs.
+fn settings<'a>(node: &'a Node, path: &str) -> Result<&'a [(Key, Node)], Error> {
+    let fields = fields(node, path)?;
     for (key, _) in fields {
         let mut steps = key.name.split('.');
         let first = steps.next().unwrap_or_default();

@@ -54,7 +54,9 @@ pub fn experiment(
             // Names and commands are those of this process.
             (Some(done), Ok(_)) => row.gave = done.gave,
             (None, Ok(_)) => pending.push(row.number - 1),
-            (_, Err(error)) => *row = runs.failed(row.number - 1, &error.to_string())?,
+            // What was done stays on the disk: the plan may be possible again, as where a file is away for a while.
+            (Some(_), Err(error)) => row.error = Some(error.to_string()),
+            (None, Err(error)) => *row = runs.failed(row.number - 1, &error.to_string())?,
         }
     }
     for group in runs.groups(&pending) {
