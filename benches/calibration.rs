@@ -60,7 +60,7 @@ fn measure(path: &Path, rounds: usize) -> Result<()> {
     for _ in 0..rounds {
         let forward = seconds(|| plain(&clean, &data))?;
         let calibrate = |targets: &Targets| -> Result<()> {
-            observe::observe(&clean, &sites.activations, &mut InputSums::new(targets), &data, |_| {})?;
+            observe::observe(&clean, &sites.activations, &mut InputSums::new(targets), data.batches(), |_| {})?;
             Ok(())
         };
         times.push([forward, seconds(|| calibrate(&without))?, seconds(|| calibrate(&targets))?]);

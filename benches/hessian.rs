@@ -66,7 +66,7 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
     let activations: Vec<_> = sites.activations.iter().collect();
     let lifted: Vec<_> = weights.iter().flat_map(|site| site.values.iter().copied()).collect();
     let statistics =
-        observe::observe(&clean, &sites.activations, &mut InputSums::new(&Targets::default()), &data, |_| ())?;
+        observe::observe(&clean, &sites.activations, &mut InputSums::new(&Targets::default()), data.batches(), |_| ())?;
     let range = |site: &Vec<Activation>| {
         let observed = site.first()?.observed().ok()??;
         Some(observed.min()..=observed.max())

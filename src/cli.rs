@@ -1,5 +1,6 @@
 //! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
 
+mod calibrate;
 mod completions;
 mod evaluate;
 mod experiment;
@@ -10,6 +11,7 @@ mod provenance;
 mod quantize;
 mod schema;
 mod signals;
+mod statistics;
 mod table;
 
 use std::process::ExitCode;
@@ -42,11 +44,15 @@ struct Cli {
 enum Command {
     /// Quantize a model as a YAML file describes.
     Quantize(quantize::Quantize),
+    /// Run the calibration data and keep its statistics as a file that `quantize --statistics` starts from.
+    Calibrate(calibrate::Calibrate),
+    /// Make one file of the statistics of all shards of a calibration.
+    Merge(calibrate::Merge),
     /// Run many settings of one experiment over a single calibration, and rank them.
     Experiment(experiment::Sweep),
     /// Run model files on data and compare a quantized one with the float one.
     Evaluate(evaluate::Evaluate),
-    /// Explain a TorchScript file: signature, layers, what would be quantized and what not.
+    /// Explain a TorchScript file: signature, layers, what would be quantized and what not; or a file of statistics.
     Inspect(inspect::Inspect),
     /// Print a JSON schema of the experiment file, for editors.
     Schema(schema::Schema),
@@ -62,6 +68,8 @@ pub fn main() -> ExitCode {
     let watched = signals::watch().context("signals cannot be watched");
     let result = watched.and_then(|()| match cli.command {
         Command::Quantize(command) => command.run(),
+        Command::Calibrate(command) => command.run(),
+        Command::Merge(command) => command.run(),
         Command::Experiment(command) => command.run(),
         Command::Evaluate(command) => command.run(),
         Command::Inspect(command) => command.run(),
@@ -102,7 +110,8 @@ struct UsageError(String);
 /// Whether the command line or the YAML is to blame, also where only the model could tell.
 fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        let in_run = matches!(cause.downcast_ref(), Some(pipeline::Error::Config(_) | pipeline::Error::Key { .. }));
+        use pipeline::Error::{Config, Key, ToleranceOfShard, TooManyShards};
+        let in_run = matches!(cause.downcast_ref(), Some(Config(_) | Key { .. } | ToleranceOfShard | TooManyShards { .. }));
         in_run || cause.is::<config::Error>() || cause.is::<UsageError>()
     })
 }

@@ -13,7 +13,7 @@ use tch::Tensor;
 use crate::jit::Place;
 
 pub use bias::{Seen, closed_form};
-pub use sums::InputSums;
+pub use sums::{InputSums, LayerSum};
 pub use targets::Targets;
 
 /// The corrected bias of one op.

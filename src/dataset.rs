@@ -14,6 +14,7 @@ mod npy;
 mod npz;
 mod rows;
 mod safetensors;
+mod shard;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use tch::Tensor;
 
 pub use self::error::{Error, Place};
 use self::rows::Rows;
+pub use self::shard::{Shard, ShardError};
 use self::source::{Column, Source};
 use crate::config::{Constant, DataPlan, InputSource, InputsPlan};
 
@@ -130,13 +132,13 @@ impl Dataset {
     /// All chosen rows in batches of the plan's size, the last one smaller where they do not divide.
     #[must_use]
     pub fn batches(&self) -> Batches<'_> {
-        Batches { dataset: self, rows: self.rows.clone(), size: self.plan.batch_size.get(), next: 0 }
+        Batches::new(self, self.rows.clone(), self.plan.batch_size)
     }
 
     /// `samples` of the chosen rows, drawn by seed, in batches of another size; all of them if there are no more.
     #[must_use]
     pub fn sample(&self, samples: NonZeroUsize, seed: u64, batch_size: NonZeroUsize) -> Batches<'_> {
-        Batches { dataset: self, rows: self.rows.sample(samples, seed), size: batch_size.get(), next: 0 }
+        Batches::new(self, self.rows.sample(samples, seed), batch_size)
     }
 
     /// The first `rows` chosen rows as one batch: at least one row, at most all.
@@ -215,33 +217,46 @@ pub struct Batches<'a> {
     size: usize,
     /// Position of the next batch's first row.
     next: usize,
+    /// Position behind the last batch's last row.
+    end: usize,
 }
 
 impl Iterator for Batches<'_> {
     type Item = Result<Batch, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let count = self.rows.len();
-        if self.next >= count {
+        if self.next >= self.end {
             return None;
         }
-        let positions = self.next..self.next.saturating_add(self.size).min(count);
+        let positions = self.next..self.next.saturating_add(self.size).min(self.end);
         self.next = positions.end;
         Some(self.dataset.batch(&self.rows, positions))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = self.rows.len().saturating_sub(self.next).div_ceil(self.size);
+        let left = self.rows().div_ceil(self.size);
         (left, Some(left))
     }
 }
 
 impl ExactSizeIterator for Batches<'_> {}
 
-impl Batches<'_> {
-    /// Rows of all batches.
+impl<'a> Batches<'a> {
+    fn new(dataset: &'a Dataset, rows: Rows, size: NonZeroUsize) -> Self {
+        Self { dataset, end: rows.len(), rows, size: size.get(), next: 0 }
+    }
+
+    /// Rows of all batches that are left.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.rows.len()
+        self.end.saturating_sub(self.next)
+    }
+
+    /// The batches of one shard among those that are left; the batches stay what they are.
+    #[must_use]
+    pub fn shard(self, shard: Shard) -> Self {
+        let batches = shard.of(self.len());
+        let at = |batch: usize| self.next.saturating_add(batch.saturating_mul(self.size)).min(self.end);
+        Self { next: at(batches.start), end: at(batches.end), ..self }
     }
 }

@@ -10,6 +10,7 @@
 
 mod cuts;
 mod directions;
+mod merge;
 mod on_device;
 mod sums;
 mod thinning;
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::{HessianRequest, MOST_PROBES};
-use crate::dataset::{self, Dataset};
+use crate::dataset::{self, Dataset, Shard};
 use crate::feed;
 use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
 use crate::observe::Summing;
@@ -80,6 +81,9 @@ pub struct Scored<T> {
     pub scores: Result<T, Unusable>,
     /// ‖estimated standard error‖ / ‖scores‖, from the spread over probes; `None` for a single probe.
     pub standard_error: Option<f64>,
+    /// What the gradients of a weight are counted in, a power of two: 1, unless an f32 would not hold the scores. They are
+    /// compared within a weight alone.
+    pub unit: f64,
 }
 
 /// Why the scores of a layer are of no use.
@@ -119,10 +123,11 @@ pub fn score(
     request: &HessianRequest,
     advance: impl FnMut(usize),
 ) -> Result<Scores, Error> {
-    score_by(Summing::on(model.module().device()), model, layers, data, request, advance)
+    score_by(Summing::on(model.module().device()), model, layers, (data, Shard::WHOLE), request, advance)
 }
 
-/// As [`score`], with the scores of activations summed up as asked: they are the same but for rounding.
+/// As [`score`], with the scores of activations summed up as asked: they are the same but for rounding. Of a shard of the
+/// batches; [`Scores::merged`] makes the scores of all of those of all shards.
 ///
 /// # Errors
 /// As there.
@@ -130,7 +135,7 @@ pub fn score_by(
     summing: Summing,
     model: &Clean,
     layers: Layers<'_>,
-    data: &Dataset,
+    (data, shard): (&Dataset, Shard),
     request: &HessianRequest,
     mut advance: impl FnMut(usize),
 ) -> Result<Scores, Error> {
@@ -138,9 +143,10 @@ pub fn score_by(
     if summing == Summing::TensorOps {
         run.activations.on_device = Some(OnDevice::new(model.module().device(), ranges(layers))?);
     }
+    let batches = || data.sample(request.samples, request.seed, request.batch_size).shard(shard);
     let mut lot = request.probes.get();
     loop {
-        for batch in data.sample(request.samples, request.seed, request.batch_size) {
+        for batch in batches() {
             let batch = batch?;
             let (rows, first_row) = (batch.rows, batch.first_row);
             run.batch(&feed::bind(model.module(), batch)?, Place { rows, first_row }, lot)?;
@@ -156,8 +162,9 @@ pub fn score_by(
             break;
         }
     }
-    let samples = data.sample(request.samples, request.seed, request.batch_size).rows();
-    let cuts = if run.needs_cuts() { cuts::describe(model, layers, data, request)? } else { String::new() };
+    let samples = batches().rows();
+    // A shard may have no batch at all.
+    let cuts = if samples > 0 && run.needs_cuts() { cuts::describe(model, layers, data, request)? } else { String::new() };
     run.scores(samples, &cuts)
 }
 
@@ -297,11 +304,11 @@ impl<'a> Run<'a> {
         let unreached = || Unusable::NoGradient { samples, cuts: cuts.to_owned() };
         let weights = self.weights.into_iter().map(|sums| {
             let standard_error = sums.relative_error()?;
-            let scores = match sums.scaled(factor)? {
-                None => Err(unreached()),
-                Some(scores) => usable(scores, samples)?,
+            let (scores, unit) = match sums.scaled(factor)? {
+                None => (Err(unreached()), 1.0),
+                Some((scores, unit)) => (usable(scores, samples)?, unit),
             };
-            Ok(Scored { scores, standard_error })
+            Ok(Scored { scores, standard_error, unit })
         });
         let activations = self.activations.sums.into_iter().map(|sums| {
             let standard_error = sums.relative_error();
@@ -309,11 +316,11 @@ impl<'a> Run<'a> {
             scores.by_value.scale(factor);
             let scores = match scores {
                 _ if !sums.is_reached => Err(unreached()),
-                scores if !(scores.by_value.is_finite() && scores.sums.is_finite()) => Err(Unusable::NotFinite),
+                scores if !scores.is_finite() => Err(Unusable::NotFinite),
                 scores if scores.by_value.is_zero() => Err(Unusable::Zero { samples }),
                 scores => Ok(scores),
             };
-            Scored { scores, standard_error }
+            Scored { scores, standard_error, unit: 1.0 }
         });
         Ok(Scores {
             weights: weights.collect::<Result<_, jit::Error>>()?,

@@ -6,7 +6,7 @@
 use tch::{Device, Tensor};
 
 use crate::correct::InputSums;
-use crate::dataset::{self, Dataset};
+use crate::dataset::{self, Batches};
 use crate::feed;
 use crate::jit::{self, BoxError, Clean, Dense, Tap, TapKind, Visit};
 use crate::on_device::{self, Counts, Shared};
@@ -53,7 +53,7 @@ impl Summing {
     }
 }
 
-/// Runs all batches and returns the statistics of each site's values, in the order of `sites` and of their anchors; a value
+/// Runs these batches and returns the statistics of each site's values, in the order of `sites` and of their anchors; a value
 /// that never was there has a count of 0. What ops read goes to `inputs`. `advance` is called with the rows of each finished
 /// batch.
 ///
@@ -63,10 +63,10 @@ pub fn observe(
     model: &Clean,
     sites: &[ActivationSite],
     inputs: &mut InputSums,
-    data: &Dataset,
+    batches: Batches<'_>,
     advance: impl FnMut(usize),
 ) -> Result<Vec<Vec<Activation>>, Error> {
-    observe_by(Summing::on(model.module().device()), model, sites, inputs, data, advance)
+    observe_by(Summing::on(model.module().device()), model, sites, inputs, batches, advance)
 }
 
 /// As [`observe`], with the statistics computed as asked: they are the same to the bit for the same values.
@@ -78,7 +78,7 @@ pub fn observe_by(
     model: &Clean,
     sites: &[ActivationSite],
     inputs: &mut InputSums,
-    data: &Dataset,
+    mut batches: Batches<'_>,
     mut advance: impl FnMut(usize),
 ) -> Result<Vec<Vec<Activation>>, Error> {
     let places: Vec<_> = sites.iter().flat_map(|site| site.anchors.iter().map(move |anchor| (site, anchor))).collect();
@@ -92,7 +92,6 @@ pub fn observe_by(
         Summing::Slices => Box::new(Observer::new(sites_of_taps, inputs)),
         Summing::TensorOps => Box::new(DeviceObserver::new(sites_of_taps, inputs, model.module().device())?),
     };
-    let mut batches = data.batches();
     let mut next = || -> Result<_, Error> {
         let Some(batch) = batches.next().transpose()? else { return Ok(None) };
         let rows = batch.rows;

@@ -2,6 +2,8 @@
 
 mod base;
 mod blame;
+mod calibrate;
+mod calibration;
 mod chosen;
 mod compare;
 mod device;
@@ -11,6 +13,7 @@ mod files;
 mod hash;
 mod journal;
 mod kept;
+mod output_file;
 mod run_dir;
 mod score;
 mod select;
@@ -20,19 +23,22 @@ mod worst;
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tch::Device;
 
 use self::base::Base;
+use self::calibration::Calibration;
 use self::chosen::Chosen;
+use self::compare::Comparison;
 use self::device::Batches;
+pub use self::kept::statistics::Kept;
 use self::run_dir::RunDir;
 use self::score::{Asking, Keeping, ScoresTold};
 use crate::config::{BiasCorrection, DataPlan, HessianPlan, Plan};
 use crate::correct::Corrections;
-use crate::dataset::{self, Dataset};
+use crate::dataset::{self, Dataset, Shard};
 use crate::evaluate;
 use crate::hessian;
 use crate::jit::{self, Arguments, Clean, Module};
@@ -42,10 +48,12 @@ use crate::settings;
 use crate::sites::{LeftFloat, Sites};
 use crate::threshold::{ChannelsError, SelectError};
 
+pub use calibrate::{Calibrated, Request, calibrate, merge};
 pub use estimate::{Estimate, estimate};
 pub use experiment::{SweepOutcome, experiment};
 pub use files::evaluate;
 pub use journal::JournalError;
+pub use kept::statistics::{KeptScores, Key, ScoredLayers};
 pub use run_dir::{RunDirError, abandon_unfinished_runs};
 
 /// Rows that the clean-up is checked on.
@@ -131,6 +139,123 @@ pub enum Error {
         device: String,
         /// Why.
         source: jit::NoCuda,
+    },
+    /// The calibration data is not what the statistics are of.
+    #[error("{path}: expected the data that the statistics were collected on, of SHA-256 {expected}, found {found}", path = path.display())]
+    OtherData {
+        /// Where the data is.
+        path: PathBuf,
+        /// SHA-256 of the data that statistics were collected on.
+        expected: String,
+        /// SHA-256 of what is there.
+        found: String,
+    },
+    /// A file holds no statistics that can be used.
+    #[error("{path}: {reason}", path = path.display())]
+    NoStatistics {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Statistics of something else.
+    #[error(
+        "{path}: expected statistics of this model, data and experiment, found others: {what} is {expected} here and {found} \
+         there",
+        path = path.display()
+    )]
+    OtherStatistics {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+        /// As it is here.
+        expected: String,
+        /// As it is in the file.
+        found: String,
+    },
+    /// Statistics of a shard where those of the whole are needed.
+    #[error("{path}: expected statistics of all batches, found those of shard {shard}; merge the shards with `tsquant merge`", path = path.display())]
+    OneShard {
+        /// The file.
+        path: PathBuf,
+        /// Which.
+        shard: Shard,
+    },
+    /// Statistics without a site.
+    #[error(
+        "{path}: expected statistics of the activation site {site}, found none: it was left float when they were collected; \
+         calibrate again",
+        path = path.display()
+    )]
+    SiteNotKept {
+        /// The file.
+        path: PathBuf,
+        /// Its name.
+        site: String,
+    },
+    /// More shards than batches.
+    #[error("expected at most {batches} shards, one for each batch of {rows} rows, found {count}")]
+    TooManyShards {
+        /// Shards that were asked for.
+        count: usize,
+        /// Batches that there are.
+        batches: usize,
+        /// Rows of a batch.
+        rows: NonZeroUsize,
+    },
+    /// A tolerance that no shard can see.
+    #[error("`hessian.tolerance`: the error of all rows is not known to a shard; give a number of probes, or one process all rows")]
+    ToleranceOfShard,
+    /// No files.
+    #[error("expected files of statistics to merge, found none")]
+    NothingToMerge,
+    /// Shards of different numbers of shards.
+    #[error(
+        "expected shards of one calibration, found {a} in {x} and {b} in {y}",
+        a = shards[0], b = shards[1], x = paths[0].display(), y = paths[1].display()
+    )]
+    ShardsOfOther {
+        /// The files.
+        paths: [PathBuf; 2],
+        /// What they hold.
+        shards: [Shard; 2],
+    },
+    /// A shard that is there twice.
+    #[error("expected each shard once, found {shard} in {x} and in {y}", x = paths[0].display(), y = paths[1].display())]
+    ShardTwice {
+        /// The files.
+        paths: [PathBuf; 2],
+        /// Which.
+        shard: Shard,
+    },
+    /// Shards that are missing.
+    #[error("expected all shards, found none of {missing}")]
+    ShardsMissing {
+        /// Which.
+        missing: String,
+    },
+    /// Shards of different things.
+    #[error("{x} and {y} cannot be merged: they have other {what}", x = paths[0].display(), y = paths[1].display())]
+    Unlike {
+        /// The files.
+        paths: [PathBuf; 2],
+        /// What differs.
+        what: String,
+    },
+    /// Something else in the place of a file.
+    #[error("{path}: expected nothing or a file of statistics, found {found}; choose another output or move it", path = path.display())]
+    OutputOccupied {
+        /// The place.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+    /// YAML that was written a moment ago.
+    #[error("the settings cannot be read again: {message}")]
+    Unreadable {
+        /// Why.
+        message: String,
     },
     /// The memory of the GPU is not enough.
     #[error("not enough memory on the GPU for batches of {rows} rows: {message}; lower `{key}`, or take `device: cpu`")]
@@ -238,73 +363,91 @@ pub struct Outcome {
     pub dir: PathBuf,
 }
 
-/// Quantizes one model as planned and writes the run directory, whole or not at all.
+/// Quantizes one model as planned and writes the run directory, whole or not at all. Given a file of statistics that
+/// [`calibrate`] wrote, it starts from these.
 ///
 /// # Errors
 /// Whatever goes wrong in a stage; nothing is left behind then.
-pub fn quantize(plan: &Plan, progress: &mut dyn Progress) -> Result<Outcome, Error> {
+pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progress) -> Result<Outcome, Error> {
     let mut clock = Clock::start();
     let run_dir = RunDir::open(&plan.output.dir)?;
+    let kept = statistics.map(Kept::read).transpose()?;
     let taken = device::take(plan.device)?;
     progress.stage("load", Work::Uncounted);
-    let base = Base::load(plan, taken)?;
-    let hashes = base.hashes_of(plan)?;
+    let calibration = match &kept {
+        Some(kept) => Calibration::kept(&plan.calibration, kept.key.data.clone(), kept.rows),
+        None => Calibration::open(&plan.calibration)?,
+    };
+    let (base, comparison) = Base::load_to_compare(plan, taken, calibration)?;
+    let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
     clock.timings.load = clock.lap();
 
-    progress.stage("calibrate", Work::Rows(base.calibration.rows()));
-    let targets = base.targets(plan.weights.bias_correction, &sites);
-    let observed = base.observe(plan, targets, &sites, |rows| progress.advance(rows))?;
+    let observed = match &kept {
+        Some(kept) => {
+            kept.check(plan, &base.versions, &base.model_hash)?;
+            kept.observed(&base, plan, &sites)?
+        }
+        None => {
+            progress.stage("calibrate", Work::Rows(base.calibration.rows));
+            let targets = base.targets(plan.weights.bias_correction, &sites);
+            let batches = base.calibration.data()?.batches();
+            base.observe(plan, batches, (targets, &sites), |rows| progress.advance(rows))?
+        }
+    };
     clock.timings.calibrate = clock.lap();
 
     let asking = Asking::new(&settings, &sites, Some(&observed.statistics));
     // Overrides may have taken the method away again, or left the sites float.
     let pool = plan.hessian.as_ref().filter(|_| !asking.is_empty()).map(|hessian| {
         // How often all rows run is not known beforehand where there is a tolerance.
-        let rows = Work::Rows(hessian.request.samples.get().min(base.calibration.rows()));
+        let rows = Work::Rows(hessian.request.samples.get().min(base.calibration.rows));
         progress.stage("hessian", if hessian.request.tolerance.is_none() { rows } else { Work::Uncounted });
-        let keeping = Keeping { plan, hashes: &hashes, base: &base, dir: run_dir.path() };
+        let keeping = Keeping { plan, base: &base, statistics: kept.as_ref(), dir: run_dir.path() };
         let pool = asking.score(hessian, &keeping, |rows| progress.advance(rows));
         pool.map_err(hessian_batches(hessian).blame()).map(|pool| (pool, hessian))
     });
     let pool = pool.transpose()?;
     let scores = pool.as_ref().map(|(pool, hessian)| pool.of(&asking, hessian)).transpose()?;
-    let (scores, told) = scores.unwrap_or_default();
+    let (scores, mut told) = scores.unwrap_or_default();
+    if let Some(kept) = &kept {
+        told.warnings.push(kept_statistics(kept, &base.calibration));
+    }
     clock.timings.hessian = if pool.is_some() { clock.lap() } else { 0.0 };
 
     progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
     let chosen = Chosen::new(&base, (sites, &settings), observed, &scores, |count| progress.advance(count))?;
     clock.timings.search = clock.lap();
-    finish(&base, plan, (chosen, hashes, told), run_dir, clock, progress)
+    finish((&base, &comparison), plan, (chosen, hashes, told), run_dir, clock, progress)
 }
 
 /// Writes, checks and measures the model that was chosen, and keeps the run directory.
 fn finish(
-    base: &Base,
+    (base, comparison): (&Base, &Comparison),
     plan: &Plan,
     (chosen, hashes, scores): (Chosen, report::Hashes, ScoresTold),
     run_dir: RunDir,
     mut clock: Clock,
     progress: &mut dyn Progress,
 ) -> Result<Outcome, Error> {
-    let Base { model, calibration, comparison, .. } = base;
+    let model = &base.model;
     progress.stage("emit", Work::Uncounted);
     let file = run_dir.path().join(MODEL_FILE);
     chosen.emit(base, plan, &hashes, &file)?;
     clock.timings.emit = clock.lap();
 
-    progress.stage("check", Work::Rows(comparison.checked_rows(calibration)));
+    progress.stage("check", Work::Rows(comparison.checked_rows()));
     let simulation = chosen.simulation(base)?;
     let emitted = Module::load_onto(&file, base.taken.device).map_err(device::blame_weights)?;
-    let checked = simulation.check_against(&emitted, comparison.dataset(calibration), |rows| progress.advance(rows));
+    let checked = simulation.check_against(&emitted, comparison.dataset(), |rows| progress.advance(rows));
     checked.map_err(comparison.batches().blame())?;
     let dropped = dropped(model.module(), &emitted)?;
     drop(emitted);
     clock.timings.check = clock.lap();
 
-    progress.stage("evaluate", Work::Rows(comparison.rows(calibration)));
+    progress.stage("evaluate", Work::Rows(comparison.rows()));
     let evaluation = comparison
-        .run(model, &simulation, calibration, |rows| progress.advance(rows))
+        .run(model, &simulation, |rows| progress.advance(rows))
         .map_err(comparison.batches().blame())?;
     clock.timings.evaluate = clock.lap();
 
@@ -326,7 +469,7 @@ fn finish(
         versions: base.versions.clone(),
         timings_s: clock.total(),
         peak_memory_bytes: peak_memory_bytes(),
-        calibration_samples: calibration.rows(),
+        calibration_samples: base.calibration.rows,
         hessian: scores.report,
         bias_correction: corrected_biases(plan, corrections),
         warnings,
@@ -341,6 +484,13 @@ fn finish(
     run_dir.write(EXPERIMENT_FILE, &plan.to_yaml()?)?;
     let dir = run_dir.keep()?;
     Ok(Outcome { report, dir })
+}
+
+/// A word on where statistics come from.
+fn kept_statistics(kept: &Kept, calibration: &Calibration) -> String {
+    let path = kept.path.display();
+    let data = if calibration.is_open() { "is the same" } else { "was not looked at" };
+    format!("the calibration statistics are those kept in {path}; the data itself {data}")
 }
 
 /// What the report says of them.
@@ -363,11 +513,16 @@ fn corrected_biases(plan: &Plan, corrections: Corrections) -> Option<report::Cor
 /// # Errors
 /// Where the model cannot be loaded, fed or cleaned.
 pub fn load_clean(plan: &Plan, calibration: &Dataset, device: Device) -> Result<Clean, Error> {
+    load_checked(plan, (calibration, "calibration"), device)
+}
+
+/// As [`load_clean`], checked on data of this section of the plan.
+fn load_checked(plan: &Plan, (data, section): (&Dataset, &'static str), device: Device) -> Result<Clean, Error> {
     // TF32 would round more than a clean-up may change.
     jit::prepare(device, false)?;
-    let batches = calibration_batches(plan);
+    let batches = Batches { key: device::batch_size_of(section), rows: data.batch_size() };
     let module = Module::load_onto(&plan.model, device).map_err(device::blame_weights)?;
-    let (sample, _) = check_rows(&module, calibration, batches.rows.get(), "calibration").map_err(batches.blame())?;
+    let (sample, _) = check_rows(&module, data, section).map_err(batches.blame())?;
     let model = module.clean(Some(&sample)).map_err(batches.blame())?;
     jit::prepare(device, plan.allow_tf32)?;
     Ok(model)
@@ -387,19 +542,15 @@ pub fn take_device(plan: &Plan) -> Result<Device, Error> {
 /// Where the rows cannot be read or the model fails on them.
 pub fn check_sample(module: &Module, plan: &DataPlan) -> Result<Arguments, Error> {
     let data = blame::open(plan, "calibration")?;
-    let (sample, _) = check_rows(module, &data, plan.batch_size.get(), "calibration")?;
+    let (sample, _) = check_rows(module, &data, "calibration")?;
     // Data that the model does not run on is an error of the command, not a fault of the model.
     module.forward(&sample)?;
     Ok(sample)
 }
 
 /// A few rows that the model runs on, and how many; a model that was traced for one batch size gets a whole batch.
-fn check_rows(
-    module: &Module,
-    data: &Dataset,
-    batch_size: usize,
-    section: &'static str,
-) -> Result<(Arguments, usize), Error> {
+fn check_rows(module: &Module, data: &Dataset, section: &'static str) -> Result<(Arguments, usize), Error> {
+    let batch_size = data.batch_size().get();
     let bind = |rows| -> Result<_, Error> {
         let batch = data.first(rows)?;
         let rows = batch.rows;
@@ -465,7 +616,7 @@ fn versions() -> report::Versions {
 }
 
 fn calibration_batches(plan: &Plan) -> Batches {
-    Batches { key: "calibration.batch_size", rows: plan.calibration.batch_size }
+    Batches { key: device::batch_size_of("calibration"), rows: plan.calibration.batch_size }
 }
 
 fn hessian_batches(plan: &HessianPlan) -> Batches {

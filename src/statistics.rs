@@ -5,6 +5,7 @@
 
 mod activation;
 mod activation_scores;
+mod arrays;
 mod channels;
 mod counter;
 mod exact_sum;
@@ -18,6 +19,7 @@ mod weighted_counter;
 
 pub use activation::Activation;
 pub use activation_scores::ActivationScores;
+pub use arrays::ActivationArrays;
 pub use channels::{Channel, ChannelLayout, Channels};
 pub use counter::Counter;
 pub use gradient_sums::{Divided, GradientSums};

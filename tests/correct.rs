@@ -73,7 +73,7 @@ fn corrections(model: Model, clean: &Clean, sites: &Sites) -> Corrections {
     let targets = Targets::find(clean.listing(), sites);
     let mut inputs = InputSums::new(&targets);
     let data = Dataset::open(&model.data_plan(ROWS, BATCH)).expect("readable data");
-    let statistics = observe(clean, &sites.activations, &mut inputs, &data, |_| ()).expect("calibration");
+    let statistics = observe(clean, &sites.activations, &mut inputs, data.batches(), |_| ()).expect("calibration");
     let weights: Vec<Tensor> = sites.weights.iter().map(|site| coarse(&weight(clean, site))).collect();
     correct::closed_form(clean, sites, &weights, &targets, Seen { inputs, statistics: &statistics }).expect("biases")
 }

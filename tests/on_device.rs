@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use common::{Model, all_models};
 use tsquant::config::{Distribution, HessianRequest};
 use tsquant::correct::InputSums;
-use tsquant::dataset::Dataset;
+use tsquant::dataset::{Dataset, Shard};
 use tsquant::hessian::{self, Layers, Scored};
 use tsquant::jit::Clean;
 use tsquant::observe::{Summing, observe_by};
@@ -34,7 +34,7 @@ impl Subject {
     fn observe(&self, summing: Summing) -> Result<Vec<Vec<Activation>>, String> {
         let mut rows = 0;
         let observed =
-            observe_by(summing, &self.clean, &self.sites.activations, &mut InputSums::default(), &self.data, |count| {
+            observe_by(summing, &self.clean, &self.sites.activations, &mut InputSums::default(), self.data.batches(), |count| {
                 rows += count;
             });
         let observed = observed.map_err(|error| error.to_string());
@@ -55,7 +55,7 @@ impl Subject {
         let activations: Vec<_> = self.sites.activations.iter().collect();
         let ranges = vec![Some(-2.0..=2.5f32); activations.len()];
         let layers = Layers { weights: &[], activations: &activations, ranges: &ranges };
-        let scores = hessian::score_by(summing, &self.clean, layers, &self.data, &request, |_| ());
+        let scores = hessian::score_by(summing, &self.clean, layers, (&self.data, Shard::WHOLE), &request, |_| ());
         scores.expect("scores").activations
     }
 }

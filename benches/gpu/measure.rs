@@ -7,7 +7,7 @@ use anyhow::Result;
 use tch::Device;
 use tsquant::config::{HessianPlan, HessianRequest, Plan};
 use tsquant::correct::InputSums;
-use tsquant::dataset::Dataset;
+use tsquant::dataset::{Dataset, Shard};
 use tsquant::hessian::{self, Layers};
 use tsquant::jit::Clean;
 use tsquant::observe::{Summing, observe_by};
@@ -66,11 +66,11 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
     };
     let (forward, forward_bytes) = timed(&|| plain(&clean, &data))?;
     let (calibration, calibration_bytes) = timed(&|| {
-        Ok(observe_by(summing, &clean, &sites.activations, &mut InputSums::default(), &data, |_| ()).map(drop)?)
+        Ok(observe_by(summing, &clean, &sites.activations, &mut InputSums::default(), data.batches(), |_| ()).map(drop)?)
     })?;
     let (backward, _) = timed(&|| way_back::plain(&clean, &graph, &data, &request))?;
     let (hessian, hessian_bytes) =
-        timed(&|| Ok(hessian::score_by(summing, &clean, layers, &data, &request, |_| ()).map(drop)?))?;
+        timed(&|| Ok(hessian::score_by(summing, &clean, layers, (&data, Shard::WHOLE), &request, |_| ()).map(drop)?))?;
     Ok(Measured {
         device: jit::device_name(device),
         rows: data.rows(),

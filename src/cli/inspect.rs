@@ -7,18 +7,20 @@ use clap::Args;
 use serde::Serialize;
 
 use super::provenance::Description;
-use super::{located, table, working_dir};
+use super::{UsageError, located, statistics, table, working_dir};
 use crate::config::{self, Experiment, Typed};
 use crate::jit::{ArgumentType, Clean, Module};
 use crate::pipeline;
 use crate::sites::{self, Sites};
 
-/// Explain a TorchScript file: signature, layers, what would be quantized and what not.
+/// Explain a TorchScript file: signature, layers, what would be quantized and what not; or a file of statistics.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  tsquant inspect models/mnist_resnet.pt\n  \
-    tsquant inspect models/mnist_resnet.pt --data models/mnist_calibration.safetensors --inputs images")]
+    tsquant inspect models/mnist_resnet.pt --data models/mnist_calibration.safetensors --inputs images\n  \
+    tsquant inspect runs/mnist_resnet.safetensors")]
 pub(super) struct Inspect {
-    /// The TorchScript file.
+    /// The TorchScript file, or the .safetensors that `tsquant calibrate` wrote.
+    #[arg(value_name = "FILE")]
     model: PathBuf,
     /// Print JSON instead of tables.
     #[arg(long)]
@@ -102,6 +104,13 @@ struct SitesReport {
 
 impl Inspect {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        if statistics::is_named_so(&self.model) {
+            if self.graph || self.data.is_some() {
+                let message = "--data and --graph are of models; a file of statistics has neither";
+                return Err(UsageError(message.to_owned()).into());
+            }
+            return statistics::inspect(&mut std::io::stdout().lock(), &self.model, self.json);
+        }
         let experiment = self.experiment()?;
         let plan = match self.data {
             Some(_) => Some(experiment.resolve_calibration(&working_dir()?)?),

@@ -24,6 +24,9 @@ pub(super) struct Quantize {
     /// Where the model runs: auto, cpu, cuda, or cuda:1 for the second GPU.
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
+    /// Start from the statistics that `tsquant calibrate` wrote, without running the calibration data.
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    statistics: Option<PathBuf>,
     /// Load model and data, run one batch, print the plan and what a run would cost; write nothing.
     #[arg(long)]
     dry_run: bool,
@@ -35,7 +38,8 @@ pub(super) struct Quantize {
 impl Quantize {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let experiment = self.experiment()?;
-        let plan = experiment.resolve(&working_dir()?)?;
+        let folder = working_dir()?;
+        let plan = experiment.resolve(&folder)?;
         if self.dry_run {
             let estimate = pipeline::estimate(&plan).map_err(|error| located(&experiment, error))?;
             if self.quiet {
@@ -43,8 +47,9 @@ impl Quantize {
             }
             return print_estimate(&mut std::io::stdout().lock(), &plan, &estimate);
         }
+        let statistics = self.statistics.map(|path| folder.join(path));
         let mut display = Display::new(self.quiet);
-        let outcome = pipeline::quantize(&plan, &mut display);
+        let outcome = pipeline::quantize(&plan, statistics.as_deref(), &mut display);
         display.finish();
         let outcome = outcome.map_err(|error| located(&experiment, error))?;
         if !self.quiet {

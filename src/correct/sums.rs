@@ -1,6 +1,6 @@
 //! Sums of what ops read, per input feature and tap of the kernel, in memory that does not grow with the data.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::geometry::Axis;
 use super::targets::{Reading, Source, Targets};
@@ -13,6 +13,21 @@ pub struct InputSums {
     taps: Vec<Tap>,
     readings: Vec<Reading>,
     sums: Vec<Sum>,
+}
+
+/// One of the sums that were seen at taps, under the name of the first layer that reads what was summed up.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerSum {
+    /// The layer.
+    pub layer: String,
+    /// (features, taps), the last axis first; empty if no value was seen.
+    pub total: Vec<f64>,
+    /// Its sizes.
+    pub shape: [usize; 2],
+    /// Positions of the result that were summed over.
+    pub count: u64,
+    /// Numbers of axes that values had, ascending.
+    pub ranks: Vec<usize>,
 }
 
 /// One of them.
@@ -58,13 +73,60 @@ impl InputSums {
         Ok(sum.add(reading, value)?)
     }
 
+    /// The sums that were seen at the taps of `targets`, which these are of.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn by_layer(&self, targets: &Targets) -> Result<Vec<LayerSum>, tch::TchError> {
+        let mut named = Vec::new();
+        for (number, sum) in self.sums.iter().enumerate().filter(|(number, _)| targets.is_tap(*number)) {
+            let Some(layer) = targets.layer_of(number) else { continue };
+            let mut ranks = sum.ranks.clone();
+            ranks.sort_unstable();
+            let (total, shape) = match &sum.total {
+                None => (Vec::new(), [0, 0]),
+                Some(total) => {
+                    let size = |axis: usize| total.size().get(axis).map_or(1, |&size| size.unsigned_abs() as usize);
+                    let shape = [size(0), size(1)];
+                    let flat = total.f_to_device(Device::Cpu)?.f_contiguous()?.f_reshape([-1])?;
+                    (Vec::<f64>::try_from(&flat)?, shape)
+                }
+            };
+            named.push(LayerSum { layer: layer.to_owned(), total, shape, count: sum.count, ranks });
+        }
+        Ok(named)
+    }
+
+    /// What has these sums, as [`by_layer`](Self::by_layer) gives them for the same targets; `None` where they are of others.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn of_layers(targets: &Targets, named: &[LayerSum]) -> Result<Option<Self>, tch::TchError> {
+        let mut sums = Self::new(targets);
+        let mut named = named.iter();
+        for (number, sum) in sums.sums.iter_mut().enumerate().filter(|(number, _)| targets.is_tap(*number)) {
+            let found = named.next().filter(|found| targets.layer_of(number) == Some(&found.layer));
+            let Some(LayerSum { total, shape: [features, taps], count, ranks, .. }) = found else { return Ok(None) };
+            let is_whole = features.checked_mul(*taps) == Some(total.len()) && (*count > 0) == !total.is_empty();
+            let (Ok(features), Ok(taps), true) = (i64::try_from(*features), i64::try_from(*taps), is_whole) else {
+                return Ok(None);
+            };
+            let total = Some(total).filter(|total| !total.is_empty());
+            let total = total.map(|total| Tensor::f_from_slice(total)?.f_reshape([features, taps])).transpose()?;
+            *sum = Sum { total, count: *count, ranks: ranks.clone() };
+        }
+        Ok(named.next().is_none().then_some(sums))
+    }
+
     /// The same sums for `some` ops, all of which are among those of `targets`, which these are of.
     #[must_use]
     pub fn for_some(&self, targets: &Targets, some: &Targets) -> Self {
         let mut sums = Self::new(some);
         let wanted = sums.sums.iter_mut().zip(&some.inputs).filter(|(_, input)| input.source == Source::Tap);
         for (sum, input) in wanted {
-            let number = targets.inputs.iter().position(|other| other.reads_as(input));
+            // Ops that read the same share a sum, that of the first of them.
+            let of_op = targets.ops.iter().find(|op| op.result == input.result).map(|op| op.input);
+            let number = of_op.or_else(|| targets.inputs.iter().position(|other| other.reads_as(input)));
             if let Some(known) = number.and_then(|number| self.sums.get(number)) {
                 let total = known.total.as_ref().map(Tensor::shallow_clone);
                 *sum = Sum { total, count: known.count, ranks: known.ranks.clone() };
@@ -83,7 +145,10 @@ impl InputSums {
     }
 
     /// Takes the sums that the statistics of the activation sites hold.
-    pub(super) fn with_statistics(
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn with_statistics(
         mut self,
         targets: &Targets,
         statistics: &[Vec<Activation>],
@@ -97,6 +162,27 @@ impl InputSums {
             sum.count = channels.first().map_or(0, Channel::count);
         }
         Ok(self)
+    }
+}
+
+impl LayerSum {
+    /// Adds those of other rows; `None` where they have another shape.
+    pub fn merge(&mut self, other: &Self) -> Option<()> {
+        if other.count == 0 {
+            return Some(());
+        }
+        if self.count == 0 {
+            self.clone_from(other);
+            return Some(());
+        }
+        for (own, other) in self.total.iter_mut().zip(&other.total) {
+            *own += other;
+        }
+        self.count += other.count;
+        self.ranks.extend(&other.ranks);
+        self.ranks.sort_unstable();
+        self.ranks.dedup();
+        (self.shape == other.shape).then_some(())
     }
 }
 

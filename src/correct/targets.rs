@@ -183,6 +183,16 @@ impl Targets {
         all
     }
 
+    /// Whether the sums of this input come from a tap of its own.
+    pub(super) fn is_tap(&self, input: usize) -> bool {
+        self.inputs.get(input).is_some_and(|input| input.source == Source::Tap)
+    }
+
+    /// The first layer that reads this input.
+    pub(super) fn layer_of(&self, input: usize) -> Option<&str> {
+        self.ops.iter().find(|op| op.input == input).map(|op| op.layer.as_str())
+    }
+
     /// How many biases would be corrected.
     #[must_use]
     pub fn count(&self) -> usize {

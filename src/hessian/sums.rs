@@ -63,7 +63,7 @@ pub(super) struct WeightSums {
 
 impl WeightSums {
     pub(super) fn new(weight: &Tensor) -> Result<Self, jit::Error> {
-        let step = weight.numel().div_ceil(ENOUGH_FOR_SPREAD).max(1) as i64;
+        let step = step(weight);
         let (sum, spread) = (weight.f_zeros_like()?, Spread::default());
         Ok(Self { sum, unit: None, batch: None, step, spread, is_reached: false })
     }
@@ -106,20 +106,36 @@ impl WeightSums {
     }
 
     pub(super) fn relative_error(&self) -> Result<Option<f64>, jit::Error> {
-        Ok(self.spread.relative(squared_norm(&some_of(&self.sum, self.step)?)?.sqrt()))
+        Ok(self.spread.relative(norm_for_spread(&self.sum)?))
     }
 
-    /// The sums times `factor`, and times a power of two where the largest would be out of the range of an f32: scores are
-    /// compared within a weight alone. `None` if no gradient came.
-    pub(super) fn scaled(mut self, factor: f64) -> Result<Option<Tensor>, jit::Error> {
+    /// The sums times `factor`, and what gradients are counted in: 1, unless the largest would be out of the range of an f32.
+    /// `None` if no gradient came.
+    pub(super) fn scaled(mut self, factor: f64) -> Result<Option<(Tensor, f64)>, jit::Error> {
         if !self.is_reached {
             return Ok(None);
         }
         let unit = self.unit.unwrap_or(1.0);
         let largest = self.sum.f_max()?.f_double_value(&[])? * factor * unit * unit;
         let is_in_range = largest == 0.0 || (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&largest);
-        Ok(Some(self.sum.f_mul_scalar_(if is_in_range { factor * unit * unit } else { factor })?))
+        let (factor, unit) = if is_in_range { (factor * unit * unit, 1.0) } else { (factor, unit) };
+        Ok(Some((self.sum.f_mul_scalar_(factor)?, unit)))
     }
+}
+
+/// Every so many elements of a weight one tells its spread.
+fn step(weight: &Tensor) -> i64 {
+    weight.numel().div_ceil(ENOUGH_FOR_SPREAD).max(1) as i64
+}
+
+/// The norm of the elements of a weight's sums or scores that tell its spread.
+pub(super) fn norm_for_spread(sums: &Tensor) -> Result<f64, jit::Error> {
+    Ok(squared_norm(&some_of(sums, step(sums))?)?.sqrt())
+}
+
+/// The norm of the sums or scores of an activation, octave by octave.
+pub(super) fn norm_by_octave(sums: &WeightedHistogram) -> f64 {
+    sums.octave_sums().map(|(_, sum)| sum * sum).sum::<f64>().sqrt()
 }
 
 /// Every `step`-th element.
@@ -175,8 +191,7 @@ impl ActivationSums {
     }
 
     pub(super) fn relative_error(&self) -> Option<f64> {
-        let squares = self.histogram.octave_sums().map(|(_, sum)| sum * sum);
-        self.spread.relative(squares.sum::<f64>().sqrt())
+        self.spread.relative(norm_by_octave(&self.histogram))
     }
 }
 
@@ -216,7 +231,7 @@ mod tests {
         // (1, 4) and (9, 0): the variance of their sum is 8² / 2 · 2 + 4² / 2 · 2 = 80, ‖(10, 4)‖² = 116.
         let error = sums.relative_error().unwrap().unwrap();
         assert!((error - (80.0f64 / 116.0).sqrt()).abs() < 1e-6, "{error}");
-        let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap()).unwrap();
+        let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap().0).unwrap();
         assert_eq!(scores, [5.0, 2.0]);
     }
 
@@ -232,7 +247,7 @@ mod tests {
                 if has_spread {
                     sums.end_batch(3).unwrap();
                 }
-                let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap()).unwrap();
+                let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap().0).unwrap();
                 assert!((scores[0] / scores[1] - 2.5).abs() < 1e-5, "{scores:?}");
             }
         }

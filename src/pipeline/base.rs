@@ -1,11 +1,13 @@
 //! What runs of one model and one set of calibration data share: the model, its sites, the data, and what was seen of them. It
 //! refuses to know thresholds.
 
+use super::calibration::Calibration;
+use super::compare::Comparison;
 use super::device::Taken;
-use super::{Error, blame, calibration_batches, compare, hash, load_clean, versions};
+use super::{Error, calibration_batches, hash, load_checked, versions};
 use crate::config::{BiasCorrection, Plan};
 use crate::correct::{InputSums, Targets};
-use crate::dataset::Dataset;
+use crate::dataset::Batches;
 use crate::jit::Clean;
 use crate::observe::observe;
 use crate::report;
@@ -15,10 +17,9 @@ use crate::statistics::Activation;
 /// A loaded model with its data.
 pub(super) struct Base {
     pub(super) taken: Taken,
-    pub(super) hashes: hash::OfFiles,
+    pub(super) model_hash: String,
     pub(super) versions: report::Versions,
-    pub(super) calibration: Dataset,
-    pub(super) comparison: compare::Data,
+    pub(super) calibration: Calibration,
     pub(super) model: Clean,
     /// All that the model has.
     pub(super) sites: Sites,
@@ -34,21 +35,48 @@ pub(super) struct Observed {
 }
 
 impl Base {
-    /// Loads what the plan names, onto the device that was taken.
+    /// Loads what the plan names, onto the device that was taken, and what the models are compared on.
     ///
     /// # Errors
     /// Where model or data cannot be read or do not fit each other, and where there is nothing to quantize.
-    pub(super) fn load(plan: &Plan, taken: Taken) -> Result<Self, Error> {
-        let hashes = hash::of_files(plan)?;
-        let calibration = blame::open(&plan.calibration, "calibration")?;
-        let comparison = compare::Data::open(plan)?;
-        let model = load_clean(plan, &calibration, taken.device)?;
+    pub(super) fn load_to_compare(
+        plan: &Plan,
+        taken: Taken,
+        calibration: Calibration,
+    ) -> Result<(Self, Comparison), Error> {
+        let comparison = Comparison::open(plan, &calibration)?;
+        let base = if calibration.is_open() {
+            Self::load(plan, taken, calibration)?
+        } else {
+            let model_hash = hash::of_path(&plan.model)?;
+            let model = load_checked(plan, (comparison.dataset(), comparison.section()), taken.device)?;
+            Self::new(plan, taken, calibration, (model, model_hash))?
+        };
+        comparison.check(&base.model).map_err(comparison.batches().blame())?;
+        Ok((base, comparison))
+    }
+
+    /// Loads what calibration needs of what the plan names, onto the device that was taken.
+    ///
+    /// # Errors
+    /// As of [`load_to_compare`](Self::load_to_compare).
+    pub(super) fn load(plan: &Plan, taken: Taken, calibration: Calibration) -> Result<Self, Error> {
+        let model_hash = hash::of_path(&plan.model)?;
+        let model = load_checked(plan, (calibration.data()?, "calibration"), taken.device)?;
+        Self::new(plan, taken, calibration, (model, model_hash))
+    }
+
+    fn new(
+        plan: &Plan,
+        taken: Taken,
+        calibration: Calibration,
+        (model, model_hash): (Clean, String),
+    ) -> Result<Self, Error> {
         let sites = sites::find(model.listing());
         if sites.weights.is_empty() && sites.activations.is_empty() {
             return Err(Error::NoSites { model: plan.model.clone() });
         }
-        comparison.check(&model, &calibration).map_err(comparison.batches().blame())?;
-        Ok(Self { taken, hashes, versions: versions(), calibration, comparison, model, sites })
+        Ok(Self { taken, model_hash, versions: versions(), calibration, model, sites })
     }
 
     /// The name of the device.
@@ -60,24 +88,28 @@ impl Base {
     ///
     /// # Errors
     /// Where the plan cannot be written.
-    pub(super) fn hashes_of(&self, plan: &Plan) -> Result<report::Hashes, Error> {
-        let hash::OfFiles { model, calibration, evaluation } = self.hashes.clone();
-        Ok(report::Hashes { model, calibration, evaluation, plan: hash::of_plan(plan)? })
+    pub(super) fn hashes(&self, plan: &Plan, comparison: &Comparison) -> Result<report::Hashes, Error> {
+        Ok(report::Hashes {
+            model: self.model_hash.clone(),
+            calibration: self.calibration.hash.clone(),
+            evaluation: comparison.hash().map(str::to_owned),
+            plan: hash::of_plan(plan)?,
+        })
     }
 
-    /// Runs the calibration data. `advance` is called with the rows of each finished batch.
+    /// Runs these batches of the calibration data. `advance` is called with the rows of each finished batch.
     ///
     /// # Errors
     /// Where the model fails, or NaN or infinity turns up at a site.
     pub(super) fn observe(
         &self,
         plan: &Plan,
-        targets: Targets,
-        sites: &Sites,
+        batches: Batches<'_>,
+        (targets, sites): (Targets, &Sites),
         advance: impl FnMut(usize),
     ) -> Result<Observed, Error> {
         let mut inputs = InputSums::new(&targets);
-        let statistics = observe(&self.model, &sites.activations, &mut inputs, &self.calibration, advance)
+        let statistics = observe(&self.model, &sites.activations, &mut inputs, batches, advance)
             .map_err(calibration_batches(plan).blame())?;
         Ok(Observed { statistics, targets, inputs })
     }

@@ -52,7 +52,7 @@ impl Chosen {
         let Observed { statistics, targets, inputs } = observed;
         let given = Given { settings, statistics: &statistics, scores };
         let selections = select::select(given, model, &mut sites, advance)?;
-        let rows = worst::Rows { seen: calibration.rows(), stored: calibration.stored_rows() };
+        let rows = worst::Rows { seen: calibration.rows, stored: calibration.stored_rows };
         let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, rows)?;
         let seen = correct::Seen { inputs, statistics: &statistics };
         let corrections = correct::closed_form(model, &sites, &selections.weights, &targets, seen)?;

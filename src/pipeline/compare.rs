@@ -1,12 +1,11 @@
 //! Float against quantized on the evaluation data, or on the calibration data where there is no other.
 
-use std::num::NonZeroUsize;
-
 use tch::Tensor;
 
-use super::device::Batches;
+use super::calibration::Calibration;
+use super::device::{self, Batches};
 use super::simulation::Simulation;
-use super::{CHECK_BATCHES, Error, blame, check_rows};
+use super::{CHECK_BATCHES, Error, blame, check_rows, hash};
 use crate::config::Plan;
 use crate::dataset::Dataset;
 use crate::evaluate::Evaluation;
@@ -15,50 +14,68 @@ use crate::jit::{Clean, NoVisit, Output};
 use crate::report;
 
 /// What the models are compared on.
-pub(super) struct Data {
-    evaluation: Option<Dataset>,
+pub(super) struct Comparison {
+    dataset: Dataset,
+    /// Where it is planned: `evaluation` or `calibration`.
+    section: &'static str,
     labels: Option<Tensor>,
     /// The output to rank.
     output: Option<String>,
-    batch_size: NonZeroUsize,
+    /// SHA-256 of evaluation data.
+    hash: Option<String>,
 }
 
-impl Data {
-    pub(super) fn open(plan: &Plan) -> Result<Self, Error> {
+impl Comparison {
+    /// Opens what the plan names; `calibration` stands in where it names nothing.
+    ///
+    /// # Errors
+    /// Where the data cannot be read.
+    pub(super) fn open(plan: &Plan, calibration: &Calibration) -> Result<Self, Error> {
         let Some(evaluation) = &plan.evaluation else {
-            let batch_size = plan.calibration.batch_size;
-            return Ok(Self { evaluation: None, labels: None, output: None, batch_size });
+            calibration.data()?;
+            let dataset = blame::open(&plan.calibration, "calibration")?;
+            return Ok(Self { dataset, section: "calibration", labels: None, output: None, hash: None });
         };
-        let data = blame::open(&evaluation.data, "evaluation")?;
-        let labels = blame::labels(&data, evaluation.labels.as_deref())?;
-        let (output, batch_size) = (evaluation.output.clone(), evaluation.data.batch_size);
-        Ok(Self { evaluation: Some(data), labels, output, batch_size })
+        let path = &evaluation.data.path;
+        let is_known = *path == plan.calibration.path && calibration.is_open();
+        let hash = if is_known { calibration.hash.clone() } else { hash::of_path(path)? };
+        let dataset = blame::open(&evaluation.data, "evaluation")?;
+        let labels = blame::labels(&dataset, evaluation.labels.as_deref())?;
+        Ok(Self { dataset, section: "evaluation", labels, output: evaluation.output.clone(), hash: Some(hash) })
     }
 
-    /// The data itself; `calibration` stands in where there is no evaluation data.
-    pub(super) fn dataset<'a>(&'a self, calibration: &'a Dataset) -> &'a Dataset {
-        self.evaluation.as_ref().unwrap_or(calibration)
+    /// The data itself.
+    pub(super) fn dataset(&self) -> &Dataset {
+        &self.dataset
     }
 
-    pub(super) fn rows(&self, calibration: &Dataset) -> usize {
-        self.dataset(calibration).rows()
+    /// SHA-256 of evaluation data, if it is other than that of calibration.
+    pub(super) fn hash(&self) -> Option<&str> {
+        self.hash.as_deref()
+    }
+
+    /// The section of the plan that it is of.
+    pub(super) fn section(&self) -> &'static str {
+        self.section
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.dataset.rows()
     }
 
     /// Rows that the written file is checked on.
-    pub(super) fn checked_rows(&self, calibration: &Dataset) -> usize {
-        self.rows(calibration).min(self.batch_size.get().saturating_mul(CHECK_BATCHES))
+    pub(super) fn checked_rows(&self) -> usize {
+        self.rows().min(self.dataset.batch_size().get().saturating_mul(CHECK_BATCHES))
     }
 
     /// How the models run on it.
     pub(super) fn batches(&self) -> Batches {
-        let key = if self.evaluation.is_some() { "evaluation.batch_size" } else { "calibration.batch_size" };
-        Batches { key, rows: self.batch_size }
+        Batches { key: device::batch_size_of(self.section), rows: self.dataset.batch_size() }
     }
 
     /// Measures the float model on a few rows, so that a slip in the experiment is told before the work begins.
-    pub(super) fn check(&self, model: &Clean, calibration: &Dataset) -> Result<(), Error> {
-        let data = self.dataset(calibration);
-        let (arguments, rows) = check_rows(model.module(), data, self.batch_size.get(), "evaluation")?;
+    pub(super) fn check(&self, model: &Clean) -> Result<(), Error> {
+        let (arguments, rows) = check_rows(model.module(), &self.dataset, self.section)?;
         let output = model.module().forward(&arguments)?.on_cpu()?;
         let labels = self.labels.as_ref().map(|labels| rows_of(labels, 0, rows)).transpose()?;
         let mut evaluation = Evaluation::new(self.output.clone());
@@ -69,12 +86,11 @@ impl Data {
         &self,
         model: &Clean,
         simulation: &Simulation,
-        calibration: &Dataset,
         mut advance: impl FnMut(usize),
     ) -> Result<report::Evaluation, Error> {
         let float = model.instrument(&[], &[])?;
         let mut evaluation = Evaluation::new(self.output.clone());
-        for batch in self.dataset(calibration).batches() {
+        for batch in self.dataset.batches() {
             let batch = batch?;
             let (first, rows) = (batch.first_row, batch.rows);
             let arguments = feed::bind(model.module(), batch)?;
@@ -85,8 +101,7 @@ impl Data {
             advance(rows);
         }
         let (float, quantized) = evaluation.finish();
-        let data = if self.evaluation.is_some() { "evaluation" } else { "calibration" };
-        Ok(report::Evaluation { data, float, quantized })
+        Ok(report::Evaluation { data: self.section, float, quantized })
     }
 }
 

@@ -49,6 +49,11 @@ pub(super) fn take(plan: DevicePlan) -> Result<Taken, Error> {
     }
 }
 
+/// The key of the batch size of a section of the plan, `calibration` or `evaluation`.
+pub(super) fn batch_size_of(section: &str) -> &'static str {
+    if section == "evaluation" { "evaluation.batch_size" } else { "calibration.batch_size" }
+}
+
 /// A stage that runs batches, and the key that says how many rows these have.
 #[derive(Clone, Copy)]
 pub(super) struct Batches {

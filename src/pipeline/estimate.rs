@@ -4,10 +4,11 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use super::base::Base;
+use super::calibration::Calibration;
 use super::score::Asking;
 use super::{Error, calibration_batches, device, hessian_batches, peak_memory_bytes, run_dir};
 use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan};
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, Shard};
 use crate::feed;
 use crate::jit::{self, Clean, NoVisit};
 use crate::quantizer::Grid;
@@ -68,10 +69,11 @@ pub struct Estimate {
 pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     run_dir::check(&plan.output.dir)?;
     let start = Instant::now();
-    let base = Base::load(plan, device::take(plan.device)?)?;
-    let hashes = base.hashes_of(plan)?;
+    let taken = device::take(plan.device)?;
+    let (base, comparison) = Base::load_to_compare(plan, taken, Calibration::open(&plan.calibration)?)?;
+    let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
-    let Base { calibration, comparison, model, .. } = &base;
+    let (model, calibration) = (&base.model, base.calibration.data()?);
     let load = start.elapsed().as_secs_f64();
 
     let batch_size = plan.calibration.batch_size.get().min(calibration.rows());
@@ -98,14 +100,14 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
     let weight_elements: u64 = weights.iter().sum();
     let search: f64 = weights.iter().zip(&settings.weights).map(|(&count, site)| count as f64 * per_weight(site)).sum();
-    let evaluation_rows = comparison.rows(calibration);
+    let evaluation_rows = comparison.rows();
     let mut timings = Timings {
         load,
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
         hessian,
         search: search + sites.activations.len() as f64 * SITE,
         emit: 0.0,
-        check: row * comparison.checked_rows(calibration) as f64 * EVALUATION,
+        check: row * comparison.checked_rows() as f64 * EVALUATION,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
         total: 0.0,
     };
@@ -162,7 +164,7 @@ fn hessian_seconds(
         let samples = batch_size.min(samples);
         let request = HessianRequest { samples, probes, tolerance: None, ..plan.request.clone() };
         let start = Instant::now();
-        asking.compute(&HessianPlan { request, ..plan.clone() }, model, data, |_| ())?;
+        asking.compute(&HessianPlan { request, ..plan.clone() }, model, (data, Shard::WHOLE), |_| ())?;
         Ok(start.elapsed().as_secs_f64())
     };
     // The first one is slow. Each probe beyond the first takes another way back.

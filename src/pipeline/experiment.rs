@@ -150,8 +150,9 @@ impl Runs<'_> {
         let search_s = clock.lap();
         let base = &shared.base;
         let simulation = chosen.simulation(base)?;
-        let evaluation = base.comparison.run(&base.model, &simulation, &base.calibration, |_| ());
-        let report::Evaluation { float, quantized, .. } = evaluation.map_err(base.comparison.batches().blame())?;
+        let comparison = &shared.comparison;
+        let evaluation = comparison.run(&base.model, &simulation, |_| ());
+        let report::Evaluation { float, quantized, .. } = evaluation.map_err(comparison.batches().blame())?;
         let weight_bytes = weight_bytes(&base.sites.weights, &chosen.selections.reports);
         let gave = Gave { float, quantized, weight_bytes, search_s, evaluate_s: clock.lap() };
         Ok((gave, chosen.selections.reports))
@@ -193,12 +194,12 @@ impl Runs<'_> {
         let mut plan = self.plan(index).cloned().ok_or(Error::NothingToRun)?;
         plan.output.dir = self.journal.model_dir(index);
         let run_dir = RunDir::open(&plan.output.dir)?;
-        let hashes = shared.base.hashes_of(&plan)?;
+        let hashes = shared.base.hashes(&plan, &shared.comparison)?;
         let mut clock = Clock::start();
         let (chosen, told) = shared.choose(number, &plan)?;
         clock.timings = shared.timings;
         clock.timings.search = clock.lap();
-        let outcome = finish(&shared.base, &plan, (chosen, hashes, told), run_dir, clock, &mut Silent)?;
+        let outcome = finish((&shared.base, &shared.comparison), &plan, (chosen, hashes, told), run_dir, clock, &mut Silent)?;
         Ok(outcome.report)
     }
 

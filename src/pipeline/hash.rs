@@ -8,27 +8,6 @@ use sha2::{Digest, Sha256};
 use super::Error;
 use crate::config::Plan;
 
-/// Of what a plan names.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct OfFiles {
-    pub(super) model: String,
-    pub(super) calibration: String,
-    /// If it is other data.
-    pub(super) evaluation: Option<String>,
-}
-
-/// The hashes of the files that a plan names.
-pub(super) fn of_files(plan: &Plan) -> Result<OfFiles, Error> {
-    let calibration = of_path(&plan.calibration.path)?;
-    let evaluation = plan.evaluation.as_ref().map(|evaluation| &evaluation.data.path);
-    let evaluation = match evaluation {
-        Some(path) if *path == plan.calibration.path => Some(calibration.clone()),
-        Some(path) => Some(of_path(path)?),
-        None => None,
-    };
-    Ok(OfFiles { model: of_path(&plan.model)?, calibration, evaluation })
-}
-
 /// The hash of the plan itself. Two runs that differ in nothing but their place are the same run.
 pub(super) fn of_plan(plan: &Plan) -> Result<String, Error> {
     let mut placeless = plan.clone();

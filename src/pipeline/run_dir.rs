@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use place::{place, put_back};
-use unfinished::Unfinished;
+pub(super) use unfinished::Unfinished;
 
 /// A file that marks a directory as a run of ours.
 const MARK: &str = "report.json";
@@ -207,7 +207,7 @@ fn holds_others(folder: &Path) -> std::io::Result<bool> {
         let name = name.to_string_lossy();
         let is_of_a_run = name == MARK
             || name == "experiment.yaml"
-            || name == super::kept::FILE
+            || name == super::kept::scores::FILE
             || (name.starts_with("quantized") && name.ends_with(".pt"));
         if !is_of_a_run || entry.file_type()?.is_dir() {
             return Ok(true);

@@ -7,12 +7,15 @@ use std::path::Path;
 use tch::Tensor;
 
 use super::base::Base;
-use super::{Error, kept};
+use super::Error;
+use super::kept::scores::{self, Found};
+use super::kept::statistics::Kept;
 use crate::config::{HessianPlan, Plan};
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, Shard};
 use crate::hessian::{self, Layers, Scored, Scores, Unusable};
 use crate::jit::{self, Clean};
-use crate::report::{self, Hashes};
+use crate::observe::Summing;
+use crate::report;
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, Sites, WeightSite};
 use crate::statistics::{Activation, ActivationScores};
@@ -91,8 +94,9 @@ impl Pool {
 /// What scores are kept for and where.
 pub(super) struct Keeping<'a> {
     pub(super) plan: &'a Plan,
-    pub(super) hashes: &'a Hashes,
     pub(super) base: &'a Base,
+    /// Statistics that may hold scores.
+    pub(super) statistics: Option<&'a Kept>,
     /// The run directory that is being filled.
     pub(super) dir: &'a Path,
 }
@@ -156,10 +160,12 @@ impl<'a> Asking<'a> {
         &self,
         plan: &HessianPlan,
         model: &Clean,
-        data: &Dataset,
+        (data, shard): (&Dataset, Shard),
         advance: impl FnMut(usize),
     ) -> Result<Scores, Error> {
-        hessian::score(model, self.layers(), data, &plan.request, advance).map_err(|error| named(error, plan, data))
+        let summing = Summing::on(model.module().device());
+        hessian::score_by(summing, model, self.layers(), (data, shard), &plan.request, advance)
+            .map_err(|error| named(error, plan, data))
     }
 
     /// The scores of these sites, computed anew, for runs that share them.
@@ -167,7 +173,7 @@ impl<'a> Asking<'a> {
     /// # Errors
     /// Where they cannot be computed.
     pub(super) fn pool(&self, plan: &HessianPlan, base: &Base, advance: impl FnMut(usize)) -> Result<Pool, Error> {
-        let scores = self.compute(plan, &base.model, &base.calibration, advance)?;
+        let scores = self.compute(plan, &base.model, (base.calibration.data()?, Shard::WHOLE), advance)?;
         Ok(self.named(scores))
     }
 
@@ -181,35 +187,51 @@ impl<'a> Asking<'a> {
         keeping: &Keeping<'_>,
         mut advance: impl FnMut(usize),
     ) -> Result<Pool, Error> {
-        if !plan.save {
-            return self.pool(plan, keeping.base, advance);
+        let Keeping { plan: run, dir, statistics, .. } = *keeping;
+        let kept = run.output.dir.join(scores::FILE);
+        let request = if plan.save { Some(scores::request(keeping, plan, self.layers())?) } else { None };
+        let mut found = Vec::new();
+        if let Some(statistics) = statistics {
+            found.push((statistics.path.as_path(), statistics.take_scores(plan, self.layers())?));
         }
-        let request = kept::request(keeping, plan, self.layers())?;
-        let Keeping { plan: run, dir, .. } = *keeping;
-        let path = run.output.dir.join(kept::FILE);
-        let pool = match kept::read(&path, &request, self.layers()) {
-            kept::Found::Scores(scores) => {
+        if let Some(request) = &request {
+            found.push((&kept, scores::read(&kept, request, self.layers())));
+        }
+        let pool = match self.first_of(found) {
+            Ok((path, scores)) => {
                 advance(scores.samples);
                 let warning = format!("the Hessian scores are those that an earlier run kept in {}", path.display());
                 Pool { reused: true, warnings: vec![warning], ..self.named(scores) }
             }
-            found => {
-                let computed = self.pool(plan, keeping.base, advance)?;
-                let reason = match found {
-                    kept::Found::Useless(reason) => Some(format!("Hessian scores were computed anew: {reason}")),
-                    _ => None,
-                };
-                Pool { warnings: reason.into_iter().collect(), ..computed }
-            }
+            Err(warnings) => Pool { warnings, ..self.pool(plan, keeping.base, advance)? },
         };
-        kept::write(&dir.join(kept::FILE), &request, self.layers(), &pool.scores)?;
+        if let Some(request) = request {
+            scores::write(&dir.join(scores::FILE), &request, self.layers(), &pool.scores)?;
+        }
         Ok(pool)
     }
 
+    /// The first scores that were found, or why there are none.
+    fn first_of<'b>(&self, found: Vec<(&'b Path, Found)>) -> Result<(&'b Path, Scores), Vec<String>> {
+        let mut reasons = Vec::new();
+        for (path, found) in found {
+            match found {
+                Found::Scores(scores) => return Ok((path, scores)),
+                Found::Useless(reason) => reasons.push(format!("Hessian scores were computed anew: {reason}")),
+                Found::Nothing => {}
+            }
+        }
+        Err(reasons)
+    }
+
+    /// The names of weights and of activations.
+    pub(super) fn names_by_kind(&self) -> [Vec<String>; 2] {
+        let weights = self.weights.iter().map(|site| site.name.clone());
+        [weights.collect(), self.activations.iter().map(|site| site.name.clone()).collect()]
+    }
+
     fn named(&self, scores: Scores) -> Pool {
-        let weights = self.weights.iter().map(|site| site.name.clone()).collect();
-        let activations = self.activations.iter().map(|site| site.name.clone()).collect();
-        Pool { scores, names: [weights, activations], reused: false, warnings: Vec::new() }
+        Pool { scores, names: self.names_by_kind(), reused: false, warnings: Vec::new() }
     }
 
     /// The sites among `all` that any of these ask for.

@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::base::{Base, Observed};
+use super::calibration::Calibration;
 use super::chosen::Chosen;
+use super::compare::Comparison;
 use super::device::Taken;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
 use super::{Clock, Error, Progress, Work, hessian_batches};
@@ -18,6 +20,7 @@ use crate::statistics::Activation;
 /// What runs share.
 pub(super) struct Shared {
     pub(super) base: Base,
+    pub(super) comparison: Comparison,
     /// In the order of the plans; `None` where overrides do not fit the model.
     settled: Vec<Option<Settled>>,
     /// The sites that any of the runs quantizes.
@@ -53,7 +56,7 @@ impl Shared {
         let mut clock = Clock::start();
         progress.stage("load", Work::Uncounted);
         let first = plans.first().ok_or(Error::NothingToRun)?;
-        let base = Base::load(first, taken)?;
+        let (base, comparison) = Base::load_to_compare(first, taken, Calibration::open(&first.calibration)?)?;
         // What is wrong with the overrides of one run is told when its turn comes.
         let settle = |plan: &&Plan| {
             let (sites, settings) = settings::settle(plan, base.sites.clone()).ok()?;
@@ -66,15 +69,16 @@ impl Shared {
             runs.map(|(plan, run)| base.targets(plan.weights.bias_correction, &run.sites)).collect();
         clock.timings.load = clock.lap();
 
-        progress.stage("calibrate", Work::Rows(base.calibration.rows()));
-        let observed = base.observe(first, Targets::taps_of(&targets), &sites, |rows| progress.advance(rows))?;
+        progress.stage("calibrate", Work::Rows(base.calibration.rows));
+        let taps = (Targets::taps_of(&targets), &sites);
+        let observed = base.observe(first, base.calibration.data()?.batches(), taps, |rows| progress.advance(rows))?;
         for (plan, run) in plans.iter().zip(&mut settled) {
             let Some(run) = run else { continue };
             let statistics = statistics_of(&run.sites, &sites, &observed);
             run.scored = Scored::of(plan, &Asking::new(&run.settings, &run.sites, Some(&statistics)));
         }
         clock.timings.calibrate = clock.lap();
-        Ok(Self { base, settled, sites, observed, pool: None, timings: clock.timings })
+        Ok(Self { base, comparison, settled, sites, observed, pool: None, timings: clock.timings })
     }
 
     /// The order in which the runs take turns, so that those that share scores follow each other.

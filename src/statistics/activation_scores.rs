@@ -11,6 +11,13 @@ pub struct ActivationScores {
     pub sums: GradientSums,
 }
 
+impl ActivationScores {
+    /// Whether no value, gradient or sum was NaN or infinite.
+    pub fn is_finite(&self) -> bool {
+        self.by_value.is_finite() && self.sums.is_finite()
+    }
+}
+
 impl From<WeightedHistogram> for ActivationScores {
     fn from(by_value: WeightedHistogram) -> Self {
         Self { by_value, sums: GradientSums::default() }

@@ -63,6 +63,10 @@ impl Channel {
         self.max
     }
 
+    pub(super) fn exact_sum(&self) -> &ExactSum {
+        &self.sum
+    }
+
     /// The sum of all values, exact but for one rounding.
     pub fn sum(&self) -> f64 {
         self.sum.value()
@@ -109,6 +113,15 @@ impl Channels {
 
     pub(super) fn of(channels: Vec<Channel>) -> Self {
         Self { channels, is_mixed: false }
+    }
+
+    /// Of no values, or of tensors with different numbers of channels.
+    pub(super) fn unknown(is_mixed: bool) -> Self {
+        Self { channels: Vec::new(), is_mixed }
+    }
+
+    pub(super) fn is_mixed(&self) -> bool {
+        self.is_mixed
     }
 
     /// One per channel; `None` if there were no values, or tensors with different numbers of channels.

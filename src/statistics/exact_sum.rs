@@ -38,6 +38,22 @@ pub(super) struct ExactSum {
 impl ExactSum {
     pub(super) const ZERO: Self = Self { digits: [0; DIGITS], additions: 0 };
 
+    pub(super) const DIGITS: usize = DIGITS;
+
+    /// Its digits, the same for equal sums.
+    pub(super) fn digits(&self) -> [i64; DIGITS] {
+        let mut carried = *self;
+        carried.carry();
+        carried.digits
+    }
+
+    /// The sum of these digits; `None` where they are not as [`digits`](Self::digits) gives them.
+    pub(super) fn of_digits(digits: &[i64; DIGITS]) -> Option<Self> {
+        let (last, rest) = digits.split_last()?;
+        let are_carried = rest.iter().all(|&digit| (0..1 << DIGIT).contains(&digit)) && last.abs() < 1 << 62;
+        are_carried.then_some(Self { digits: *digits, additions: 1 })
+    }
+
     /// Adds finite values of a block, which `seen` sums up.
     #[inline(always)]
     pub(super) fn add_block(&mut self, values: &[f32], seen: &MinMax) {

@@ -95,6 +95,20 @@ impl GradientSums {
         self.open = 0;
     }
 
+    /// Adds the rows that follow, which came in batches of so many rows: whole batches as long as there are not enough, as if
+    /// all had been observed here. Those of another range are left out.
+    pub fn append(&mut self, other: &Self, batch_rows: usize) {
+        if self.range != other.range {
+            return;
+        }
+        for batch in other.sums.chunks(batch_rows.max(1) * BINS) {
+            if self.sums.len() / BINS >= Self::ENOUGH {
+                break;
+            }
+            self.sums.extend_from_slice(batch);
+        }
+    }
+
     /// Adds each gradient to the bin of its value: to as many rows of the batch as the slices are divided to, which is all or
     /// one. Rows of independent gradients may be taken for one, as their products vanish in expectation.
     ///

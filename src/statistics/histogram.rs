@@ -92,6 +92,10 @@ impl Histogram {
         }
     }
 
+    pub(super) fn min_max(&self) -> &MinMax {
+        &self.min_max
+    }
+
     /// Number of values seen, NaN and infinities included.
     pub fn count(&self) -> u64 {
         self.min_max.count()
@@ -260,7 +264,7 @@ impl Octaves {
         }
     }
 
-    fn add_wide(&mut self, octave: u16, counts: &[u64; BINS_PER_OCTAVE]) {
+    pub(super) fn add_wide(&mut self, octave: u16, counts: &[u64; BINS_PER_OCTAVE]) {
         let mut sums = match self.0.get(&octave) {
             Some(Counts::Wide(wide)) => wide.clone(),
             Some(Counts::Narrow(narrow)) => Box::new(narrow.map(u64::from)),

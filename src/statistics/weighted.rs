@@ -225,7 +225,7 @@ impl Histogram {
     }
 }
 
-fn has_bins(octave: u16) -> bool {
+pub(super) fn has_bins(octave: u16) -> bool {
     octave < 2 * NEGATIVE && WITH_BINS.contains(&(octave % NEGATIVE))
 }
 

@@ -57,10 +57,10 @@ pub fn select_activation_scored(
     scheme: Scheme,
     z_threshold: Option<f64>,
 ) -> Result<Selection, SelectError> {
-    let ActivationScores { by_value, sums } = scores;
-    if !(by_value.is_finite() && sums.is_finite()) {
+    if !scores.is_finite() {
         return Err(SelectError::ScoresNotFinite);
     }
+    let ActivationScores { by_value, sums } = scores;
     let mut is_without_scores = false;
     let mut selection = whole(histogram, scheme, z_threshold, |counted, chooser| {
         let observed = chooser.observed;

@@ -53,7 +53,7 @@ fn remove_parents(parents: &[PathBuf]) {
 
 /// A locked folder under a name of its own; gone again when dropped.
 #[derive(Debug)]
-pub(super) struct Unfinished {
+pub(in crate::pipeline) struct Unfinished {
     traces: Traces,
     /// The system gives the lock back when the process ends, however it ends. Locking the folder itself leaves no file in it.
     _lock: File,
@@ -61,7 +61,7 @@ pub(super) struct Unfinished {
 
 impl Unfinished {
     /// Makes `parent` where it is missing, removes what killed runs have left in it, and makes a folder there.
-    pub(super) fn new(parent: &Path) -> io::Result<Self> {
+    pub(in crate::pipeline) fn new(parent: &Path) -> io::Result<Self> {
         // Before the process is kept from being interrupted: that waits. Nothing is left in a parent that is missing.
         if let Some(_undisturbed) = lock_folder(parent) {
             remove_left(parent, &prefix());
@@ -83,7 +83,7 @@ impl Unfinished {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(in crate::pipeline) fn path(&self) -> &Path {
         &self.traces.folder
     }
 

@@ -1,0 +1,126 @@
+//! Tensors of numbers in safetensors, and their description in the metadata.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+
+use safetensors::tensor::View;
+use safetensors::{Dtype, SafeTensors};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::jit;
+use crate::pipeline::Error;
+
+/// Key of the description in the file's metadata.
+const KEY: &str = "tsquant";
+
+/// A number that a tensor holds.
+pub(super) trait Number: Copy {
+    const DTYPE: Dtype;
+
+    fn write(self, bytes: &mut Vec<u8>);
+
+    /// Those of these bytes, as many as there are whole numbers.
+    fn read(bytes: &[u8]) -> Vec<Self>;
+}
+
+macro_rules! number {
+    ($type:ty, $dtype:expr) => {
+        impl Number for $type {
+            const DTYPE: Dtype = $dtype;
+
+            fn write(self, bytes: &mut Vec<u8>) {
+                bytes.extend(self.to_le_bytes());
+            }
+
+            fn read(bytes: &[u8]) -> Vec<Self> {
+                bytes.as_chunks().0.iter().map(|bytes| Self::from_le_bytes(*bytes)).collect()
+            }
+        }
+    };
+}
+
+number!(f32, Dtype::F32);
+number!(f64, Dtype::F64);
+number!(u32, Dtype::U32);
+number!(u64, Dtype::U64);
+number!(i64, Dtype::I64);
+
+/// A tensor on its way to disk.
+pub(super) struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Stored {
+    /// Numbers of this shape, the last axis first.
+    pub(super) fn new<T: Number>(shape: Vec<usize>, numbers: impl IntoIterator<Item = T>) -> Self {
+        let mut bytes = Vec::new();
+        numbers.into_iter().for_each(|number| number.write(&mut bytes));
+        Self { dtype: T::DTYPE, shape, bytes }
+    }
+
+    /// Numbers along one axis.
+    pub(super) fn list<T: Number>(numbers: &[T]) -> Self {
+        Self::new(vec![numbers.len()], numbers.iter().copied())
+    }
+}
+
+impl View for Stored {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes tensors with a description of them.
+pub(super) fn write(path: &Path, tensors: Vec<(String, Stored)>, description: &impl Serialize) -> Result<(), Error> {
+    let metadata = HashMap::from([(KEY.to_owned(), serde_json::to_string(description)?)]);
+    safetensors::serialize_to_file(tensors, Some(metadata), path)
+        .map_err(|error| Error::Write { path: path.to_owned(), source: std::io::Error::other(error.to_string()) })
+}
+
+/// The tensors of a file that was read, and their description.
+///
+/// # Errors
+/// What is wrong with the bytes.
+pub(super) fn parse<D: DeserializeOwned>(bytes: &[u8]) -> Result<(Tensors<'_>, D), String> {
+    let text = |error: &dyn std::error::Error| jit::one_line(&error.to_string());
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| text(&error))?;
+    let described = metadata.metadata().as_ref().and_then(|metadata| metadata.get(KEY));
+    let described = described.ok_or_else(|| format!("expected the metadata `{KEY}`, found none"))?;
+    let description = serde_json::from_str(described).map_err(|error| text(&error))?;
+    Ok((Tensors(SafeTensors::deserialize(bytes).map_err(|error| text(&error))?), description))
+}
+
+/// Tensors of a file.
+pub(super) struct Tensors<'a>(SafeTensors<'a>);
+
+impl Tensors<'_> {
+    /// The numbers of a tensor and its shape.
+    pub(super) fn shaped<T: Number>(&self, name: &str) -> Result<(Vec<T>, Vec<usize>), String> {
+        let tensor = self.0.tensor(name).map_err(|error| error.to_string())?;
+        if tensor.dtype() != T::DTYPE {
+            return Err(format!("expected {:?} elements in {name}, found {:?}", T::DTYPE, tensor.dtype()));
+        }
+        Ok((T::read(tensor.data()), tensor.shape().to_vec()))
+    }
+
+    /// The numbers of a tensor.
+    pub(super) fn numbers<T: Number>(&self, name: &str) -> Result<Vec<T>, String> {
+        self.shaped(name).map(|(numbers, _)| numbers)
+    }
+}
