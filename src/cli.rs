@@ -111,7 +111,8 @@ struct UsageError(String);
 fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         use pipeline::Error::{Config, Key, ToleranceOfShard, TooManyShards};
-        let in_run = matches!(cause.downcast_ref(), Some(Config(_) | Key { .. } | ToleranceOfShard | TooManyShards { .. }));
+        let in_run =
+            matches!(cause.downcast_ref(), Some(Config(_) | Key { .. } | ToleranceOfShard | TooManyShards { .. }));
         in_run || cause.is::<config::Error>() || cause.is::<UsageError>()
     })
 }

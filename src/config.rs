@@ -122,9 +122,18 @@ impl Experiment {
     /// The first thing wrong: an unknown or missing key, an impossible value or combination, what is not built yet,
     /// a model or data set that is not there.
     pub fn resolve(&self, base: &Path) -> Result<Plan, Error> {
+        self.resolve_without("", base)
+    }
+
+    /// As [`resolve`](Self::resolve), for a command that can do without the data that `key` names, such as `evaluation.data`: it
+    /// need not be there.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resolve_without(&self, key: &str, base: &Path) -> Result<Plan, Error> {
         let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
         let name = self.file.file_stem().unwrap_or_default().to_string_lossy();
-        let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name };
+        let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name, dispensable: key };
         resolver.plan(decode::decode(&self.root)?)
     }
 
@@ -135,7 +144,7 @@ impl Experiment {
     pub fn resolve_comparison(&self, base: &Path) -> Result<ComparisonPlan, Error> {
         let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
         let name = self.file.file_stem().unwrap_or_default().to_string_lossy();
-        let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name };
+        let resolver = resolve::Resolver { root: &self.root, base: &base, name: &name, dispensable: "" };
         resolver.comparison(decode::decode(&self.root)?)
     }
 
@@ -145,7 +154,7 @@ impl Experiment {
     /// The first thing wrong, as those of [`resolve`](Self::resolve).
     pub fn resolve_calibration(&self, base: &Path) -> Result<DataPlan, Error> {
         let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
-        let resolver = resolve::Resolver { root: &self.root, base: &base, name: "" };
+        let resolver = resolve::Resolver { root: &self.root, base: &base, name: "", dispensable: "" };
         let keys = decode::decode::<keys::Keys>(&self.root)?;
         resolver.calibration(keys.calibration.unwrap_or_default(), keys.seed.unwrap_or(0))
     }

@@ -164,7 +164,8 @@ pub fn score_by(
     }
     let samples = batches().rows();
     // A shard may have no batch at all.
-    let cuts = if samples > 0 && run.needs_cuts() { cuts::describe(model, layers, data, request)? } else { String::new() };
+    let cuts =
+        if samples > 0 && run.needs_cuts() { cuts::describe(model, layers, data, request)? } else { String::new() };
     run.scores(samples, &cuts)
 }
 

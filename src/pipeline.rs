@@ -205,7 +205,9 @@ pub enum Error {
         rows: NonZeroUsize,
     },
     /// A tolerance that no shard can see.
-    #[error("`hessian.tolerance`: the error of all rows is not known to a shard; give a number of probes, or one process all rows")]
+    #[error(
+        "`hessian.tolerance`: the error of all rows is not known to a shard; give a number of probes, or one process all rows"
+    )]
     ToleranceOfShard,
     /// No files.
     #[error("expected files of statistics to merge, found none")]
@@ -446,9 +448,8 @@ fn finish(
     clock.timings.check = clock.lap();
 
     progress.stage("evaluate", Work::Rows(comparison.rows()));
-    let evaluation = comparison
-        .run(model, &simulation, |rows| progress.advance(rows))
-        .map_err(comparison.batches().blame())?;
+    let evaluation =
+        comparison.run(model, &simulation, |rows| progress.advance(rows)).map_err(comparison.batches().blame())?;
     clock.timings.evaluate = clock.lap();
 
     let Chosen { sites, selections, corrections, worst_sites } = chosen;

@@ -311,7 +311,7 @@ fn a_killed_sweep_goes_on() {
     let expected = results(&whole);
     let folder = folder(GRID);
     let mut random = Random(7);
-    for _ in 0..6 {
+    for _ in 0..10 {
         let mut command: Command = in_folder(folder.path(), BINARY);
         let command = command.args(["experiment", "e.yaml", "--quiet"]).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();

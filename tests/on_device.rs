@@ -33,10 +33,16 @@ impl Subject {
 
     fn observe(&self, summing: Summing) -> Result<Vec<Vec<Activation>>, String> {
         let mut rows = 0;
-        let observed =
-            observe_by(summing, &self.clean, &self.sites.activations, &mut InputSums::default(), self.data.batches(), |count| {
+        let observed = observe_by(
+            summing,
+            &self.clean,
+            &self.sites.activations,
+            &mut InputSums::default(),
+            self.data.batches(),
+            |count| {
                 rows += count;
-            });
+            },
+        );
         let observed = observed.map_err(|error| error.to_string());
         assert!(observed.is_err() || rows == ROWS, "{rows}");
         observed

@@ -66,7 +66,8 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
     };
     let (forward, forward_bytes) = timed(&|| plain(&clean, &data))?;
     let (calibration, calibration_bytes) = timed(&|| {
-        Ok(observe_by(summing, &clean, &sites.activations, &mut InputSums::default(), data.batches(), |_| ()).map(drop)?)
+        Ok(observe_by(summing, &clean, &sites.activations, &mut InputSums::default(), data.batches(), |_| ())
+            .map(drop)?)
     })?;
     let (backward, _) = timed(&|| way_back::plain(&clean, &graph, &data, &request))?;
     let (hessian, hessian_bytes) =

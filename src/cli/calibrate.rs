@@ -50,7 +50,7 @@ impl Calibrate {
             None => experiment,
         };
         let folder = working_dir()?;
-        let plan = experiment.resolve(&folder)?;
+        let plan = experiment.resolve_without("evaluation.data", &folder)?;
         let shard = self.shard.unwrap_or(Shard::WHOLE);
         let output = self.output.map(|path| folder.join(path)).unwrap_or_else(|| {
             let mut name = plan.output.dir.clone().into_os_string();

@@ -39,7 +39,8 @@ impl Quantize {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let experiment = self.experiment()?;
         let folder = working_dir()?;
-        let plan = experiment.resolve(&folder)?;
+        let dispensable = if self.statistics.is_some() { "calibration.data" } else { "" };
+        let plan = experiment.resolve_without(dispensable, &folder)?;
         if self.dry_run {
             let estimate = pipeline::estimate(&plan).map_err(|error| located(&experiment, error))?;
             if self.quiet {

@@ -35,6 +35,8 @@ pub(super) struct Resolver<'a> {
     pub(super) base: &'a Path,
     /// Last part of the default run directory.
     pub(super) name: &'a str,
+    /// The key whose data need not be there.
+    pub(super) dispensable: &'a str,
 }
 
 /// What evaluation takes from calibration where it has none of its own.
@@ -373,6 +375,7 @@ impl Resolver<'_> {
         let shown = path_text(&path);
         match path.metadata() {
             Ok(_) => Ok(path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && key == self.dispensable => Ok(path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 Err(self.invalid(key, format!("expected a file that exists, found nothing at {shown}")))
             }

@@ -148,11 +148,7 @@ impl InputSums {
     ///
     /// # Errors
     /// Where libtorch fails.
-    pub fn with_statistics(
-        mut self,
-        targets: &Targets,
-        statistics: &[Vec<Activation>],
-    ) -> Result<Self, tch::TchError> {
+    pub fn with_statistics(mut self, targets: &Targets, statistics: &[Vec<Activation>]) -> Result<Self, tch::TchError> {
         for (sum, input) in self.sums.iter_mut().zip(&targets.inputs) {
             let Source::Statistics { site, anchor } = input.source else { continue };
             let activation = statistics.get(site).and_then(|site| site.get(anchor));

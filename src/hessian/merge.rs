@@ -30,7 +30,8 @@ impl Scores {
             activations.push(part.activations);
         }
         let weights = transposed(weights).into_iter().map(|layer| weight(&layer, &shares, total));
-        let activations = transposed(activations).into_iter().map(|layer| activation(&layer, &shares, (total, batch_rows)));
+        let activations =
+            transposed(activations).into_iter().map(|layer| activation(&layer, &shares, (total, batch_rows)));
         let (weights, activations) = (weights.collect::<Result<_, jit::Error>>()?, activations.collect());
         Ok(Self { weights, activations, samples: total, probes, left_out })
     }

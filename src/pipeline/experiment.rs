@@ -199,7 +199,8 @@ impl Runs<'_> {
         let (chosen, told) = shared.choose(number, &plan)?;
         clock.timings = shared.timings;
         clock.timings.search = clock.lap();
-        let outcome = finish((&shared.base, &shared.comparison), &plan, (chosen, hashes, told), run_dir, clock, &mut Silent)?;
+        let outcome =
+            finish((&shared.base, &shared.comparison), &plan, (chosen, hashes, told), run_dir, clock, &mut Silent)?;
         Ok(outcome.report)
     }
 

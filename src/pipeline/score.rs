@@ -6,8 +6,8 @@ use std::path::Path;
 
 use tch::Tensor;
 
-use super::base::Base;
 use super::Error;
+use super::base::Base;
 use super::kept::scores::{self, Found};
 use super::kept::statistics::Kept;
 use crate::config::{HessianPlan, Plan};

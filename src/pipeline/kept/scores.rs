@@ -94,12 +94,7 @@ pub(in crate::pipeline) fn request(
 }
 
 /// Writes the scores of `layers`.
-pub(in crate::pipeline) fn write(
-    path: &Path,
-    request: &str,
-    layers: Layers<'_>,
-    scores: &Scores,
-) -> Result<(), Error> {
+pub(in crate::pipeline) fn write(path: &Path, request: &str, layers: Layers<'_>, scores: &Scores) -> Result<(), Error> {
     let (tensors, scores) = encode(&names(layers), scores)?;
     tensors::write(path, tensors, &Alone { request: request.to_owned(), scores })
 }
@@ -111,20 +106,15 @@ pub(in crate::pipeline) fn read(path: &Path, request: &str, layers: Layers<'_>) 
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Found::Nothing,
         Err(error) => return Found::Useless(format!("{} cannot be read: {error}", path.display())),
     };
-    match parse(&bytes, request, layers) {
-        Ok(Some(scores)) => Found::Scores(scores),
-        Ok(None) => Found::Useless(format!("those in {} are of another model, data or request", path.display())),
-        Err(reason) => Found::Useless(format!("{} is damaged: {reason}", path.display())),
-    }
-}
-
-/// `None` for the scores of another request.
-fn parse(bytes: &[u8], request: &str, layers: Layers<'_>) -> Result<Option<Scores>, String> {
-    let (tensors, description): (_, Alone) = tensors::parse(bytes)?;
-    if description.request != request {
-        return Ok(None);
-    }
-    Ok(decode(&tensors, &description.scores)?.of(layers))
+    let path = path.display();
+    let parsed = tensors::parse(&bytes).and_then(|(tensors, description): (_, Alone)| {
+        if description.request != request {
+            return Ok(Found::Useless(format!("those in {path} are of another model, data or request")));
+        }
+        let found = decode(&tensors, &description.scores)?.of(layers);
+        Ok(found.map_or_else(|| Found::Useless(format!("those in {path} are of other layers or bits")), Found::Scores))
+    });
+    parsed.unwrap_or_else(|reason| Found::Useless(format!("{path} is damaged: {reason}")))
 }
 
 pub(super) fn names(layers: Layers<'_>) -> [Vec<String>; 2] {
@@ -149,7 +139,8 @@ pub(super) fn encode(
         if let Ok(scores) = &scored.scores {
             let shape = scores.size().iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect();
             // In the order of the shape, whatever that in memory is.
-            let stored = jit::with_values(&scores.f_contiguous()?, |values| Stored::new(shape, values.iter().copied()))?;
+            let stored =
+                jit::with_values(&scores.f_contiguous()?, |values| Stored::new(shape, values.iter().copied()))?;
             tensors.push((name.clone(), stored));
         }
         description.weights.insert(name.clone(), Site::of(scored));

@@ -179,13 +179,16 @@ impl Key {
             ("the device", &self.device, &other.device),
             ("`allow_tf32`", &flag(self.allow_tf32), &flag(other.allow_tf32)),
         ];
-        let keys: BTreeSet<&String> = self.calibration.keys().chain(other.calibration.keys()).collect();
+        let (own, others) = (&self.calibration, &other.calibration);
+        // Whether there is a seed depends on another key.
+        let in_both = own.keys().filter(|key| others.contains_key(*key));
+        let keys = in_both.chain(own.keys()).chain(others.keys());
         let text = |of: &Self, key: &str| of.calibration.get(key).map_or("not set".to_owned(), Value::to_string);
         let named = |key: &str| if key == "seed" { "`seed`".to_owned() } else { format!("`calibration.{key}`") };
-        pairs
-            .iter()
-            .find_map(|(name, own, other)| plain(name, own, other))
-            .or_else(|| keys.into_iter().find_map(|key| plain(&named(key), &text(self, key), &text(other, key))))
+        pairs.iter().find_map(|(name, own, other)| plain(name, own, other)).or_else(|| {
+            let mut keys = keys;
+            keys.find_map(|key| plain(&named(key), &text(self, key), &text(other, key)))
+        })
     }
 }
 
@@ -293,10 +296,10 @@ impl Kept {
         let by_name: HashMap<&str, &Vec<Activation>> =
             self.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
         let statistics = sites.activations.iter().map(|site| {
-            let found = by_name.get(site.name.as_str()).copied().ok_or_else(|| Error::SiteNotKept {
-                path: self.path.clone(),
-                site: site.name.clone(),
-            })?;
+            let found = by_name
+                .get(site.name.as_str())
+                .copied()
+                .ok_or_else(|| Error::SiteNotKept { path: self.path.clone(), site: site.name.clone() })?;
             let is_whole = found.len() == site.anchors.len();
             let reason = || format!("expected {} values of {}, found {}", site.anchors.len(), site.name, found.len());
             if is_whole { Ok(found.clone()) } else { Err(self.damaged(reason())) }
@@ -316,7 +319,8 @@ impl Kept {
         sites.activations.retain(|site| names.contains_key(site.name.as_str()));
         let targets = Targets::find(base.model.listing(), &sites);
         let inputs = InputSums::of_layers(&targets, &self.inputs)?;
-        let inputs = inputs.ok_or_else(|| self.damaged("its sums are of other layers than the model has".to_owned()))?;
+        let inputs =
+            inputs.ok_or_else(|| self.damaged("its sums are of other layers than the model has".to_owned()))?;
         let own = sites.activations.iter().map(|site| names.get(site.name.as_str()).copied().cloned());
         let statistics: Vec<Vec<Activation>> = own.map(Option::unwrap_or_default).collect();
         let inputs = inputs.with_statistics(&targets, &statistics)?;
@@ -363,7 +367,10 @@ impl Kept {
             part.refuse_unlike(first, by_scores)?;
             let own = shard(part);
             if own.count() != count {
-                return Err(Error::ShardsOfOther { paths: [first.path.clone(), part.path.clone()], shards: [shard(first), own] });
+                return Err(Error::ShardsOfOther {
+                    paths: [first.path.clone(), part.path.clone()],
+                    shards: [shard(first), own],
+                });
             }
             if number > 0 && parts.get(number - 1).is_some_and(|before| shard(before) == own) {
                 let paths = [parts[number - 1].path.clone(), part.path.clone()];
@@ -381,10 +388,10 @@ impl Kept {
 
     /// An error where the parts cannot be parts of one calibration, or of its scores.
     fn refuse_unlike(&self, first: &Self, by_scores: bool) -> Result<(), Error> {
-        let unlike = |what: &str| {
-            Err(Error::Unlike { paths: [first.path.clone(), self.path.clone()], what: what.to_owned() })
-        };
-        let names = |of: &Self| of.sites.iter().map(|(name, anchors)| (name.clone(), anchors.len())).collect::<Vec<_>>();
+        let unlike =
+            |what: &str| Err(Error::Unlike { paths: [first.path.clone(), self.path.clone()], what: what.to_owned() });
+        let names =
+            |of: &Self| of.sites.iter().map(|(name, anchors)| (name.clone(), anchors.len())).collect::<Vec<_>>();
         if self.rows != first.rows {
             return unlike("numbers of rows");
         }
@@ -446,20 +453,22 @@ impl Kept {
 
 /// Whether this is a file of statistics, whole or not.
 pub(in crate::pipeline) fn is_one(path: &Path) -> bool {
-    let head = std::fs::read(path).ok().and_then(|bytes| Some(tensors::parse::<Head>(&bytes).ok()?.1));
+    let head = std::fs::read(path).ok().and_then(|bytes| tensors::describe::<Head>(&bytes).ok());
     head.is_some_and(|head| head.kind == KIND)
 }
 
 fn parse(path: &Path, bytes: &[u8]) -> Result<Kept, String> {
-    let (_, head): (_, Head) = tensors::parse(bytes)
-        .map_err(|reason| format!("expected statistics that `tsquant calibrate` wrote, found another file: {reason}"))?;
+    let head: Head = tensors::describe(bytes).map_err(|reason| {
+        format!("expected statistics that `tsquant calibrate` wrote, found another file: {reason}")
+    })?;
     if head.kind != KIND {
         return Err(format!("expected statistics, found {}", jit::one_line(&head.kind)));
     }
     if head.schema != SCHEMA {
         return Err(format!("expected schema {SCHEMA}, found {}: another version of tsquant wrote it", head.schema));
     }
-    let (tensors, description): (_, Description) = tensors::parse(bytes)?;
+    let (tensors, description): (_, Description) =
+        tensors::parse(bytes).map_err(|reason| format!("the file is damaged: {reason}"))?;
     let Description { key, rows, stored_rows, shard, threads, hessian, .. } = description;
     let mut sites = Vec::new();
     for site in description.sites {

@@ -8,12 +8,17 @@ use safetensors::tensor::View;
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::jit;
-use crate::pipeline::Error;
+use crate::pipeline::{Error, hash};
 
 /// Key of the description in the file's metadata.
 const KEY: &str = "tsquant";
+
+/// Key in the description: the SHA-256 of all else in it and of all tensors.
+const HASH: &str = "sha256";
 
 /// A number that a tensor holds.
 pub(super) trait Number: Copy {
@@ -88,22 +93,60 @@ impl View for Stored {
 
 /// Writes tensors with a description of them.
 pub(super) fn write(path: &Path, tensors: Vec<(String, Stored)>, description: &impl Serialize) -> Result<(), Error> {
-    let metadata = HashMap::from([(KEY.to_owned(), serde_json::to_string(description)?)]);
+    let mut description = serde_json::to_value(description)?;
+    let parts = tensors.iter().map(|(name, tensor)| (name.as_str(), &tensor.shape[..], &tensor.bytes[..]));
+    let hash = hash_of(&description, parts.collect());
+    if let Value::Object(entries) = &mut description {
+        entries.insert(HASH.to_owned(), hash.into());
+    }
+    // One entry alone: several would come in any order.
+    let metadata = HashMap::from([(KEY.to_owned(), description.to_string())]);
     safetensors::serialize_to_file(tensors, Some(metadata), path)
         .map_err(|error| Error::Write { path: path.to_owned(), source: std::io::Error::other(error.to_string()) })
+}
+
+/// The description in a file that was read.
+///
+/// # Errors
+/// What is wrong with the bytes.
+pub(super) fn describe<D: DeserializeOwned>(bytes: &[u8]) -> Result<D, String> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| text(&error))?;
+    let described = metadata.metadata().as_ref().and_then(|metadata| metadata.get(KEY));
+    let described = described.ok_or_else(|| format!("expected the metadata `{KEY}`, found none"))?;
+    serde_json::from_str(described).map_err(|error| text(&error))
 }
 
 /// The tensors of a file that was read, and their description.
 ///
 /// # Errors
-/// What is wrong with the bytes.
+/// What is wrong with the bytes, if any of them is not what was written.
 pub(super) fn parse<D: DeserializeOwned>(bytes: &[u8]) -> Result<(Tensors<'_>, D), String> {
-    let text = |error: &dyn std::error::Error| jit::one_line(&error.to_string());
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| text(&error))?;
-    let described = metadata.metadata().as_ref().and_then(|metadata| metadata.get(KEY));
-    let described = described.ok_or_else(|| format!("expected the metadata `{KEY}`, found none"))?;
-    let description = serde_json::from_str(described).map_err(|error| text(&error))?;
-    Ok((Tensors(SafeTensors::deserialize(bytes).map_err(|error| text(&error))?), description))
+    let mut described: Value = describe(bytes)?;
+    let tensors = SafeTensors::deserialize(bytes).map_err(|error| text(&error))?;
+    let written = described.as_object_mut().and_then(|entries| entries.remove(HASH));
+    let views = tensors.tensors();
+    let parts = views.iter().map(|(name, tensor)| (name.as_str(), tensor.shape(), tensor.data())).collect();
+    if written != Some(hash_of(&described, parts).into()) {
+        return Err("its SHA-256 is not that of what was written".to_owned());
+    }
+    let description = serde_json::from_value(described).map_err(|error| text(&error))?;
+    Ok((Tensors(tensors), description))
+}
+
+fn text(error: &dyn std::error::Error) -> String {
+    jit::one_line(&error.to_string())
+}
+
+fn hash_of(description: &Value, mut tensors: Vec<(&str, &[usize], &[u8])>) -> String {
+    tensors.sort_unstable_by_key(|(name, ..)| *name);
+    let mut hash = Sha256::new();
+    hash.update(description.to_string().as_bytes());
+    for (name, shape, bytes) in tensors {
+        // No two files have the same text here.
+        hash.update(format!("\0{name}\0{shape:?}\0").as_bytes());
+        hash.update(bytes);
+    }
+    hash::hex(&hash.finalize())
 }
 
 /// Tensors of a file.
