@@ -229,7 +229,7 @@ fn run(case: &Case, model: &Path, folder: &Path, widths: Widths, methods: Method
         format!("quantization.l_p_value={EXPONENT}"),
     ];
     let plan = Experiment::read(&file)?.overlay(&settings)?.resolve(folder)?;
-    Ok(pipeline::quantize(&plan, &mut Silent)?.report)
+    Ok(pipeline::quantize(&plan, None, &mut Silent)?.report)
 }
 
 fn setting(widths: Widths) -> String {

@@ -107,7 +107,7 @@ impl InputSums {
         for (number, sum) in sums.sums.iter_mut().enumerate().filter(|(number, _)| targets.is_tap(*number)) {
             let found = named.next().filter(|found| targets.layer_of(number) == Some(&found.layer));
             let Some(LayerSum { total, shape: [features, taps], count, ranks, .. }) = found else { return Ok(None) };
-            let is_whole = features.checked_mul(*taps) == Some(total.len()) && (*count > 0) == !total.is_empty();
+            let is_whole = features.checked_mul(*taps) == Some(total.len()) && (*count > 0) != total.is_empty();
             let (Ok(features), Ok(taps), true) = (i64::try_from(*features), i64::try_from(*taps), is_whole) else {
                 return Ok(None);
             };

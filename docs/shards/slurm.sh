@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=tsquant-calibrate
+#SBATCH --array=0-15
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=8G
+#SBATCH --requeue
+#SBATCH --output=tsquant-%A-%a.log
+#
+# Calibrates in as many shards as the array has tasks; a second job, begun when all have ended well, merges them and quantizes:
+#
+#     job=$(sbatch --parsable docs/shards/slurm.sh EXPERIMENT.yaml)
+#     sbatch --dependency="afterok:$job" --cpus-per-task=4 --wrap "tsquant merge parts/*.safetensors -o statistics.safetensors &&
+#         tsquant quantize EXPERIMENT.yaml --statistics statistics.safetensors"
+#
+# Experiment, model, data and the working directory have to be on a file system that all nodes share. A task that is requeued
+# runs its shard again, which changes nothing.
+set -euo pipefail
+shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+tsquant calibrate "$1" --quiet --shard "$shard" -o "parts/$SLURM_ARRAY_TASK_ID.safetensors"
