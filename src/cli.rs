@@ -110,9 +110,18 @@ struct UsageError(String);
 /// Whether the command line or the YAML is to blame, also where only the model could tell.
 fn is_usage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        use pipeline::Error::{Config, Key, ToleranceOfShard, TooManyShards};
-        let in_run =
-            matches!(cause.downcast_ref(), Some(Config(_) | Key { .. } | ToleranceOfShard | TooManyShards { .. }));
+        use pipeline::Error::{Config, Key, NothingToCompute, OutputIsInput, ToleranceOfShard, TooManyShards};
+        let in_run = matches!(
+            cause.downcast_ref(),
+            Some(
+                Config(_)
+                    | Key { .. }
+                    | NothingToCompute
+                    | OutputIsInput { .. }
+                    | ToleranceOfShard
+                    | TooManyShards { .. }
+            )
+        );
         in_run || cause.is::<config::Error>() || cause.is::<UsageError>()
     })
 }

@@ -196,10 +196,9 @@ impl OfLot {
 }
 
 struct Run<'a> {
-    layers: Layers<'a>,
     request: &'a HessianRequest,
     graph: Differentiable,
-    weights: Vec<WeightSums>,
+    weights: WeightGradients,
     activations: Listener,
     /// Of the lots that are done.
     probes: usize,
@@ -209,13 +208,10 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(model: &'a Clean, layers: Layers<'a>, request: &'a HessianRequest) -> Result<Self, Error> {
         let (taps, lifted) = (taps(layers), lifted(layers));
-        let weight =
-            |site: &&WeightSite| WeightSums::new(&model.constant(site.values.first().copied().unwrap_or_default())?);
         Ok(Self {
-            layers,
             request,
             graph: model.differentiable(&taps, &lifted)?,
-            weights: layers.weights.iter().map(weight).collect::<Result<_, _>>()?,
+            weights: WeightGradients::new(model, layers.weights)?,
             activations: Listener {
                 names: layers.activations.iter().map(|site| site.name.clone()).collect(),
                 first_values: layers.activations.iter().map(|site| site.anchors.first().map(|it| it.value)).collect(),
@@ -259,23 +255,17 @@ impl<'a> Run<'a> {
             self.probe(&recording, &outputs, OfLot { probe, probes: lot })?;
         }
         if lot > 1 {
-            self.weights.iter_mut().try_for_each(|sums| sums.end_batch(lot))?;
+            self.weights.sums.iter_mut().try_for_each(|sums| sums.end_batch(lot))?;
             self.activations.sums.iter_mut().for_each(|sums| sums.end_batch(lot));
         }
         Ok(())
     }
 
     fn probe(&mut self, recording: &Recording, outputs: &[(&Tensor, Tensor)], place: OfLot) -> Result<(), Error> {
-        let gradients = recording.backward(outputs, place.is_followed(), &mut self.activations)?;
-        let mut gradients = gradients.into_iter();
-        for (site, sums) in self.layers.weights.iter().zip(&mut self.weights) {
-            // A weight that stands in the graph several times has the sum of their gradients.
-            let own = gradients.by_ref().take(site.values.len()).flatten();
-            let gradient = own.map(Ok).reduce(|sum: Result<Tensor, jit::Error>, next| Ok(sum?.f_add(&next?)?));
-            if let Some(gradient) = gradient.transpose()? {
-                sums.add(&gradient, place.has_spread())?;
-            }
-        }
+        self.weights.has_spread = place.has_spread();
+        let mut both = Both { weights: &mut self.weights, activations: &mut self.activations };
+        recording.backward(outputs, place.is_followed(), &mut both)?;
+        self.weights.end_probe()?;
         if place.has_spread() {
             self.activations.end_probe()?;
         }
@@ -284,7 +274,7 @@ impl<'a> Run<'a> {
 
     /// How many probes more the least exact layer needs, by the law of 1/√n; at most as many again as there were.
     fn missing_probes(&self, tolerance: f64) -> Result<usize, Error> {
-        let weights = self.weights.iter().map(WeightSums::relative_error);
+        let weights = self.weights.sums.iter().map(WeightSums::relative_error);
         let weights: Vec<Option<f64>> = weights.collect::<Result<_, _>>()?;
         let activations = self.activations.sums.iter().map(ActivationSums::relative_error);
         let largest = weights.into_iter().chain(activations).flatten().fold(0.0, f64::max);
@@ -297,13 +287,14 @@ impl<'a> Run<'a> {
     }
 
     fn needs_cuts(&self) -> bool {
-        self.weights.iter().any(|sums| !sums.is_reached()) || self.activations.sums.iter().any(|sums| !sums.is_reached)
+        self.weights.sums.iter().any(|sums| !sums.is_reached())
+            || self.activations.sums.iter().any(|sums| !sums.is_reached)
     }
 
     fn scores(self, samples: usize, cuts: &str) -> Result<Scores, Error> {
         let factor = 1.0 / (samples as f64 * self.probes as f64);
         let unreached = || Unusable::NoGradient { samples, cuts: cuts.to_owned() };
-        let weights = self.weights.into_iter().map(|sums| {
+        let weights = self.weights.sums.into_iter().map(|sums| {
             let standard_error = sums.relative_error()?;
             let (scores, unit) = match sums.scaled(factor)? {
                 None => (Err(unreached()), 1.0),
@@ -359,6 +350,69 @@ fn ranges(layers: Layers<'_>) -> Vec<Option<RangeInclusive<f32>>> {
 /// The constants that are the weights.
 fn lifted(layers: Layers<'_>) -> Vec<ValueId> {
     layers.weights.iter().flat_map(|site| site.values.iter().copied()).collect()
+}
+
+/// Takes the gradients of weights as they come, so that no two of them are in memory.
+struct WeightGradients {
+    sums: Vec<WeightSums>,
+    /// The weight that each lifted constant is of.
+    weight_of: Vec<usize>,
+    /// Of a weight that stands in the graph several times the sum of their gradients, of the probe under way.
+    together: Vec<Option<Tensor>>,
+    /// Whether there is another probe to differ from.
+    has_spread: bool,
+}
+
+impl WeightGradients {
+    fn new(model: &Clean, sites: &[&WeightSite]) -> Result<Self, Error> {
+        let sums =
+            |site: &&WeightSite| WeightSums::new(&model.constant(site.values.first().copied().unwrap_or_default())?);
+        let weight_of = sites.iter().enumerate().flat_map(|(index, site)| site.values.iter().map(move |_| index));
+        Ok(Self {
+            sums: sites.iter().map(sums).collect::<Result<_, _>>()?,
+            weight_of: weight_of.collect(),
+            together: sites.iter().map(|_| None).collect(),
+            has_spread: false,
+        })
+    }
+
+    fn add(&mut self, constant: usize, gradient: &Tensor) -> Result<(), jit::Error> {
+        let Some(&weight) = self.weight_of.get(constant) else { return Ok(()) };
+        let (Some(sums), Some(together)) = (self.sums.get_mut(weight), self.together.get_mut(weight)) else {
+            return Ok(());
+        };
+        if self.weight_of.iter().filter(|&&other| other == weight).count() == 1 {
+            return sums.add(gradient, self.has_spread);
+        }
+        *together = Some(match together.take() {
+            // Kept until the probe ends, as nobody else writes into it.
+            None => gradient.shallow_clone(),
+            Some(sum) => sum.f_add(gradient)?,
+        });
+        Ok(())
+    }
+
+    fn end_probe(&mut self) -> Result<(), jit::Error> {
+        let together = self.sums.iter_mut().zip(&mut self.together);
+        let mut summed = together.filter_map(|(sums, together)| Some((sums, together.take()?)));
+        summed.try_for_each(|(sums, gradient)| sums.add(&gradient, self.has_spread))
+    }
+}
+
+/// Hears of both.
+struct Both<'a> {
+    weights: &'a mut WeightGradients,
+    activations: &'a mut Listener,
+}
+
+impl Visit for Both<'_> {
+    fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
+        self.activations.gradient(tap, value, gradient)
+    }
+
+    fn constant_gradient(&mut self, constant: usize, gradient: &Tensor) -> Result<(), BoxError> {
+        Ok(self.weights.add(constant, gradient)?)
+    }
 }
 
 /// Takes the gradients of activations as they come.
@@ -430,7 +484,7 @@ struct SiteError {
     message: String,
 }
 
-impl Visit for Listener {
+impl Listener {
     fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
         let row_length = self.row_length(value);
         let thinning = row_length.map(|length| Thinning::new(length, self.draw.probe));

@@ -50,7 +50,7 @@ pub use estimate::{Estimate, estimate};
 pub use experiment::{SweepOutcome, experiment};
 pub use files::evaluate;
 pub use journal::JournalError;
-pub use kept::statistics::{KeptScores, Key, ScoredLayers};
+pub use kept::statistics::{KeptScores, Key, ScoredLayers, is_one as is_statistics};
 pub use run_dir::{RunDirError, abandon_unfinished_runs};
 
 /// Rows that the clean-up is checked on.
@@ -107,16 +107,13 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
         Some(kept) => Calibration::kept(&plan.calibration, kept.key.data.clone(), kept.rows),
         None => Calibration::open(&plan.calibration)?,
     };
-    let (base, comparison) = Base::load_to_compare(plan, taken, calibration)?;
+    let (base, comparison) = Base::load_to_compare(plan, taken, (calibration, kept.as_ref()))?;
     let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
     clock.timings.load = clock.lap();
 
     let observed = match &kept {
-        Some(kept) => {
-            kept.check(plan, &base.versions, &base.model_hash)?;
-            kept.observed(&base, plan, &sites)?
-        }
+        Some(kept) => kept.observed(&base, plan, &sites)?,
         None => {
             progress.stage("calibrate", Work::Rows(base.calibration.rows));
             let targets = base.targets(plan.weights.bias_correction, &sites);

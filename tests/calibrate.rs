@@ -109,6 +109,24 @@ fn kept_statistics_give_what_calibration_gives_without_the_data() {
     }
 }
 
+/// Where other branches run on the evaluation data the sites are those of the calibration data all the same.
+#[test]
+fn what_the_evaluation_data_shows_does_not_matter() {
+    for model in ["control_flow", "small_conv"] {
+        let folder = folder(model, "[x]", "");
+        let data = fs_err::read(test_data(model)).unwrap();
+        let data = SafeTensors::deserialize(&data).unwrap();
+        let x = data.tensor("x").unwrap();
+        let negated: Vec<f32> = numbers(&data, "x").into_iter().map(|x| -x as f32).collect();
+        folder.write("other.safetensors", binary::floats("x", x.shape(), &negated));
+        run(&folder, &["calibrate", "e.yaml", "-o", "kept.safetensors"]).succeeded();
+        let expected = quantized(&folder, &[]);
+        fs_err::remove_file(folder.path().join("data.safetensors")).unwrap();
+        let found = quantized(&folder, &["--statistics", "kept.safetensors"]);
+        assert!(check_same(&found, &expected, model));
+    }
+}
+
 /// Without evaluation data the models are compared on the calibration data, which then has to be the same.
 #[test]
 fn the_data_is_looked_at_where_it_is_needed() {
@@ -214,6 +232,12 @@ fn kept_scores_are_used_where_they_are_asked_for() {
             assert_eq!(told(&found), told(&expected), "{model} {words:?}");
             assert!(bytes(&folder, "run/quantized.pt") == model_file, "{model} {words:?}");
         }
+        // Who asks for none keeps those that are there.
+        run(&folder, &["merge", "kept.safetensors", "-o", "copy.safetensors"]).succeeded();
+        assert!(bytes(&folder, "copy.safetensors") == bytes(&folder, "kept.safetensors"), "{model}");
+        run(&folder, &["calibrate", "e.yaml", "--statistics", "kept.safetensors", "-o", "copy.safetensors"])
+            .succeeded();
+        assert!(bytes(&folder, "copy.safetensors") == bytes(&folder, "kept.safetensors"), "{model}");
         // Others are computed anew, with a word on why, on the data.
         let seed = ["--set", "hessian.seed=9"];
         let expected = quantized(&folder, &[&HMSE[..], &seed].concat());
@@ -244,6 +268,12 @@ fn calibrate_shards(folder: &Folder, count: usize, name: &str, words: &[&str]) {
         let output = shard.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
+}
+
+/// The hidden folder of a process of this host.
+fn left_by_a_killed_process() -> String {
+    let host = std::process::Command::new("uname").arg("-n").output().unwrap().stdout;
+    format!(".tsquant.{}.aB3dE6", String::from_utf8(host).unwrap().trim().replace(['/', '.'], "-"))
 }
 
 fn merge(folder: &Folder, files: &[String], output: &str) -> Ran {
@@ -282,6 +312,12 @@ fn merged_shards_are_what_one_process_gives() {
         calibrate_shards(&folder, 3, "s", &["--set", "calibration.batch_size=2"]);
         merge(&folder, &names("s", 0..3), "all.safetensors").succeeded();
         assert!(merged == bytes(&folder, "all.safetensors"), "{model}");
+        // What a process leaves that is killed while it writes.
+        let left = folder.path().join(left_by_a_killed_process());
+        fs_err::create_dir(&left).unwrap();
+        fs_err::write(left.join("unfinished.safetensors"), "half").unwrap();
+        fs_err::write(left.join(".tmp123456"), "half").unwrap();
+        merge(&folder, &names("s", 0..3), "all.safetensors").succeeded();
         let hidden: Vec<String> = folder.listing().into_iter().filter(|name| name.starts_with('.')).collect();
         assert_eq!(hidden, [""; 0], "{model}");
     }
@@ -369,8 +405,8 @@ fn shards_that_do_not_fit_are_refused() {
         (list(&[("s", 1)]), "expected all shards, found none of 0/3, 2/3"),
         (list(&[("s", 0), ("s", 1), ("s", 1), ("s", 2)]), "expected each shard once, found 1/3 in "),
         (list(&[("s", 0), ("t", 1)]), "expected shards of one calibration, found 0/3 in "),
-        (list(&[("s", 0), ("b", 1), ("s", 2)]), "`calibration.batch_size` is 4 here and 3 there"),
-        (list(&[("s", 0), ("f", 1), ("s", 2)]), "they have other sites: the experiments leave other values float"),
+        (list(&[("s", 0), ("b", 1), ("s", 2)]), "they have other `calibration.batch_size` (4 and 3)"),
+        (list(&[("s", 0), ("f", 1), ("s", 2)]), "they have other sites, as the experiments leave other values float"),
         (list(&[("h", 0)]), "expected all shards, found none of 1/2"),
         (list(&[("h", 0), ("s", 1)]), "cannot be merged: they have other Hessian scores"),
         (vec!["e.yaml".to_owned()], "e.yaml: expected statistics that `tsquant calibrate` wrote, found another file"),
@@ -387,7 +423,8 @@ fn shards_that_do_not_fit_are_refused() {
         assert!(line.contains("expected statistics of all batches, found those of shard "), "{line}");
     }
     for (words, expected) in [
-        (vec!["--shard", "0/5"], "expected at most 4 shards, one for each batch of 4 rows, found 5"),
+        (vec!["--shard", "0/5"], "expected no more shards than there are batches, which is 4, found 5"),
+        (vec!["--shard", "0/2", "--statistics", "all.safetensors"], "expected an error method HMSE, whose scores"),
         (vec!["--shard", "4/4"], "expected NUMBER/COUNT with NUMBER from 0 to COUNT - 1, such as 3/16, found `4/4`"),
     ] {
         let ran = run(&folder, &[&["calibrate", "e.yaml", "-o", "new.safetensors"][..], &words].concat());
@@ -395,6 +432,11 @@ fn shards_that_do_not_fit_are_refused() {
         assert!(ran.stderr.contains(expected), "{ran:?}");
         assert_eq!(folder.listing(), before);
     }
+    // Five batches of scores.
+    let fifth = ["--shard", "4/5", "--statistics", "all.safetensors"];
+    run(&folder, &[&["calibrate", "e.yaml", "-o", "fifth.safetensors"][..], &HMSE, &fifth].concat()).succeeded();
+    let ran = merge(&folder, &names("s", 0..3), "s1.safetensors");
+    assert!(ran.refused(2).contains("s1.safetensors: expected another file to write than those that are merged"));
     let tolerance = ["--set", "hessian.tolerance=0.1", "--shard", "0/2", "--statistics", "all.safetensors"];
     let ran = run(&folder, &[&["calibrate", "e.yaml", "-o", "new.safetensors"][..], &HMSE, &tolerance].concat());
     assert!(ran.refused(2).starts_with("`hessian.tolerance`: "), "{ran:?}");
@@ -417,6 +459,15 @@ fn nothing_but_statistics_is_replaced() {
     let first = bytes(&folder, "deep/kept.safetensors");
     run(&folder, &["calibrate", "e.yaml", "-o", "deep/kept.safetensors"]).succeeded();
     assert!(bytes(&folder, "deep/kept.safetensors") == first);
+    use std::os::unix::fs::PermissionsExt;
+    let mode = fs_err::metadata(folder.path().join("deep/kept.safetensors")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o644);
+    for place in ["deep/", "/proc/kept.safetensors"] {
+        let started = folder.listing();
+        let ran = tsquant(folder.path(), ["calibrate", "e.yaml", "-o", place]);
+        assert!(ran.code == Some(1) && !ran.stderr.contains("calibrate: "), "{ran:?}");
+        assert_eq!(folder.listing(), started);
+    }
     // Beside the run directory where no place is named.
     run(&folder, &["calibrate", "e.yaml"]).succeeded();
     run(&folder, &["calibrate", "e.yaml", "--shard", "1/2"]).succeeded();
@@ -517,7 +568,7 @@ fn the_scripts_for_engines_make_whole_statistics() {
     let merge = text.lines().find_map(|line| Some(line.split_once("--wrap \"")?.1)).unwrap();
     assert!(text.contains("#SBATCH --array=0-15\n"));
     for task in 0..16 {
-        let variables = [("SLURM_ARRAY_TASK_ID", task.to_string()), ("SLURM_ARRAY_TASK_COUNT", "16".to_owned())];
+        let variables = [("SLURM_ARRAY_TASK_ID", task.to_string())];
         shell(script.to_str().unwrap(), &["experiment.yaml"], &variables);
     }
     let merge = merge.strip_suffix(" &&").unwrap().replace("statistics.safetensors", "all.safetensors");
@@ -542,6 +593,6 @@ fn the_scripts_for_engines_make_whole_statistics() {
     }
     let own: Vec<String> = words(quantize).iter().map(|word| word.replace("statistics.safe", "all.safe")).collect();
     shell(&own[0], &own[1..].iter().map(String::as_str).collect::<Vec<_>>(), &[]);
-    assert!(folder.path().join("runs/experiment/report.json").exists());
+    assert!(folder.path().join("runs/mnist_resnet/report.json").exists());
     check();
 }

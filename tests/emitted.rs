@@ -85,7 +85,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
         evaluation: None,
         seed: 5,
     };
-    pipeline::quantize(&plan, &mut Silent).unwrap_or_else(|error| panic!("{}: {error}", model.name))
+    pipeline::quantize(&plan, None, &mut Silent).unwrap_or_else(|error| panic!("{}: {error}", model.name))
 }
 
 fn check(model: Model) {

@@ -336,7 +336,7 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
         evaluation: None,
         seed: 0,
     };
-    pipeline::quantize(&plan, &mut Silent).unwrap_or_else(|error| panic!("{} on {grid:?}: {error}", model.name))
+    pipeline::quantize(&plan, None, &mut Silent).unwrap_or_else(|error| panic!("{} on {grid:?}: {error}", model.name))
 }
 
 /// On each grid: the file loads, keeps signature, structure and the names of weights, and libtorch's optimizing executor

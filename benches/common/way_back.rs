@@ -5,7 +5,7 @@ use tch::Tensor;
 use tsquant::config::HessianRequest;
 use tsquant::dataset::Dataset;
 use tsquant::feed;
-use tsquant::jit::{Clean, Differentiable, NoVisit};
+use tsquant::jit::{BoxError, Clean, Differentiable, NoVisit, Visit};
 
 /// The batches of `request` forward and, for each probe, back to all weights.
 pub(crate) fn plain(clean: &Clean, graph: &Differentiable, data: &Dataset, request: &HessianRequest) -> Result<()> {
@@ -18,8 +18,19 @@ pub(crate) fn plain(clean: &Clean, graph: &Differentiable, data: &Dataset, reque
         let outputs: Vec<(&Tensor, Tensor)> = outputs.collect::<Result<_>>()?;
         ensure!(!outputs.is_empty(), "expected an output with a gradient, found none");
         for way in 1..=ways_back {
-            recording.backward(&outputs, way < ways_back, &mut NoVisit)?;
+            let mut all = All(Vec::new());
+            recording.backward(&outputs, way < ways_back, &mut all)?;
         }
     }
     Ok(())
+}
+
+/// Keeps the gradients until the walk back has ended, as a plain one returns them.
+struct All(Vec<Tensor>);
+
+impl Visit for All {
+    fn constant_gradient(&mut self, _: usize, gradient: &Tensor) -> Result<(), BoxError> {
+        self.0.push(gradient.shallow_clone());
+        Ok(())
+    }
 }

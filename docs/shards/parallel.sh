@@ -15,8 +15,11 @@ threads=$(($(nproc) / count))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 
 seq 0 $((count - 1)) |
-    parallel --halt now,fail=1 --jobs "$count" \
+    parallel --quote --halt now,fail=1 --jobs "$count" \
         tsquant calibrate "$experiment" --quiet --shard "{}/$count" -o "$parts/{}.safetensors"
 
-tsquant merge "$parts"/*.safetensors -o "$parts.safetensors"
+# Not all that is there: an earlier run may have had more shards.
+files=()
+for ((shard = 0; shard < count; shard++)); do files+=("$parts/$shard.safetensors"); done
+tsquant merge "${files[@]}" -o "$parts.safetensors"
 tsquant quantize "$experiment" --statistics "$parts.safetensors"

@@ -126,7 +126,7 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
     }
     print_worst_sites(out, report)?;
     for warning in &report.warnings {
-        writeln!(out, "note: {warning}")?;
+        writeln!(out, "note: {}", table::printable(warning))?;
     }
     let times = &report.timings_s;
     writeln!(

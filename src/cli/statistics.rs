@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::table;
 use crate::dataset::Shard;
-use crate::pipeline::{Kept, Key, ScoredLayers};
+use crate::pipeline::{self, Kept, Key, ScoredLayers};
 use crate::statistics::Activation;
 
 /// What is said of statistics, in this order.
@@ -84,7 +84,7 @@ impl<'a> Summary<'a> {
 
     /// What is in the file, in a line or two.
     pub(super) fn covered(&self) -> String {
-        let values: u64 = self.sites.iter().map(|site| site.count).sum();
+        let values = self.sites.iter().fold(0u64, |sum, site| sum.saturating_add(site.count));
         let part = |shard: Shard| match shard {
             Shard::WHOLE => String::new(),
             shard => format!(", shard {shard} of them"),
@@ -178,9 +178,10 @@ impl<'a> Site<'a> {
     }
 }
 
-/// Whether the file is named as statistics are.
-pub(super) fn is_named_so(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
+/// Whether the file is one of statistics, or named as such.
+pub(super) fn is_one(path: &Path) -> bool {
+    pipeline::is_statistics(path)
+        || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
 }
 
 /// Prints what a file of statistics holds.
@@ -191,7 +192,12 @@ pub(super) fn inspect(out: &mut impl Write, path: &Path, as_json: bool) -> anyho
         serde_json::to_writer_pretty(&mut *out, &summary).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
-        summary.print(out)?;
+        let mut text = Vec::new();
+        summary.print(&mut text)?;
+        // Names come from a stranger's file.
+        for line in String::from_utf8_lossy(&text).lines() {
+            writeln!(out, "{}", table::printable(line))?;
+        }
     }
     Ok(())
 }

@@ -40,3 +40,18 @@ pub(super) fn count(number: usize, thing: &str) -> String {
         _ => format!("{number} {thing}s"),
     }
 }
+
+/// Text of a stranger's file as a terminal may show it: control characters escaped.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!(printable("a\u{1b}[2Jé\u{9b}\n"), "a\\u{1b}[2Jé\\u{9b}\\n");
+    }
+}

@@ -375,7 +375,7 @@ impl Resolver<'_> {
         let shown = path_text(&path);
         match path.metadata() {
             Ok(_) => Ok(path),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && key == self.dispensable => Ok(path),
+            Err(_) if key == self.dispensable => Ok(path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 Err(self.invalid(key, format!("expected a file that exists, found nothing at {shown}")))
             }

@@ -21,6 +21,9 @@ pub struct ShardError {
     found: String,
 }
 
+/// More shards than there are would be a slip.
+const MOST: usize = 1 << 20;
+
 impl Shard {
     /// All batches.
     pub const WHOLE: Self = Self { number: 0, count: 1 };
@@ -51,7 +54,7 @@ impl FromStr for Shard {
     fn from_str(text: &str) -> Result<Self, ShardError> {
         let shard = text.split_once('/').and_then(|(number, count)| {
             let shard = Self { number: number.trim().parse().ok()?, count: count.trim().parse().ok()? };
-            (shard.number < shard.count).then_some(shard)
+            (shard.number < shard.count && shard.count <= MOST).then_some(shard)
         });
         shard.ok_or_else(|| ShardError { found: text.to_owned() })
     }
@@ -87,7 +90,7 @@ mod tests {
             assert_eq!(text.parse::<Shard>().unwrap().to_string(), text);
         }
         assert_eq!("0/1".parse(), Ok(Shard::WHOLE));
-        for text in ["", "3", "16/16", "-1/2", "1/0", "a/b", "1/2/3", "99999999999999999999/2"] {
+        for text in ["", "3", "16/16", "-1/2", "1/0", "a/b", "1/2/3", "99999999999999999999/2", "0/2000000"] {
             let error = text.parse::<Shard>().unwrap_err().to_string();
             assert!(error.ends_with(&format!("found `{text}`")), "{error}");
         }

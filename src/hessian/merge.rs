@@ -17,6 +17,7 @@ impl Scores {
         let total: usize = parts.iter().map(|part| part.samples).sum();
         let share = |part: &Self| part.samples as f64 / total.max(1) as f64;
         let shares: Vec<f64> = parts.iter().map(share).collect();
+        let rows: Vec<usize> = parts.iter().map(|part| part.samples).collect();
         let probes = parts.iter().map(|part| part.probes).max().unwrap_or_default();
         let mut left_out: Vec<String> = Vec::new();
         for path in parts.iter().flat_map(|part| &part.left_out) {
@@ -31,7 +32,7 @@ impl Scores {
         }
         let weights = transposed(weights).into_iter().map(|layer| weight(&layer, &shares, total));
         let activations =
-            transposed(activations).into_iter().map(|layer| activation(&layer, &shares, (total, batch_rows)));
+            transposed(activations).into_iter().map(|layer| activation(&layer, &shares, (&rows, batch_rows)));
         let (weights, activations) = (weights.collect::<Result<_, jit::Error>>()?, activations.collect());
         Ok(Self { weights, activations, samples: total, probes, left_out })
     }
@@ -79,22 +80,28 @@ fn weight(parts: &[Scored<Tensor>], shares: &[f64], samples: usize) -> Result<Sc
 fn activation(
     parts: &[Scored<ActivationScores>],
     shares: &[f64],
-    (samples, batch_rows): (usize, usize),
+    (rows, batch_rows): (&[usize], usize),
 ) -> Scored<ActivationScores> {
-    let (mut by_value, mut sums) = (WeightedHistogram::new(), None::<GradientSums>);
+    let known = parts.iter().find_map(|part| part.scores.as_ref().ok());
+    let (mut by_value, mut sums) = (WeightedHistogram::new(), GradientSums::new(known.and_then(|it| it.sums.range())));
     let mut spread = Spread::default();
-    for (part, &share) in parts.iter().zip(shares) {
-        let Ok(scores) = &part.scores else { continue };
+    for ((part, &share), &rows) in parts.iter().zip(shares).zip(rows) {
+        let Ok(scores) = &part.scores else {
+            // Its rows count, with gradients of zero.
+            sums.append_zeros(rows, batch_rows);
+            continue;
+        };
         let mut own = scores.by_value.clone();
         own.scale(share);
         spread.add(part.standard_error, norm_by_octave(&own));
         by_value.merge(&own);
-        sums.get_or_insert_with(|| GradientSums::new(scores.sums.range())).append(&scores.sums, batch_rows);
+        sums.append(&scores.sums, batch_rows);
     }
     let standard_error = spread.relative(norm_by_octave(&by_value));
-    let scores = match sums.filter(|_| !has_infinite(parts)) {
-        None => Err(why(parts, samples)),
-        Some(sums) => Ok(ActivationScores { by_value, sums }),
+    let scores = if known.is_none() || has_infinite(parts) {
+        Err(why(parts, rows.iter().sum()))
+    } else {
+        Ok(ActivationScores { by_value, sums })
     };
     Scored { standard_error: standard_error.filter(|_| scores.is_ok()), scores, unit: 1.0 }
 }

@@ -198,6 +198,27 @@ impl Clean {
         Ok(())
     }
 
+    /// What values were seen to be, in the order of the listing's.
+    #[must_use]
+    pub fn seen(&self) -> Vec<Option<Seen>> {
+        self.listing.values.iter().map(|value| value.seen.clone()).collect()
+    }
+
+    /// Takes values to be what another clean-up of the same model saw, on other data: another branch may have run there.
+    ///
+    /// # Errors
+    /// Where the model has another number of values.
+    pub fn see_as(&mut self, seen: &[Option<Seen>]) -> Result<(), Error> {
+        let (expected, found) = (self.listing.values.len(), seen.len());
+        if found != expected {
+            return Err(Error::Libtorch(format!("expected what {expected} values are, found {found}")));
+        }
+        for (value, seen) in self.listing.values.iter_mut().zip(seen) {
+            value.seen.clone_from(seen);
+        }
+        Ok(())
+    }
+
     /// The graph as plain data; dtypes and shapes are known if it was checked on a sample.
     #[must_use]
     pub fn listing(&self) -> &Listing {

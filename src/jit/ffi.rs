@@ -163,6 +163,7 @@ pub(super) mod bridge {
         fn observe(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<()>;
         fn substitute(self: &mut Visitor<'_>, site: i64, value: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn gradient(self: &mut Visitor<'_>, site: i64, value: &Tensor, gradient: &Tensor) -> Result<()>;
+        fn constant_gradient(self: &mut Visitor<'_>, constant: usize, gradient: &Tensor) -> Result<()>;
     }
 
     unsafe extern "C++" {
@@ -234,8 +235,6 @@ pub(super) mod bridge {
 
         fn new_tensors() -> UniquePtr<Tensors>;
         fn push_tensor(list: Pin<&mut Tensors>, tensor: &Tensor);
-        fn tensor_count(list: &Tensors) -> usize;
-        fn tensor_at(list: &Tensors, index: usize) -> Result<UniquePtr<Tensor>>;
 
         fn instrument(
             f: &Frozen,
@@ -262,7 +261,7 @@ pub(super) mod bridge {
             directions: &Tensors,
             keep: bool,
             visitor: &mut Visitor<'_>,
-        ) -> Result<UniquePtr<Tensors>>;
+        ) -> Result<()>;
 
         fn emit_module(
             f: &Frozen,

@@ -55,10 +55,11 @@ impl Recording {
         &self.output
     }
 
-    /// Gradients of Σ outputs · directions with respect to the constants that are inputs, in their order; `None` where no
-    /// gradient reaches. Outputs are tensors of [`output`](Self::output), each with a direction of its shape.
+    /// Walks back from Σ outputs · directions. Outputs are tensors of [`output`](Self::output), each with a direction of its
+    /// shape. The visit is told the gradients of tapped values and of the constants that are inputs, as they come: none of them
+    /// is kept.
     ///
-    /// With `keep` it can be asked again. The visit is told the gradients of tapped values.
+    /// With `keep` it can be done again.
     ///
     /// # Errors
     /// The visit's own error, or where libtorch has no derivative.
@@ -67,20 +68,14 @@ impl Recording {
         outputs: &[(&Tensor, Tensor)],
         keep: bool,
         visit: &mut (dyn Visit + Send),
-    ) -> Result<Vec<Option<Tensor>>, Error> {
+    ) -> Result<(), Error> {
         let directions = tensor::list(outputs.iter().map(|(_, direction)| direction));
         let outputs = tensor::list(outputs.iter().map(|(output, _)| *output));
         let mut visitor = Visitor::new(visit);
-        let gradients = bridge::backward(&self.recording, &outputs, &directions, keep, &mut visitor);
+        let outcome = bridge::backward(&self.recording, &outputs, &directions, keep, &mut visitor);
         if let Some(error) = visitor.into_error() {
             return Err(Error::Visit(error));
         }
-        let gradients = gradients
-            .map_err(|error| Error::Backward { inputs: self.inputs.clone(), message: one_line(error.what()) })?;
-        let gradient = |index| {
-            let gradient = bridge::tensor_at(&gradients, index)?;
-            Ok(Some(gradient).filter(|gradient| !gradient.is_null()).map(tensor::from_unique))
-        };
-        (0..bridge::tensor_count(&gradients)).map(gradient).collect()
+        outcome.map_err(|error| Error::Backward { inputs: self.inputs.clone(), message: one_line(error.what()) })
     }
 }

@@ -1,5 +1,7 @@
 //! A cleaned graph as plain data: what [`sites`](crate::sites) reads. It knows no pointer and no libtorch type.
 
+use serde::{Deserialize, Serialize};
+
 use super::ffi::bridge;
 
 /// Number of a value in its [`Listing`].
@@ -38,7 +40,7 @@ pub struct Value {
 }
 
 /// What a run showed of a value.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
     /// In libtorch's name: `Float`, `Long`.
     pub dtype: String,

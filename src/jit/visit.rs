@@ -42,6 +42,16 @@ pub trait Visit {
         let (_, _, _) = (tap, value, gradient);
         Ok(())
     }
+
+    /// Called on the way back with the gradient of a constant that is an input, by its number among these; once for each that a
+    /// gradient reaches. The rest is as for [`gradient`](Self::gradient).
+    ///
+    /// # Errors
+    /// As there.
+    fn constant_gradient(&mut self, constant: usize, gradient: &Tensor) -> Result<(), BoxError> {
+        let (_, _) = (constant, gradient);
+        Ok(())
+    }
 }
 
 /// A visit for graphs without taps.
@@ -88,6 +98,11 @@ impl<'a> Visitor<'a> {
     ) -> Result<(), Stopped> {
         let (value, gradient) = (tensor::from_bridge(value), tensor::from_bridge(gradient));
         self.guarded(|visit| visit.gradient(index(site)?, &value, &gradient))
+    }
+
+    pub(super) fn constant_gradient(&mut self, constant: usize, gradient: &bridge::Tensor) -> Result<(), Stopped> {
+        let gradient = tensor::from_bridge(gradient);
+        self.guarded(|visit| visit.constant_gradient(constant, &gradient))
     }
 
     fn guarded<T>(&mut self, call: impl FnOnce(&mut dyn Visit) -> Result<T, BoxError>) -> Result<T, Stopped> {

@@ -4,6 +4,7 @@
 use super::calibration::Calibration;
 use super::compare::Comparison;
 use super::device::Taken;
+use super::kept::statistics::Kept;
 use super::{Error, calibration_batches, hash, load_checked, versions};
 use crate::config::{BiasCorrection, Plan};
 use crate::correct::{InputSums, Targets};
@@ -35,21 +36,26 @@ pub(super) struct Observed {
 }
 
 impl Base {
-    /// Loads what the plan names, onto the device that was taken, and what the models are compared on.
+    /// Loads what the plan names, onto the device that was taken, and what the models are compared on. What kept statistics are
+    /// of is checked; where they stand in for the calibration data, values are what they were seen to be there.
     ///
     /// # Errors
     /// Where model or data cannot be read or do not fit each other, and where there is nothing to quantize.
     pub(super) fn load_to_compare(
         plan: &Plan,
         taken: Taken,
-        calibration: Calibration,
+        (calibration, kept): (Calibration, Option<&Kept>),
     ) -> Result<(Self, Comparison), Error> {
         let comparison = Comparison::open(plan, &calibration)?;
-        let base = if calibration.is_open() {
+        let base = if calibration.is_open() && kept.is_none() {
             Self::load(plan, taken, calibration)?
         } else {
             let model_hash = hash::of_path(&plan.model)?;
-            let model = load_checked(plan, (comparison.dataset(), comparison.section()), taken.device)?;
+            let mut model = load_checked(plan, (comparison.dataset(), comparison.section()), taken.device)?;
+            if let Some(kept) = kept {
+                kept.check(plan, &versions(), &model_hash)?;
+                model.see_as(&kept.seen)?;
+            }
             Self::new(plan, taken, calibration, (model, model_hash))?
         };
         comparison.check(&base.model).map_err(comparison.batches().blame())?;

@@ -6,9 +6,10 @@ use super::base::{Base, Observed};
 use super::calibration::Calibration;
 use super::kept::scores::NamedScores;
 use super::kept::statistics::{self, Kept, KeptScores, Key};
+use super::output_file::OutputFile;
 use super::score::Asking;
-use super::{Error, Progress, Work, device, hessian_batches, output_file};
-use crate::config::{BiasCorrection, Plan};
+use super::{Error, Progress, Work, device, hessian_batches};
+use crate::config::{BiasCorrection, HessianPlan, Plan};
 use crate::dataset::Shard;
 use crate::jit;
 use crate::settings;
@@ -39,7 +40,7 @@ pub struct Calibrated {
 /// Whatever goes wrong in a stage; nothing is left behind then.
 pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) -> Result<Calibrated, Error> {
     let Request { output, shard, statistics } = request;
-    output_file::check(output)?;
+    let file = OutputFile::open(output)?;
     let known = statistics.as_deref().map(Kept::read).transpose()?;
     let taken = device::take(plan.device)?;
     progress.stage("load", Work::Uncounted);
@@ -47,20 +48,25 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
     let key = Key::of(plan, &base)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
     let data = base.calibration.data()?;
-    let batches = data.batches().len();
-    if shard.count() > batches {
-        let (count, rows) = (shard.count(), data.batch_size());
-        return Err(Error::TooManyShards { count, batches, rows });
+    let asked = plan.hessian.as_ref().filter(|_| !Asking::new(&settings, &sites, None).is_empty());
+    let batches = match (&known, asked) {
+        (None, _) => data.batches(),
+        (Some(_), Some(HessianPlan { request, .. })) => data.sample(request.samples, request.seed, request.batch_size),
+        (Some(_), None) if *shard != Shard::WHOLE => return Err(Error::NothingToCompute),
+        (Some(_), None) => data.batches(),
+    };
+    if shard.count() > batches.len() {
+        return Err(Error::TooManyShards { count: shard.count(), batches: batches.len() });
     }
 
     let mut kept = match known {
         Some(known) => {
             known.refuse_other(&key)?;
             known.refuse_shard()?;
-            Kept { path: output.clone(), scores: None, ..known }
+            Kept { path: output.clone(), ..known }
         }
         None => {
-            let own = data.batches().shard(*shard);
+            let own = batches.shard(*shard);
             progress.stage("calibrate", Work::Rows(own.rows()));
             // Of all layers, whatever is done to their biases: later runs may correct them or not.
             let all = Sites { activations: sites.activations.clone(), ..base.sites.clone() };
@@ -72,7 +78,7 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
     let mut notes: Vec<String> = base.taken.warning.clone().into_iter().collect();
     let observed = kept.observed(&base, plan, &sites)?;
     let asking = Asking::new(&settings, &sites, Some(&observed.statistics));
-    if let Some(hessian) = plan.hessian.as_ref().filter(|_| !asking.is_empty()) {
+    if let Some(hessian) = asked.filter(|_| !asking.is_empty()) {
         let is_part = *shard != Shard::WHOLE;
         if kept.shard != Shard::WHOLE {
             notes.push(
@@ -93,7 +99,7 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
         }
     }
     progress.stage("write", Work::Uncounted);
-    kept.write()?;
+    kept.write(file)?;
     Ok(Calibrated { kept, notes })
 }
 
@@ -110,6 +116,7 @@ fn of_observed(
         rows: [base.calibration.rows, base.calibration.stored_rows],
         shard,
         threads: jit::thread_count(),
+        seen: base.model.seen(),
         sites: names.zip(statistics).collect(),
         inputs: inputs.by_layer(&targets)?,
         scores: None,
@@ -121,7 +128,10 @@ fn of_observed(
 /// # Errors
 /// Where a file cannot be read, a shard is missing, is there twice, or is of something else.
 pub fn merge(files: &[PathBuf], output: &Path) -> Result<Calibrated, Error> {
-    output_file::check(output)?;
+    if let Some(path) = files.iter().find(|path| is_same(path, output)) {
+        return Err(Error::OutputIsInput { path: path.clone() });
+    }
+    let file = OutputFile::open(output)?;
     let parts = files.iter().map(|path| Kept::read(path)).collect::<Result<Vec<_>, Error>>()?;
     let mut notes = Vec::new();
     let threads = |part: &Kept| part.threads;
@@ -134,6 +144,12 @@ pub fn merge(files: &[PathBuf], output: &Path) -> Result<Calibrated, Error> {
         ));
     }
     let kept = Kept::merged(parts, output.to_owned())?;
-    kept.write()?;
+    kept.write(file)?;
     Ok(Calibrated { kept, notes })
+}
+
+/// Whether two paths lead to one file that is there.
+fn is_same(a: &Path, b: &Path) -> bool {
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    real(a).is_some_and(|a| real(b) == Some(a))
 }

@@ -1,6 +1,7 @@
 //! The calibration data of a run, opened when it is first needed: kept statistics stand in for it.
 
 use std::cell::OnceCell;
+use std::rc::Rc;
 
 use super::{Error, blame, hash};
 use crate::config::DataPlan;
@@ -9,7 +10,7 @@ use crate::dataset::Dataset;
 /// The data and how much of it there is.
 pub(super) struct Calibration {
     plan: DataPlan,
-    opened: OnceCell<Dataset>,
+    opened: OnceCell<Rc<Dataset>>,
     /// SHA-256 of the data.
     pub(super) hash: String,
     /// Rows that are run.
@@ -27,7 +28,7 @@ impl Calibration {
         let hash = hash::of_path(&plan.path)?;
         let data = blame::open(plan, "calibration")?;
         let (rows, stored_rows) = (data.rows(), data.stored_rows());
-        Ok(Self { plan: plan.clone(), opened: OnceCell::from(data), hash, rows, stored_rows })
+        Ok(Self { plan: plan.clone(), opened: OnceCell::from(Rc::new(data)), hash, rows, stored_rows })
     }
 
     /// The data that statistics were kept of, of which no more than this is known.
@@ -39,7 +40,7 @@ impl Calibration {
     ///
     /// # Errors
     /// Where it cannot be read, or is not what statistics were kept of.
-    pub(super) fn data(&self) -> Result<&Dataset, Error> {
+    pub(super) fn data(&self) -> Result<&Rc<Dataset>, Error> {
         if let Some(data) = self.opened.get() {
             return Ok(data);
         }
@@ -48,7 +49,7 @@ impl Calibration {
             return Err(Error::OtherData { path: self.plan.path.clone(), expected: self.hash.clone(), found });
         }
         let data = blame::open(&self.plan, "calibration")?;
-        Ok(self.opened.get_or_init(|| data))
+        Ok(self.opened.get_or_init(|| Rc::new(data)))
     }
 
     /// Whether the data was read.

@@ -1,5 +1,7 @@
 //! Float against quantized on the evaluation data, or on the calibration data where there is no other.
 
+use std::rc::Rc;
+
 use tch::Tensor;
 
 use super::calibration::Calibration;
@@ -15,7 +17,7 @@ use crate::report;
 
 /// What the models are compared on.
 pub(super) struct Comparison {
-    dataset: Dataset,
+    dataset: Rc<Dataset>,
     /// Where it is planned: `evaluation` or `calibration`.
     section: &'static str,
     labels: Option<Tensor>,
@@ -32,8 +34,7 @@ impl Comparison {
     /// Where the data cannot be read.
     pub(super) fn open(plan: &Plan, calibration: &Calibration) -> Result<Self, Error> {
         let Some(evaluation) = &plan.evaluation else {
-            calibration.data()?;
-            let dataset = blame::open(&plan.calibration, "calibration")?;
+            let dataset = Rc::clone(calibration.data()?);
             return Ok(Self { dataset, section: "calibration", labels: None, output: None, hash: None });
         };
         let path = &evaluation.data.path;
@@ -41,6 +42,7 @@ impl Comparison {
         let hash = if is_known { calibration.hash.clone() } else { hash::of_path(path)? };
         let dataset = blame::open(&evaluation.data, "evaluation")?;
         let labels = blame::labels(&dataset, evaluation.labels.as_deref())?;
+        let dataset = Rc::new(dataset);
         Ok(Self { dataset, section: "evaluation", labels, output: evaluation.output.clone(), hash: Some(hash) })
     }
 

@@ -141,14 +141,21 @@ pub enum Error {
         site: String,
     },
     /// More shards than batches.
-    #[error("expected at most {batches} shards, one for each batch of {rows} rows, found {count}")]
+    #[error("expected no more shards than there are batches, which is {batches}, found {count}")]
     TooManyShards {
         /// Shards that were asked for.
         count: usize,
         /// Batches that there are.
         batches: usize,
-        /// Rows of a batch.
-        rows: NonZeroUsize,
+    },
+    /// Shards of nothing.
+    #[error("--shard with --statistics: expected an error method HMSE, whose scores could be computed, found none")]
+    NothingToCompute,
+    /// A file that would be written over before it is read again.
+    #[error("{path}: expected another file to write than those that are merged", path = path.display())]
+    OutputIsInput {
+        /// The file.
+        path: PathBuf,
     },
     /// A tolerance that no shard can see.
     #[error(

@@ -70,7 +70,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     run_dir::check(&plan.output.dir)?;
     let start = Instant::now();
     let taken = device::take(plan.device)?;
-    let (base, comparison) = Base::load_to_compare(plan, taken, Calibration::open(&plan.calibration)?)?;
+    let (base, comparison) = Base::load_to_compare(plan, taken, (Calibration::open(&plan.calibration)?, None))?;
     let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
     let (model, calibration) = (&base.model, base.calibration.data()?);

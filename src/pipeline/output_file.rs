@@ -2,13 +2,53 @@
 
 use std::path::{Path, PathBuf};
 
+use super::Error;
 use super::kept::statistics;
 use super::run_dir::Unfinished;
-use super::{Error, RunDirError};
+
+/// Its name until it is whole.
+pub(super) const UNFINISHED: &str = "unfinished.safetensors";
+
+/// A place that a file of statistics can be written to.
+pub(super) struct OutputFile {
+    path: PathBuf,
+    filling: Unfinished,
+}
+
+impl OutputFile {
+    /// Makes sure that a file can be written at `path`, and begins it.
+    ///
+    /// # Errors
+    /// Where something stands there that is no file of statistics, or the folder takes no files.
+    pub(super) fn open(path: &Path) -> Result<Self, Error> {
+        refuse_occupied(path)?;
+        let parent = path.parent().filter(|_| path.file_name().is_some());
+        let no_file = || std::io::Error::other("expected the path of a file to write");
+        let failed = |source| Error::Write { path: path.to_owned(), source };
+        let parent = parent.ok_or_else(no_file).map_err(failed)?;
+        let filling = Unfinished::new(parent).map_err(failed)?;
+        Ok(Self { path: path.to_owned(), filling })
+    }
+
+    /// Writes the file by `fill`, which gets a path of its own, and puts it in its place.
+    ///
+    /// # Errors
+    /// Where it cannot be written, or something else stands there by now.
+    pub(super) fn write(self, fill: impl FnOnce(&Path) -> Result<(), Error>) -> Result<(), Error> {
+        let file = self.filling.path().join(UNFINISHED);
+        fill(&file)?;
+        let failed = |source: std::io::Error| Error::Write { path: self.path.clone(), source };
+        std::fs::File::open(&file).and_then(|file| file.sync_all()).map_err(failed)?;
+        refuse_occupied(&self.path)?;
+        std::fs::rename(&file, &self.path).map_err(failed)
+    }
+}
 
 /// An error where something stands at `path` that is no file of statistics.
-pub(super) fn check(path: &Path) -> Result<(), Error> {
+fn refuse_occupied(path: &Path) -> Result<(), Error> {
+    let is_folder = path.to_string_lossy().ends_with(std::path::is_separator);
     let found = match std::fs::metadata(path) {
+        _ if is_folder => "the name of a folder",
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(Error::Write { path: path.to_owned(), source }),
         Ok(metadata) if metadata.is_file() && statistics::is_one(path) => return Ok(()),
@@ -17,19 +57,4 @@ pub(super) fn check(path: &Path) -> Result<(), Error> {
         Ok(_) => "something else",
     };
     Err(Error::OutputOccupied { path: path.to_owned(), found })
-}
-
-/// Writes the file by `fill`, under a name of its own first.
-///
-/// # Errors
-/// Where it cannot be written, or something else stands there.
-pub(super) fn write(path: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> Result<(), Error> {
-    let parent = path.parent().map_or(PathBuf::from("/"), Path::to_owned);
-    let failed = |source: std::io::Error| Error::Write { path: path.to_owned(), source };
-    let filling = Unfinished::new(&parent).map_err(|source| RunDirError::Io { path: parent.clone(), source })?;
-    let file = filling.path().join(path.file_name().unwrap_or_default());
-    fill(&file)?;
-    std::fs::File::open(&file).and_then(|file| file.sync_all()).map_err(failed)?;
-    check(path)?;
-    std::fs::rename(&file, path).map_err(failed)
 }

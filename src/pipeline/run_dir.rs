@@ -185,7 +185,7 @@ fn is_mounted(target: &Path, metadata: &std::fs::Metadata) -> std::io::Result<bo
 
 /// What keeps a directory from being replaced; nothing does if it is empty or holds the files of a run and no others.
 fn foreign(target: &Path) -> std::io::Result<Option<&'static str>> {
-    let has_others = holds_others(target)?;
+    let has_others = holds_others(target, is_of_a_run)?;
     if std::fs::read_dir(target)?.next().is_none() {
         return Ok(None);
     }
@@ -199,21 +199,29 @@ fn foreign(target: &Path) -> std::io::Result<Option<&'static str>> {
     })
 }
 
-/// Whether `folder` holds anything under a name that no run writes.
-fn holds_others(folder: &Path) -> std::io::Result<bool> {
+/// Whether `folder` holds anything but files with such names.
+fn holds_others(folder: &Path, is_own: impl Fn(&str) -> bool) -> std::io::Result<bool> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        let is_of_a_run = name == MARK
-            || name == "experiment.yaml"
-            || name == super::kept::scores::FILE
-            || (name.starts_with("quantized") && name.ends_with(".pt"));
-        if !is_of_a_run || entry.file_type()?.is_dir() {
+        if !is_own(&entry.file_name().to_string_lossy()) || entry.file_type()?.is_dir() {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+/// Whether a run writes a file of this name.
+fn is_of_a_run(name: &str) -> bool {
+    name == MARK
+        || name == "experiment.yaml"
+        || name == super::kept::scores::FILE
+        || (name.starts_with("quantized") && name.ends_with(".pt"))
+}
+
+/// Whether an unfinished run may have a file of this name: one of a run, a single file that is the result, or what either is
+/// written as at first.
+fn is_unfinished(name: &str) -> bool {
+    is_of_a_run(name) || name == super::output_file::UNFINISHED || name.starts_with(".tmp")
 }
 
 #[cfg(test)]

@@ -190,38 +190,34 @@ impl<'a> Asking<'a> {
         let Keeping { plan: run, dir, statistics, .. } = *keeping;
         let kept = run.output.dir.join(scores::FILE);
         let request = if plan.save { Some(scores::request(keeping, plan, self.layers())?) } else { None };
-        let mut found = Vec::new();
+        let mut warnings = Vec::new();
+        let mut anew = |reason: String| warnings.push(format!("Hessian scores were computed anew: {reason}"));
+        let mut reused = |path: &Path, scores: Scores| {
+            advance(scores.samples);
+            let warning = format!("the Hessian scores are those that an earlier run kept in {}", path.display());
+            Pool { reused: true, warnings: vec![warning], ..self.named(scores) }
+        };
         if let Some(statistics) = statistics {
-            found.push((statistics.path.as_path(), statistics.take_scores(plan, self.layers())?));
-        }
-        if let Some(request) = &request {
-            found.push((&kept, scores::read(&kept, request, self.layers())));
-        }
-        let pool = match self.first_of(found) {
-            Ok((path, scores)) => {
-                advance(scores.samples);
-                let warning = format!("the Hessian scores are those that an earlier run kept in {}", path.display());
-                Pool { reused: true, warnings: vec![warning], ..self.named(scores) }
+            match statistics.scores_of(plan, self.layers())? {
+                // They may be of another device than this run's: they are not kept as its own.
+                Found::Scores(scores) => return Ok(reused(&statistics.path, scores)),
+                Found::Useless(reason) => anew(reason),
+                Found::Nothing => {}
             }
-            Err(warnings) => Pool { warnings, ..self.pool(plan, keeping.base, advance)? },
+        }
+        let found = request.as_ref().map_or(Found::Nothing, |request| scores::read(&kept, request, self.layers()));
+        let pool = match found {
+            Found::Scores(scores) => reused(&kept, scores),
+            Found::Useless(reason) => {
+                anew(reason);
+                Pool { warnings, ..self.pool(plan, keeping.base, advance)? }
+            }
+            Found::Nothing => Pool { warnings, ..self.pool(plan, keeping.base, advance)? },
         };
         if let Some(request) = request {
             scores::write(&dir.join(scores::FILE), &request, self.layers(), &pool.scores)?;
         }
         Ok(pool)
-    }
-
-    /// The first scores that were found, or why there are none.
-    fn first_of<'b>(&self, found: Vec<(&'b Path, Found)>) -> Result<(&'b Path, Scores), Vec<String>> {
-        let mut reasons = Vec::new();
-        for (path, found) in found {
-            match found {
-                Found::Scores(scores) => return Ok((path, scores)),
-                Found::Useless(reason) => reasons.push(format!("Hessian scores were computed anew: {reason}")),
-                Found::Nothing => {}
-            }
-        }
-        Err(reasons)
     }
 
     /// The names of weights and of activations.

@@ -72,18 +72,22 @@ pub(super) fn select(
         .enumerate()
         .map(|(index, settings)| Method::new(settings.error_method, scored(&scores.activations, index)))
         .collect();
-    let choose =
-        |(((site, settings), histogram), method): (((&ActivationSite, &SiteSettings), &Histogram), &Method<'_, _>)| {
-            let SiteSettings { scheme, z_threshold, .. } = *settings;
-            let seen = !site.anchors.is_empty();
-            let select = || match method.scores {
-                Some(scores) => threshold::select_activation_scored(histogram, scores, scheme, z_threshold),
-                None => threshold::select_activation(histogram, scheme, method.error_method, z_threshold),
-            };
-            let selected = seen.then(select).transpose();
-            advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
-            selected
+    let choose = |(((site, settings), histogram), method): (
+        ((&ActivationSite, &SiteSettings), &Histogram),
+        &Method<'_, ActivationScores>,
+    )| {
+        let SiteSettings { scheme, z_threshold, .. } = *settings;
+        let seen = !site.anchors.is_empty();
+        let select = || match method.scores {
+            Some(scores) => {
+                threshold::select_activation_scored(histogram, &scores.damped(histogram), scheme, z_threshold)
+            }
+            None => threshold::select_activation(histogram, scheme, method.error_method, z_threshold),
         };
+        let selected = seen.then(select).transpose();
+        advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
+        selected
+    };
     // All results first: the error that is told must not depend on which thread comes first.
     let settled = sites.activations.par_iter().zip(&settings.activations);
     let results: Vec<_> = settled.zip(&merged).zip(&methods).map(choose).collect();

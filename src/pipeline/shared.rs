@@ -56,7 +56,7 @@ impl Shared {
         let mut clock = Clock::start();
         progress.stage("load", Work::Uncounted);
         let first = plans.first().ok_or(Error::NothingToRun)?;
-        let (base, comparison) = Base::load_to_compare(first, taken, Calibration::open(&first.calibration)?)?;
+        let (base, comparison) = Base::load_to_compare(first, taken, (Calibration::open(&first.calibration)?, None))?;
         // What is wrong with the overrides of one run is told when its turn comes.
         let settle = |plan: &&Plan| {
             let (sites, settings) = settings::settle(plan, base.sites.clone()).ok()?;

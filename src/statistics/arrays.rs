@@ -6,6 +6,9 @@ use super::histogram::{BINS_PER_OCTAVE, NEGATIVE, Octaves, bin_of};
 use super::weighted::has_bins;
 use super::{Activation, Channels, Histogram, MinMax};
 
+/// More values than any data has; as many files as there may be can be added up without an overflow.
+const MOST_VALUES: u64 = 1 << 48;
+
 /// An [`Activation`] whose values are all finite.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ActivationArrays {
@@ -70,7 +73,7 @@ impl ActivationArrays {
             && self.bins.is_sorted_by(|a, b| a < b)
             && self.bins.iter().all(|&bin| octave_of(bin).is_some_and(has_bins))
             && self.counts.iter().all(|&count| count > 0);
-        if !are_bins || in_bins.checked_add(zeros) != Some(count) || !self.fits(&seen) {
+        if !are_bins || in_bins.checked_add(zeros) != Some(count) || count > MOST_VALUES || !self.fits(&seen) {
             return None;
         }
         let mut octaves = Octaves::default();

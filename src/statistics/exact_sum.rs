@@ -50,7 +50,7 @@ impl ExactSum {
     /// The sum of these digits; `None` where they are not as [`digits`](Self::digits) gives them.
     pub(super) fn of_digits(digits: &[i64; DIGITS]) -> Option<Self> {
         let (last, rest) = digits.split_last()?;
-        let are_carried = rest.iter().all(|&digit| (0..1 << DIGIT).contains(&digit)) && last.abs() < 1 << 62;
+        let are_carried = rest.iter().all(|&digit| (0..1 << DIGIT).contains(&digit)) && last.unsigned_abs() < 1 << 62;
         are_carried.then_some(Self { digits: *digits, additions: 1 })
     }
 

@@ -101,11 +101,21 @@ impl GradientSums {
         if self.range != other.range {
             return;
         }
-        for batch in other.sums.chunks(batch_rows.max(1) * BINS) {
+        for batch in other.sums.chunks(batch_rows.max(1).saturating_mul(BINS)) {
             if self.sums.len() / BINS >= Self::ENOUGH {
                 break;
             }
             self.sums.extend_from_slice(batch);
+        }
+    }
+
+    /// Adds so many rows without gradients, as [`append`](Self::append) would.
+    pub fn append_zeros(&mut self, rows: usize, batch_rows: usize) {
+        let mut left = rows;
+        while left > 0 && self.range.is_some() && self.sums.len() / BINS < Self::ENOUGH {
+            let batch = left.min(batch_rows.max(1));
+            self.sums.resize(self.sums.len() + batch * BINS, 0.0);
+            left -= batch;
         }
     }
 

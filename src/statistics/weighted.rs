@@ -159,6 +159,31 @@ impl WeightedHistogram {
         (is_score(zeros) && read.is_finite()).then_some(read)
     }
 
+    /// With a share of the mean score of all values, which `histogram` counts, added to the score of each.
+    #[must_use]
+    pub fn damped(&self, histogram: &Histogram, share: f64) -> Self {
+        let counted = histogram.min_max();
+        let each = share * self.total() / counted.count().max(1) as f64;
+        let mut damped = self.clone();
+        damped.zeros += each * counted.zeros() as f64;
+        let mut octave = None;
+        let mut scores = [0.0; BINS_PER_OCTAVE];
+        histogram.for_each_bin(0..2 * NEGATIVE, |number, count, _| {
+            let own = u16::try_from(number / BINS_PER_OCTAVE as u32).ok();
+            if own != octave {
+                if let Some(octave) = octave {
+                    damped.add(octave, &scores);
+                }
+                (octave, scores) = (own, [0.0; BINS_PER_OCTAVE]);
+            }
+            scores[number as usize % BINS_PER_OCTAVE] = each * count as f64;
+        });
+        if let Some(octave) = octave {
+            damped.add(octave, &scores);
+        }
+        damped
+    }
+
     /// The scores of the values in this range alone, of whole bins: of those that it touches.
     #[must_use]
     pub fn within(&self, range: RangeInclusive<f32>) -> Self {

@@ -170,11 +170,18 @@ std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const
   const CurrentRecording records(*recording);
   const WithoutCuDNN own_layers(has_recurrent_layer(e.graph->block()));
   auto stack = stack_for(e, a);
-  for (const auto &tensor : lifted.inner) {
-    recording->leaves.push_back(tensor.detach().requires_grad_());
-    stack.emplace_back(recording->leaves.back());
+  for (std::size_t index = 0; index < lifted.inner.size(); ++index) {
+    recording->leaves.push_back(lifted.inner[index].detach().requires_grad_());
+    const auto &leaf = recording->leaves.back();
+    leaf.register_hook([gradients = recording->gradients, index](const at::Tensor &gradient) {
+      const std::lock_guard<std::mutex> lock(gradients->mutex);
+      if (gradients->visitor != nullptr && gradient.defined())
+        gradients->visitor->constant_gradient(index, gradient);
+      // Something of this shape that takes no memory: what is returned is kept until the walk back has ended.
+      return gradient.defined() ? at::zeros({}, gradient.options()).expand(gradient.sizes()) : gradient;
+    });
+    stack.emplace_back(leaf);
   }
-  recording->lifted = lifted.inner.size();
   torch::jit::InterpreterState(e.code).run(stack);
   recording->output = torch::jit::pop(stack);
   return recording;
@@ -182,14 +189,10 @@ std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const
 
 std::unique_ptr<Value> recorded_output(const Recording &r) { return std::make_unique<Value>(Value{r.output}); }
 
-std::unique_ptr<Tensors> backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep,
-                                  Visitor &visitor) {
+void backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep, Visitor &visitor) {
   const Listening listens(*r.gradients, visitor);
   const Deterministic same_sums;
-  const auto all = torch::autograd::grad(outputs.inner, r.leaves, directions.inner, keep, false, true);
-  auto gradients = std::make_unique<Tensors>();
-  gradients->inner.assign(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(r.lifted));
-  return gradients;
+  torch::autograd::grad(outputs.inner, r.leaves, directions.inner, keep, false, true);
 }
 
 } // namespace tsquant

@@ -281,12 +281,6 @@ void set_eval(const Module &m) {
 
 std::unique_ptr<Tensors> new_tensors() { return std::make_unique<Tensors>(); }
 void push_tensor(Tensors &list, const at::Tensor &tensor) { list.inner.push_back(tensor); }
-std::size_t tensor_count(const Tensors &list) { return list.inner.size(); }
-
-std::unique_ptr<at::Tensor> tensor_at(const Tensors &list, std::size_t index) {
-  const auto &tensor = list.inner.at(index);
-  return tensor.defined() ? std::make_unique<at::Tensor>(tensor) : nullptr;
-}
 
 std::vector<c10::IValue> fresh(const std::vector<c10::IValue> &arguments) {
   std::vector<c10::IValue> copies;

@@ -156,9 +156,7 @@ struct Tensors {
 };
 std::unique_ptr<Tensors> new_tensors();
 void push_tensor(Tensors &list, const at::Tensor &tensor);
-std::size_t tensor_count(const Tensors &list);
 // Null for a tensor that is not defined.
-std::unique_ptr<at::Tensor> tensor_at(const Tensors &list, std::size_t index);
 
 // An instrumented copy of a graph, ready to run op by op.
 struct Executable {
@@ -182,7 +180,6 @@ struct Gradients;
 struct Recording {
   c10::IValue output;
   std::vector<at::Tensor> leaves; // the lifted constants, then values that began to need a gradient at their tap
-  std::size_t lifted = 0;
   std::shared_ptr<Gradients> gradients;
 };
 
@@ -191,11 +188,9 @@ std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const Ta
                                            rust::Slice<const std::size_t> lifted);
 std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, Visitor &visitor);
 std::unique_ptr<Value> recorded_output(const Recording &r);
-// The gradients of sum(outputs * directions) with respect to the lifted constants, in their order; a constant that no
-// gradient reaches has an undefined one. The visitor gets those of tapped values as they come. Without `keep` the recording
-// is of no use afterwards.
-std::unique_ptr<Tensors> backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep,
-                                  Visitor &visitor);
+// The visitor gets the gradients of sum(outputs * directions) with respect to tapped values and lifted constants as they come;
+// nothing of them is kept. Without `keep` the recording is of no use afterwards.
+void backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep, Visitor &visitor);
 
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
                  rust::Slice<const ParameterRow> parameters, const Tensors &tensors,

@@ -13,15 +13,22 @@ use crate::config::{DataPlan, HessianPlan, Plan};
 use crate::correct::{InputSums, LayerSum, Targets};
 use crate::dataset::Shard;
 use crate::hessian::{Layers, Scored, Scores, Unusable};
-use crate::jit;
+use crate::jit::{self, Seen};
+use crate::pipeline::Error;
 use crate::pipeline::base::{Base, Observed};
-use crate::pipeline::{Error, output_file};
+use crate::pipeline::output_file::OutputFile;
 use crate::report::Versions;
 use crate::sites::Sites;
 use crate::statistics::{Activation, ActivationArrays};
 
 /// What `kind` says in the file.
 const KIND: &str = "statistics";
+
+/// More rows than any data has.
+const MOST_ROWS: usize = 1 << 48;
+
+/// Missing shards that are named; more are counted only.
+const NAMED: usize = 10;
 
 /// Changes when files change so that older readers would go wrong.
 const SCHEMA: u32 = 1;
@@ -31,7 +38,7 @@ const SCHEMA: u32 = 1;
 pub struct Key {
     /// Of the programs.
     pub versions: Versions,
-    /// Where the model ran.
+    /// Where the model ran: `cpu` or `cuda`.
     pub device: String,
     /// Whether it might round to TF32 there.
     pub allow_tf32: bool,
@@ -55,6 +62,8 @@ pub struct Kept {
     pub shard: Shard,
     /// Threads that computed them.
     pub threads: usize,
+    /// What the values of the model's graph were seen to be on the first rows, which tells sites from others.
+    pub seen: Vec<Option<Seen>>,
     /// The values of each activation site, in the order of the graph.
     pub sites: Vec<(String, Vec<Activation>)>,
     /// What ops with weights read.
@@ -110,6 +119,7 @@ struct Description {
     stored_rows: usize,
     shard: Shard,
     threads: usize,
+    seen: Vec<Option<Seen>>,
     sites: Vec<DescribedSite>,
     inputs: Vec<DescribedInput>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -150,7 +160,8 @@ impl Key {
     pub(in crate::pipeline) fn of(plan: &Plan, base: &Base) -> Result<Self, Error> {
         Ok(Self {
             versions: base.versions.clone(),
-            device: base.device(),
+            // Of several GPUs of one kind it does not matter which.
+            device: if base.device() == "cpu" { "cpu" } else { "cuda" }.to_owned(),
             // On the processor TF32 is never used.
             allow_tf32: plan.allow_tf32 && base.device() != "cpu",
             model: base.model_hash.clone(),
@@ -228,7 +239,7 @@ impl Kept {
     ///
     /// # Errors
     /// Where something else stands there, or the file cannot be written.
-    pub(in crate::pipeline) fn write(&self) -> Result<(), Error> {
+    pub(in crate::pipeline) fn write(&self, output: OutputFile) -> Result<(), Error> {
         let mut tensors = Vec::new();
         let mut sites = Vec::new();
         for (name, anchors) in &self.sites {
@@ -258,11 +269,12 @@ impl Kept {
             stored_rows: self.rows[1],
             shard: self.shard,
             threads: self.threads,
+            seen: self.seen.clone(),
             sites,
             inputs,
             hessian: hessian.transpose()?,
         };
-        output_file::write(&self.path, |file| tensors::write(file, tensors, &description))
+        output.write(|file| tensors::write(file, tensors, &description))
     }
 
     /// An error unless these are all that a plan needs.
@@ -328,15 +340,14 @@ impl Kept {
     }
 
     /// The scores of `layers`, if they are here and of this request.
-    pub(in crate::pipeline) fn take_scores(&self, plan: &HessianPlan, layers: Layers<'_>) -> Result<Found, Error> {
+    pub(in crate::pipeline) fn scores_of(&self, plan: &HessianPlan, layers: Layers<'_>) -> Result<Found, Error> {
         let path = self.path.display();
         let Some(kept) = &self.scores else { return Ok(Found::Useless(format!("{path} holds none"))) };
         let asked = request(plan)?;
         if kept.request != asked {
-            let keys: BTreeSet<&String> = kept.request.keys().chain(asked.keys()).collect();
-            let other = keys.into_iter().find(|key| kept.request.get(*key) != asked.get(*key));
-            let key = other.map(String::as_str).unwrap_or_default();
-            return Ok(Found::Useless(format!("those in {path} are of another `hessian.{key}`")));
+            let other = asked.keys().find(|key| kept.request.get(*key) != asked.get(*key));
+            let what = other.map_or("request".to_owned(), |key| format!("`hessian.{key}`"));
+            return Ok(Found::Useless(format!("those in {path} are of another {what}")));
         }
         let names = scores::names(layers);
         // With a tolerance the number of probes depends on all layers that are scored.
@@ -363,7 +374,6 @@ impl Kept {
         let Some(first) = parts.first() else { return Err(Error::NothingToMerge) };
         let count = shard(first).count();
         for (number, part) in parts.iter().enumerate() {
-            part.refuse_other(&first.key)?;
             part.refuse_unlike(first, by_scores)?;
             let own = shard(part);
             if own.count() != count {
@@ -378,10 +388,12 @@ impl Kept {
             }
         }
         let found: BTreeSet<usize> = parts.iter().map(|part| shard(part).number()).collect();
-        let missing: Vec<String> =
-            (0..count).filter(|number| !found.contains(number)).map(|number| format!("{number}/{count}")).collect();
-        if !missing.is_empty() {
-            return Err(Error::ShardsMissing { missing: missing.join(", ") });
+        let mut missing = (0..count).filter(|number| !found.contains(number));
+        let named: Vec<String> = missing.by_ref().take(NAMED).map(|number| format!("{number}/{count}")).collect();
+        if !named.is_empty() {
+            let rest = missing.count();
+            let rest = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+            return Err(Error::ShardsMissing { missing: named.join(", ") + &rest });
         }
         if by_scores { Self::merged_scores(parts, path) } else { Self::merged_statistics(parts, path) }
     }
@@ -392,11 +404,14 @@ impl Kept {
             |what: &str| Err(Error::Unlike { paths: [first.path.clone(), self.path.clone()], what: what.to_owned() });
         let names =
             |of: &Self| of.sites.iter().map(|(name, anchors)| (name.clone(), anchors.len())).collect::<Vec<_>>();
-        if self.rows != first.rows {
-            return unlike("numbers of rows");
+        if let Some((what, [a, b])) = first.key.difference(&self.key) {
+            return unlike(&format!("{what} ({a} and {b})"));
+        }
+        if self.rows != first.rows || self.seen != first.seen {
+            return unlike("rows");
         }
         if names(self) != names(first) {
-            return unlike("sites: the experiments leave other values float");
+            return unlike("sites, as the experiments leave other values float");
         }
         let layers = |of: &Self| of.inputs.iter().map(|sum| sum.layer.clone()).collect::<Vec<_>>();
         if layers(self) != layers(first) {
@@ -424,7 +439,7 @@ impl Kept {
             }
             whole.threads = whole.threads.max(part.threads);
         }
-        Ok(Self { path, shard: Shard::WHOLE, scores: None, ..whole })
+        Ok(Self { path, shard: Shard::WHOLE, ..whole })
     }
 
     fn merged_scores(parts: Vec<Self>, path: PathBuf) -> Result<Self, Error> {
@@ -452,9 +467,8 @@ impl Kept {
 }
 
 /// Whether this is a file of statistics, whole or not.
-pub(in crate::pipeline) fn is_one(path: &Path) -> bool {
-    let head = std::fs::read(path).ok().and_then(|bytes| tensors::describe::<Head>(&bytes).ok());
-    head.is_some_and(|head| head.kind == KIND)
+pub fn is_one(path: &Path) -> bool {
+    tensors::describe_file::<Head>(path).is_some_and(|head| head.kind == KIND)
 }
 
 fn parse(path: &Path, bytes: &[u8]) -> Result<Kept, String> {
@@ -469,7 +483,7 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Kept, String> {
     }
     let (tensors, description): (_, Description) =
         tensors::parse(bytes).map_err(|reason| format!("the file is damaged: {reason}"))?;
-    let Description { key, rows, stored_rows, shard, threads, hessian, .. } = description;
+    let Description { key, rows, stored_rows, shard, threads, seen, hessian, .. } = description;
     let mut sites = Vec::new();
     for site in description.sites {
         let anchors = site.mixed_channels.iter().enumerate();
@@ -488,7 +502,13 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Kept, String> {
         Ok::<_, String>(KeptScores { request, shard, named: scores::decode(&tensors, &scores)? })
     });
     let (path, scores) = (path.to_owned(), scores.transpose()?);
-    Ok(Kept { path, key, rows: [rows, stored_rows], shard, threads, sites, inputs, scores })
+    let samples = scores.as_ref().map_or(0, |kept| kept.named.scores.samples);
+    if rows > stored_rows || stored_rows > MOST_ROWS || samples > rows {
+        return Err(format!(
+            "no data has {stored_rows} rows of which {rows} ran, {samples} of them for Hessian scores"
+        ));
+    }
+    Ok(Kept { path, key, rows: [rows, stored_rows], shard, threads, seen, sites, inputs, scores })
 }
 
 fn sum_of(layer: &str) -> String {

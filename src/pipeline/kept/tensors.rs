@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::Path;
 
 use safetensors::tensor::View;
@@ -16,6 +17,9 @@ use crate::pipeline::{Error, hash};
 
 /// Key of the description in the file's metadata.
 const KEY: &str = "tsquant";
+
+/// Bytes of a head, as safetensors allows them.
+const MOST_HEAD: u64 = 100_000_000;
 
 /// Key in the description: the SHA-256 of all else in it and of all tensors.
 const HASH: &str = "sha256";
@@ -101,8 +105,22 @@ pub(super) fn write(path: &Path, tensors: Vec<(String, Stored)>, description: &i
     }
     // One entry alone: several would come in any order.
     let metadata = HashMap::from([(KEY.to_owned(), description.to_string())]);
+    let failed = |source| Error::Write { path: path.to_owned(), source };
     safetensors::serialize_to_file(tensors, Some(metadata), path)
-        .map_err(|error| Error::Write { path: path.to_owned(), source: std::io::Error::other(error.to_string()) })
+        .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
+    // As other files have it, not for the owner alone.
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).map_err(failed)
+}
+
+/// The description in a file, of which no more is read than its head; `None` where it has none.
+pub(super) fn describe_file<D: DeserializeOwned>(path: &Path) -> Option<D> {
+    let mut file = std::fs::File::open(path).ok()?;
+    let mut head = vec![0; 8];
+    file.read_exact(&mut head).ok()?;
+    let length = u64::from_le_bytes(<[u8; 8]>::try_from(head.as_slice()).ok()?);
+    file.take(length.min(MOST_HEAD)).read_to_end(&mut head).ok()?;
+    describe(&head).ok()
 }
 
 /// The description in a file that was read.

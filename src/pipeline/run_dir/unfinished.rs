@@ -198,7 +198,7 @@ fn remove_left(parent: &Path, prefix: &str) {
             && let Ok(lock) = File::open(entry.path())
             && lock.try_lock().is_ok()
             // A run that was killed, or could not put back what is not ours, may have left that here.
-            && super::holds_others(&entry.path()).is_ok_and(|holds| !holds)
+            && super::holds_others(&entry.path(), super::is_unfinished).is_ok_and(|holds| !holds)
         {
             let _ = std::fs::remove_dir_all(entry.path());
         }

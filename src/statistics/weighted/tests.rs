@@ -323,3 +323,15 @@ proptest! {
         prop_assert_eq!(kept.zeros(), if has_zero { weights.zeros() } else { 0.0 });
     }
 }
+
+/// A share of the mean is added to the score of each value, also where it had none, and of zeros.
+#[test]
+fn damping_adds_to_each_value() {
+    let (values, gradients) = ([1.0, 1.0, -3.0, 0.0, 5.0, 1e-40], [2.0, 0.0, 1.0, 0.0, 0.0, 1.0]);
+    let damped = weights_of(&values, &gradients).damped(&of(&values), 0.5);
+    let scores: Vec<f64> = damped.sparse().into_iter().map(|(_, score)| score).collect();
+    // The mean is 6 / 6, of which each value gets a half: 1, 1 in one bin, then 5, then −3.
+    assert_eq!((scores, damped.zeros()), (vec![5.0, 0.5, 1.5], 2.0));
+    let nothing = WeightedHistogram::new().damped(&Histogram::new(), 0.5);
+    assert_eq!(nothing, WeightedHistogram::new());
+}
