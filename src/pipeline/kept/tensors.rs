@@ -116,11 +116,13 @@ pub(super) fn write(path: &Path, tensors: Vec<(String, Stored)>, description: &i
 /// The description in a file, of which no more is read than its head; `None` where it has none.
 pub(super) fn describe_file<D: DeserializeOwned>(path: &Path) -> Option<D> {
     let mut file = std::fs::File::open(path).ok()?;
-    let mut head = vec![0; 8];
-    file.read_exact(&mut head).ok()?;
-    let length = u64::from_le_bytes(<[u8; 8]>::try_from(head.as_slice()).ok()?);
-    file.take(length.min(MOST_HEAD)).read_to_end(&mut head).ok()?;
-    describe(&head).ok()
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let mut head = Vec::new();
+    file.take(u64::from_le_bytes(length).min(MOST_HEAD)).read_to_end(&mut head).ok()?;
+    // The crate reads heads of whole files alone.
+    let head: Value = serde_json::from_slice(&head).ok()?;
+    serde_json::from_str(head.get("__metadata__")?.get(KEY)?.as_str()?).ok()
 }
 
 /// The description in a file that was read.
