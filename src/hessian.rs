@@ -23,7 +23,7 @@ use tch::Tensor;
 use crate::config::{HessianRequest, MOST_PROBES};
 use crate::dataset::{self, Dataset, Shard};
 use crate::feed;
-use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Recording, Tap, TapKind, ValueId, Visit};
+use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Listing, Recording, Tap, TapKind, ValueId, Visit};
 use crate::observe::Summing;
 use crate::sites::{ActivationSite, WeightSite};
 use crate::statistics::{ActivationScores, Divided, WeightedCounter};
@@ -215,6 +215,7 @@ impl<'a> Run<'a> {
             activations: Listener {
                 names: layers.activations.iter().map(|site| site.name.clone()).collect(),
                 first_values: layers.activations.iter().map(|site| site.anchors.first().map(|it| it.value)).collect(),
+                are_rows: layers.activations.iter().map(|site| are_rows(model.listing(), site)).collect(),
                 sums: ranges(layers).into_iter().map(ActivationSums::new).collect(),
                 counters: (0..jit::thread_count().min(MOST_COUNTERS)).map(|_| WeightedCounter::new()).collect(),
                 rows: 0,
@@ -342,6 +343,15 @@ fn taps(layers: Layers<'_>) -> Vec<Tap> {
     values.map(|(number, value)| Tap { value, number, kind: TapKind::Gradient }).collect()
 }
 
+/// False where the rows that the model was checked on show that the first axis of the site's values is another one, as long
+/// as a batch has rows by chance.
+fn are_rows(listing: &Listing, site: &ActivationSite) -> bool {
+    let length = |value: ValueId| listing.values.get(value)?.seen.as_ref()?.shape.first().copied();
+    let arguments = listing.blocks.first().map(|forward| forward.parameters.as_slice()).unwrap_or_default();
+    let rows = arguments.iter().find_map(|&value| length(value));
+    site.anchors.iter().all(|anchor| rows.is_none() || length(anchor.value).is_none_or(|own| Some(own) == rows))
+}
+
 /// Of each activation the range that its gradients are summed up in.
 fn ranges(layers: Layers<'_>) -> Vec<Option<RangeInclusive<f32>>> {
     (0..layers.activations.len()).map(|index| layers.ranges.get(index).cloned().flatten()).collect()
@@ -420,6 +430,8 @@ struct Listener {
     names: Vec<String>,
     /// They tell sites apart whichever others are scored with them.
     first_values: Vec<Option<ValueId>>,
+    /// Whether the first axis of a site's values is that of the rows, as far as that is known.
+    are_rows: Vec<bool>,
     sums: Vec<ActivationSums>,
     /// One for each thread.
     counters: Vec<WeightedCounter>,
@@ -469,7 +481,10 @@ impl Listener {
     }
 
     /// The elements of a row of this value, if its rows lie one after the other.
-    fn row_length(&self, value: &Tensor) -> Option<usize> {
+    fn row_length(&self, tap: usize, value: &Tensor) -> Option<usize> {
+        if !self.are_rows.get(tap).copied().unwrap_or(true) {
+            return None;
+        }
         let row_length = value.numel().checked_div(self.rows)?;
         let first = (value.size().first().copied()?, value.stride().first().copied()?);
         (first == (i64::try_from(self.rows).ok()?, i64::try_from(row_length).ok()?)).then_some(row_length)
@@ -486,7 +501,7 @@ struct SiteError {
 
 impl Listener {
     fn gradient(&mut self, tap: usize, value: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
-        let row_length = self.row_length(value);
+        let row_length = self.row_length(tap, value);
         let thinning = row_length.map(|length| Thinning::new(length, self.draw.probe));
         let thinning = thinning.filter(|thinning| thinning.is_needed());
         let divided = if row_length.is_some() { Divided::ByRow } else { Divided::Not };
@@ -524,6 +539,7 @@ impl Listener {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sites::{Anchor, ChannelAxis};
 
     #[test]
     fn scores_of_no_use() {
@@ -533,5 +549,33 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             assert_eq!(reason(&[1.0, bad, 0.0]), Some(Unusable::NotFinite));
         }
+    }
+
+    /// The model was checked on four rows: an axis of eight places is no axis of rows, though a batch may have eight.
+    #[test]
+    fn an_axis_of_other_lengths_is_not_that_of_the_rows() {
+        let seen = |shape: &[i64]| Some(jit::Seen { dtype: "Float".to_owned(), shape: shape.to_vec() });
+        let value = |seen| jit::Value { is_tensor: true, seen, ..jit::Value::default() };
+        let values = vec![
+            value(None),
+            value(seen(&[4, 8, 6])),
+            value(seen(&[8, 4, 6])),
+            value(seen(&[4, 6])),
+            value(None),
+            value(seen(&[])),
+        ];
+        let forward = jit::Block { parameters: vec![0, 1], ..jit::Block::default() };
+        let listing = Listing { values, blocks: vec![forward], nodes: Vec::new() };
+        let site = |value| ActivationSite {
+            name: String::new(),
+            layer: String::new(),
+            op: String::new(),
+            channel_axis: ChannelAxis::Second,
+            anchors: vec![Anchor { value, name: String::new() }],
+            makers: Vec::new(),
+            readers: Vec::new(),
+        };
+        let found: Vec<bool> = (1..=5).map(|value| are_rows(&listing, &site(value))).collect();
+        assert_eq!(found, [true, false, true, true, true]);
     }
 }

@@ -518,7 +518,7 @@ fn inspect_prints_them() {
     let input = json["sites"].as_array().unwrap().iter().find(|site| site["name"] == "conv1.output").unwrap();
     assert_eq!((&input["channels"], &input["min"]), (&3.into(), &0.0.into()));
     let ran = run_inspect(&folder, &["inspect", "data.safetensors"]);
-    assert!(ran.refused(1).contains("expected statistics that `tsquant calibrate` wrote"), "{ran:?}");
+    assert!(ran.refused(1).contains("expected a TorchScript file, found a safetensors file"), "{ran:?}");
     let ran = run_inspect(&folder, &["inspect", "kept.safetensors", "--graph"]);
     assert_eq!(ran.code, Some(2));
 }

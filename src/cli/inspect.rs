@@ -104,7 +104,7 @@ struct SitesReport {
 
 impl Inspect {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        if statistics::is_one(&self.model) {
+        if pipeline::is_statistics(&self.model) {
             if self.graph || self.data.is_some() {
                 let message = "--data and --graph are of models; a file of statistics has neither";
                 return Err(UsageError(message.to_owned()).into());

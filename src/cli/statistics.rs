@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::table;
 use crate::dataset::Shard;
-use crate::pipeline::{self, Kept, Key, ScoredLayers};
+use crate::pipeline::{Kept, Key, ScoredLayers};
 use crate::statistics::Activation;
 
 /// What is said of statistics, in this order.
@@ -176,12 +176,6 @@ impl<'a> Site<'a> {
             self.channels.map_or("–".to_owned(), |channels| channels.to_string()),
         ]
     }
-}
-
-/// Whether the file is one of statistics, or named as such.
-pub(super) fn is_one(path: &Path) -> bool {
-    pipeline::is_statistics(path)
-        || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
 }
 
 /// Prints what a file of statistics holds.
