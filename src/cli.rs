@@ -14,6 +14,7 @@ mod signals;
 mod statistics;
 mod table;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -84,6 +85,15 @@ pub fn main() -> ExitCode {
             ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { EXIT_FAILED })
         }
     }
+}
+
+/// The experiment of a file with what the command line lays over it.
+fn experiment_of(path: &Path, set: &[String], device: Option<&str>) -> anyhow::Result<config::Experiment> {
+    let experiment = config::Experiment::read(path)?.overlay(set)?;
+    Ok(match device {
+        Some(device) => experiment.with_device(device),
+        None => experiment,
+    })
 }
 
 /// Where relative paths start.

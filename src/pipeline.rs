@@ -113,7 +113,7 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     clock.timings.load = clock.lap();
 
     let observed = match &kept {
-        Some(kept) => kept.observed(&base, plan, &sites)?,
+        Some(kept) => base.observed_in(kept, plan, &sites)?,
         None => {
             progress.stage("calibrate", Work::Rows(base.calibration.rows));
             let targets = base.targets(plan.weights.bias_correction, &sites);

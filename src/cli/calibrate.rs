@@ -7,8 +7,7 @@ use clap::Args;
 
 use super::progress::Display;
 use super::statistics::Summary;
-use super::{located, table, working_dir};
-use crate::config::Experiment;
+use super::{experiment_of, located, table, working_dir};
 use crate::dataset::Shard;
 use crate::pipeline::{self, Calibrated, Request};
 
@@ -44,11 +43,7 @@ pub(super) struct Calibrate {
 
 impl Calibrate {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let experiment = Experiment::read(&self.experiment)?.overlay(&self.set)?;
-        let experiment = match &self.device {
-            Some(device) => experiment.with_device(device),
-            None => experiment,
-        };
+        let experiment = experiment_of(&self.experiment, &self.set, self.device.as_deref())?;
         let folder = working_dir()?;
         let plan = experiment.resolve_without("evaluation.data", &folder)?;
         let shard = self.shard.unwrap_or(Shard::WHOLE);

@@ -7,8 +7,8 @@ use clap::Args;
 
 use super::measures;
 use super::progress::Display;
-use super::{located, table, working_dir};
-use crate::config::{self, Combination, Experiment, Metric};
+use super::{experiment_of, located, table, working_dir};
+use crate::config::{self, Combination, Metric};
 use crate::pipeline::{self, SweepOutcome};
 use crate::report::SweepRow;
 
@@ -38,11 +38,7 @@ pub(super) struct Sweep {
 
 impl Sweep {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let experiment = Experiment::read(&self.experiment)?.overlay(&self.set)?;
-        let experiment = match &self.device {
-            Some(device) => experiment.with_device(device),
-            None => experiment,
-        };
+        let experiment = experiment_of(&self.experiment, &self.set, self.device.as_deref())?;
         let sweep = experiment.resolve_sweep(&working_dir()?)?;
         let mut display = Display::new(self.quiet);
         let command = |combination: &Combination, dir: &Path| self.command(combination, dir);

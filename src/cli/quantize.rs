@@ -7,8 +7,8 @@ use clap::Args;
 
 use super::measures::{self, Sizes};
 use super::progress::Display;
-use super::{located, table, working_dir};
-use crate::config::{Experiment, Metric, Plan};
+use super::{experiment_of, located, table, working_dir};
+use crate::config::{Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
 use crate::report::{Dropped, Kind, Report, Timings, WorstSite};
 
@@ -37,7 +37,7 @@ pub(super) struct Quantize {
 
 impl Quantize {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let experiment = self.experiment()?;
+        let experiment = experiment_of(&self.experiment, &self.set, self.device.as_deref())?;
         let folder = working_dir()?;
         let dispensable = if self.statistics.is_some() { "calibration.data" } else { "" };
         let plan = experiment.resolve_without(dispensable, &folder)?;
@@ -57,14 +57,6 @@ impl Quantize {
             print(&mut std::io::stdout().lock(), &plan, &outcome)?;
         }
         Ok(())
-    }
-
-    fn experiment(&self) -> anyhow::Result<Experiment> {
-        let experiment = Experiment::read(&self.experiment)?.overlay(&self.set)?;
-        Ok(match &self.device {
-            Some(device) => experiment.with_device(device),
-            None => experiment,
-        })
     }
 }
 

@@ -1,10 +1,12 @@
 //! What runs of one model and one set of calibration data share: the model, its sites, the data, and what was seen of them. It
 //! refuses to know thresholds.
 
+use std::collections::HashMap;
+
 use super::calibration::Calibration;
 use super::compare::Comparison;
 use super::device::Taken;
-use super::kept::statistics::Kept;
+use super::kept::statistics::{Kept, Key, section};
 use super::{Error, calibration_batches, hash, load_checked, versions};
 use crate::config::{BiasCorrection, Plan};
 use crate::correct::{InputSums, Targets};
@@ -118,6 +120,60 @@ impl Base {
         let statistics = observe(&self.model, &sites.activations, &mut inputs, batches, advance)
             .map_err(calibration_batches(plan).blame())?;
         Ok(Observed { statistics, targets, inputs })
+    }
+
+    /// What calibration would have observed of these sites.
+    pub(super) fn observed_in(&self, kept: &Kept, plan: &Plan, sites: &Sites) -> Result<Observed, Error> {
+        let by_name: HashMap<&str, &Vec<Activation>> =
+            kept.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
+        let statistics = sites.activations.iter().map(|site| {
+            let found = by_name
+                .get(site.name.as_str())
+                .copied()
+                .ok_or_else(|| Error::SiteNotKept { path: kept.path.clone(), site: site.name.clone() })?;
+            let is_whole = found.len() == site.anchors.len();
+            let reason = || format!("expected {} values of {}, found {}", site.anchors.len(), site.name, found.len());
+            if is_whole { Ok(found.clone()) } else { Err(kept.damaged(reason())) }
+        });
+        let statistics = statistics.collect::<Result<Vec<_>, Error>>()?;
+        let targets = self.targets(plan.weights.bias_correction, sites);
+        let (all, inputs) = self.inputs_in(kept)?;
+        let inputs = inputs.for_some(&all, &targets);
+        Ok(Observed { statistics, targets, inputs })
+    }
+
+    /// The sums of all ops as they were summed up.
+    fn inputs_in(&self, kept: &Kept) -> Result<(Targets, InputSums), Error> {
+        let names: HashMap<&str, &Vec<Activation>> =
+            kept.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
+        let mut sites = self.sites.clone();
+        sites.activations.retain(|site| names.contains_key(site.name.as_str()));
+        let targets = Targets::find(self.model.listing(), &sites);
+        let inputs = InputSums::of_layers(&targets, &kept.inputs)?;
+        let inputs =
+            inputs.ok_or_else(|| kept.damaged("its sums are of other layers than the model has".to_owned()))?;
+        let own = sites.activations.iter().map(|site| names.get(site.name.as_str()).copied().cloned());
+        let statistics: Vec<Vec<Activation>> = own.map(Option::unwrap_or_default).collect();
+        let inputs = inputs.with_statistics(&targets, &statistics)?;
+        Ok((targets, inputs))
+    }
+
+    /// What the statistics of a plan are of.
+    ///
+    /// # Errors
+    /// Where the plan cannot be written.
+    pub(super) fn key(&self, plan: &Plan) -> Result<Key, Error> {
+        // Of several GPUs of one kind it does not matter which.
+        let device = if self.device() == "cpu" { "cpu" } else { "cuda" };
+        Ok(Key {
+            versions: self.versions.clone(),
+            device: device.to_owned(),
+            // On the processor TF32 is never used.
+            allow_tf32: plan.allow_tf32 && device != "cpu",
+            model: self.model_hash.clone(),
+            data: self.calibration.hash.clone(),
+            calibration: section(&plan.calibration)?,
+        })
     }
 
     /// The ops whose biases are to be corrected, as planned.

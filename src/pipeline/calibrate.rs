@@ -40,12 +40,12 @@ pub struct Calibrated {
 /// Whatever goes wrong in a stage; nothing is left behind then.
 pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) -> Result<Calibrated, Error> {
     let Request { output, shard, statistics } = request;
-    let file = OutputFile::open(output)?;
+    let file = OutputFile::open(output, statistics::is_one)?;
     let known = statistics.as_deref().map(Kept::read).transpose()?;
     let taken = device::take(plan.device)?;
     progress.stage("load", Work::Uncounted);
     let base = Base::load(plan, taken, Calibration::open(&plan.calibration)?)?;
-    let key = Key::of(plan, &base)?;
+    let key = base.key(plan)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
     let data = base.calibration.data()?;
     let asked = plan.hessian.as_ref().filter(|_| !Asking::new(&settings, &sites, None).is_empty());
@@ -76,7 +76,7 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
         }
     };
     let mut notes: Vec<String> = base.taken.warning.clone().into_iter().collect();
-    let observed = kept.observed(&base, plan, &sites)?;
+    let observed = base.observed_in(&kept, plan, &sites)?;
     let asking = Asking::new(&settings, &sites, Some(&observed.statistics));
     if let Some(hessian) = asked.filter(|_| !asking.is_empty()) {
         let is_part = *shard != Shard::WHOLE;
@@ -131,7 +131,7 @@ pub fn merge(files: &[PathBuf], output: &Path) -> Result<Calibrated, Error> {
     if let Some(path) = files.iter().find(|path| is_same(path, output)) {
         return Err(Error::OutputIsInput { path: path.clone() });
     }
-    let file = OutputFile::open(output)?;
+    let file = OutputFile::open(output, statistics::is_one)?;
     let parts = files.iter().map(|path| Kept::read(path)).collect::<Result<Vec<_>, Error>>()?;
     let mut notes = Vec::new();
     let threads = |part: &Kept| part.threads;

@@ -187,9 +187,10 @@ impl<'a> Asking<'a> {
         keeping: &Keeping<'_>,
         mut advance: impl FnMut(usize),
     ) -> Result<Pool, Error> {
-        let Keeping { plan: run, dir, statistics, .. } = *keeping;
+        let Keeping { plan: run, base, dir, statistics } = *keeping;
         let kept = run.output.dir.join(scores::FILE);
-        let request = if plan.save { Some(scores::request(keeping, plan, self.layers())?) } else { None };
+        let request = || scores::request(run, &base.key(run)?, &base.device(), plan, self.layers());
+        let request = if plan.save { Some(request()?) } else { None };
         let mut warnings = Vec::new();
         let mut anew = |reason: String| warnings.push(format!("Hessian scores were computed anew: {reason}"));
         let mut reused = |path: &Path, scores: Scores| {
@@ -210,9 +211,9 @@ impl<'a> Asking<'a> {
             Found::Scores(scores) => reused(&kept, scores),
             Found::Useless(reason) => {
                 anew(reason);
-                Pool { warnings, ..self.pool(plan, keeping.base, advance)? }
+                Pool { warnings, ..self.pool(plan, base, advance)? }
             }
-            Found::Nothing => Pool { warnings, ..self.pool(plan, keeping.base, advance)? },
+            Found::Nothing => Pool { warnings, ..self.pool(plan, base, advance)? },
         };
         if let Some(request) = request {
             scores::write(&dir.join(scores::FILE), &request, self.layers(), &pool.scores)?;

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use super::statistics::Key;
 use super::tensors::{self, Stored, Tensors};
-use crate::config::HessianPlan;
+use crate::config::{HessianPlan, Plan};
 use crate::hessian::{Layers, Scored, Scores, Unusable};
 use crate::jit;
-use crate::pipeline::score::Keeping;
 use crate::pipeline::{Error, hash};
 use crate::statistics::{ActivationScores, GradientSums, WeightedHistogram};
 
@@ -74,22 +74,20 @@ pub(in crate::pipeline) enum Found {
 
 /// SHA-256 of all that scores depend on: programs, device, model, data and request.
 pub(in crate::pipeline) fn request(
-    keeping: &Keeping<'_>,
+    plan: &Plan,
+    key: &Key,
+    device: &str,
     hessian: &HessianPlan,
     layers: Layers<'_>,
 ) -> Result<String, Error> {
-    let Keeping { plan, base, .. } = *keeping;
-    let (versions, device) = (&base.versions, base.device());
     let mut data = plan.calibration.clone();
     // The hash of the data stands for it.
     data.path = Path::new("/").to_owned();
     // With a tolerance the number of probes depends on all layers that are scored.
     let all = layers.weights.iter().map(|site| &site.name).chain(layers.activations.iter().map(|site| &site.name));
     let names: Vec<&String> = all.filter(|_| hessian.request.tolerance.is_some()).collect();
-    // On the processor TF32 is never used.
-    let arithmetic = (&device, plan.allow_tf32 && device != "cpu");
     let request = (data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names);
-    let all = (versions, arithmetic, &base.model_hash, &base.calibration.hash, request);
+    let all = (&key.versions, (device, key.allow_tf32), &key.model, &key.data, request);
     Ok(hash::hex(&Sha256::digest(serde_json::to_string(&all)?.as_bytes())))
 }
 

@@ -1,7 +1,7 @@
 //! The statistics of a calibration, or of a shard of it: histograms and channels of each activation, sums of what ops read,
 //! and Hessian scores where an error method needs them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,15 +10,13 @@ use serde_json::Value;
 use super::scores::{self, Found, NamedScores};
 use super::tensors::{self, Stored, Tensors};
 use crate::config::{DataPlan, HessianPlan, Plan};
-use crate::correct::{InputSums, LayerSum, Targets};
+use crate::correct::LayerSum;
 use crate::dataset::Shard;
-use crate::hessian::{Layers, Scored, Scores, Unusable};
+use crate::hessian::{Layers, Scored, Unusable};
 use crate::jit::{self, Seen};
 use crate::pipeline::Error;
-use crate::pipeline::base::{Base, Observed};
 use crate::pipeline::output_file::OutputFile;
 use crate::report::Versions;
-use crate::sites::Sites;
 use crate::statistics::{Activation, ActivationArrays};
 
 /// What `kind` says in the file.
@@ -26,9 +24,6 @@ const KIND: &str = "statistics";
 
 /// More rows than any data has.
 const MOST_ROWS: usize = 1 << 48;
-
-/// Missing shards that are named; more are counted only.
-const NAMED: usize = 10;
 
 /// Changes when files change so that older readers would go wrong.
 const SCHEMA: u32 = 1;
@@ -156,20 +151,6 @@ struct DescribedScores {
 }
 
 impl Key {
-    /// What the statistics of this plan are of.
-    pub(in crate::pipeline) fn of(plan: &Plan, base: &Base) -> Result<Self, Error> {
-        Ok(Self {
-            versions: base.versions.clone(),
-            // Of several GPUs of one kind it does not matter which.
-            device: if base.device() == "cpu" { "cpu" } else { "cuda" }.to_owned(),
-            // On the processor TF32 is never used.
-            allow_tf32: plan.allow_tf32 && base.device() != "cpu",
-            model: base.model_hash.clone(),
-            data: base.calibration.hash.clone(),
-            calibration: section(&plan.calibration)?,
-        })
-    }
-
     /// What a plan asks for, with the calibration data and the device that these statistics are of.
     fn asked(&self, plan: &Plan, versions: &Versions, model: &str) -> Result<Self, Error> {
         let (versions, model) = (versions.clone(), model.to_owned());
@@ -177,7 +158,7 @@ impl Key {
     }
 
     /// The first thing that differs, in words.
-    fn difference(&self, other: &Self) -> Option<(String, [String; 2])> {
+    pub(super) fn difference(&self, other: &Self) -> Option<(String, [String; 2])> {
         let plain = |name: &str, own: &str, other: &str| {
             (own != other).then(|| (name.to_owned(), [own.to_owned(), other.to_owned()]))
         };
@@ -204,7 +185,7 @@ impl Key {
 }
 
 /// What rows a section chooses and what it makes of them.
-fn section(plan: &DataPlan) -> Result<BTreeMap<String, Value>, Error> {
+pub(in crate::pipeline) fn section(plan: &DataPlan) -> Result<BTreeMap<String, Value>, Error> {
     let mut section = yaml(&plan.to_yaml()?)?;
     section.remove("data");
     if plan.shuffle {
@@ -303,42 +284,6 @@ impl Kept {
         }
     }
 
-    /// What calibration would have observed of these sites.
-    pub(in crate::pipeline) fn observed(&self, base: &Base, plan: &Plan, sites: &Sites) -> Result<Observed, Error> {
-        let by_name: HashMap<&str, &Vec<Activation>> =
-            self.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
-        let statistics = sites.activations.iter().map(|site| {
-            let found = by_name
-                .get(site.name.as_str())
-                .copied()
-                .ok_or_else(|| Error::SiteNotKept { path: self.path.clone(), site: site.name.clone() })?;
-            let is_whole = found.len() == site.anchors.len();
-            let reason = || format!("expected {} values of {}, found {}", site.anchors.len(), site.name, found.len());
-            if is_whole { Ok(found.clone()) } else { Err(self.damaged(reason())) }
-        });
-        let statistics = statistics.collect::<Result<Vec<_>, Error>>()?;
-        let targets = base.targets(plan.weights.bias_correction, sites);
-        let (all, inputs) = self.inputs_of(base)?;
-        let inputs = inputs.for_some(&all, &targets);
-        Ok(Observed { statistics, targets, inputs })
-    }
-
-    /// The sums of all ops as they were summed up.
-    fn inputs_of(&self, base: &Base) -> Result<(Targets, InputSums), Error> {
-        let names: HashMap<&str, &Vec<Activation>> =
-            self.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
-        let mut sites = base.sites.clone();
-        sites.activations.retain(|site| names.contains_key(site.name.as_str()));
-        let targets = Targets::find(base.model.listing(), &sites);
-        let inputs = InputSums::of_layers(&targets, &self.inputs)?;
-        let inputs =
-            inputs.ok_or_else(|| self.damaged("its sums are of other layers than the model has".to_owned()))?;
-        let own = sites.activations.iter().map(|site| names.get(site.name.as_str()).copied().cloned());
-        let statistics: Vec<Vec<Activation>> = own.map(Option::unwrap_or_default).collect();
-        let inputs = inputs.with_statistics(&targets, &statistics)?;
-        Ok((targets, inputs))
-    }
-
     /// The scores of `layers`, if they are here and of this request.
     pub(in crate::pipeline) fn scores_of(&self, plan: &HessianPlan, layers: Layers<'_>) -> Result<Found, Error> {
         let path = self.path.display();
@@ -359,109 +304,8 @@ impl Kept {
         })
     }
 
-    /// The statistics of the whole from those of all shards, in any order.
-    ///
-    /// # Errors
-    /// Where a shard is missing, is there twice, or is of something else.
-    pub(in crate::pipeline) fn merged(mut parts: Vec<Self>, path: PathBuf) -> Result<Self, Error> {
-        // Shards of scores are of one calibration that was merged before.
-        let by_scores = parts.iter().any(|part| part.scores.as_ref().is_some_and(|kept| kept.shard != Shard::WHOLE));
-        let shard = |part: &Self| match &part.scores {
-            Some(kept) if by_scores => kept.shard,
-            _ => part.shard,
-        };
-        parts.sort_by_key(|part| shard(part).number());
-        let Some(first) = parts.first() else { return Err(Error::NothingToMerge) };
-        let count = shard(first).count();
-        for (number, part) in parts.iter().enumerate() {
-            part.refuse_unlike(first, by_scores)?;
-            let own = shard(part);
-            if own.count() != count {
-                return Err(Error::ShardsOfOther {
-                    paths: [first.path.clone(), part.path.clone()],
-                    shards: [shard(first), own],
-                });
-            }
-            if number > 0 && parts.get(number - 1).is_some_and(|before| shard(before) == own) {
-                let paths = [parts[number - 1].path.clone(), part.path.clone()];
-                return Err(Error::ShardTwice { paths, shard: own });
-            }
-        }
-        let found: BTreeSet<usize> = parts.iter().map(|part| shard(part).number()).collect();
-        let mut missing = (0..count).filter(|number| !found.contains(number));
-        let named: Vec<String> = missing.by_ref().take(NAMED).map(|number| format!("{number}/{count}")).collect();
-        if !named.is_empty() {
-            let rest = missing.count();
-            let rest = if rest > 0 { format!(" and {rest} more") } else { String::new() };
-            return Err(Error::ShardsMissing { missing: named.join(", ") + &rest });
-        }
-        if by_scores { Self::merged_scores(parts, path) } else { Self::merged_statistics(parts, path) }
-    }
-
-    /// An error where the parts cannot be parts of one calibration, or of its scores.
-    fn refuse_unlike(&self, first: &Self, by_scores: bool) -> Result<(), Error> {
-        let unlike =
-            |what: &str| Err(Error::Unlike { paths: [first.path.clone(), self.path.clone()], what: what.to_owned() });
-        let names =
-            |of: &Self| of.sites.iter().map(|(name, anchors)| (name.clone(), anchors.len())).collect::<Vec<_>>();
-        if let Some((what, [a, b])) = first.key.difference(&self.key) {
-            return unlike(&format!("{what} ({a} and {b})"));
-        }
-        if self.rows != first.rows || self.seen != first.seen {
-            return unlike("rows");
-        }
-        if names(self) != names(first) {
-            return unlike("sites, as the experiments leave other values float");
-        }
-        let layers = |of: &Self| of.inputs.iter().map(|sum| sum.layer.clone()).collect::<Vec<_>>();
-        if layers(self) != layers(first) {
-            return unlike("layers");
-        }
-        let requests = |of: &Self| of.scores.as_ref().map(|kept| (kept.request.clone(), kept.named.names.clone()));
-        if by_scores && (self.shard != Shard::WHOLE || requests(self) != requests(first)) {
-            return unlike("Hessian scores");
-        }
-        let is_equal = self.sites == first.sites && self.inputs == first.inputs;
-        if by_scores && !is_equal { unlike("statistics") } else { Ok(()) }
-    }
-
-    fn merged_statistics(parts: Vec<Self>, path: PathBuf) -> Result<Self, Error> {
-        let mut parts = parts.into_iter();
-        let Some(mut whole) = parts.next() else { return Err(Error::NothingToMerge) };
-        for part in parts {
-            for ((_, own), (_, other)) in whole.sites.iter_mut().zip(&part.sites) {
-                own.iter_mut().zip(other).for_each(|(own, other)| own.merge(other));
-            }
-            for (own, other) in whole.inputs.iter_mut().zip(&part.inputs) {
-                let merged = own.merge(other);
-                let reason = || format!("the sums of {} have another shape than in other shards", own.layer);
-                merged.ok_or_else(|| part.damaged(reason()))?;
-            }
-            whole.threads = whole.threads.max(part.threads);
-        }
-        Ok(Self { path, shard: Shard::WHOLE, ..whole })
-    }
-
-    fn merged_scores(parts: Vec<Self>, path: PathBuf) -> Result<Self, Error> {
-        let mut scores = Vec::new();
-        let mut whole: Option<Self> = None;
-        for mut part in parts {
-            if let Some(kept) = part.scores.take() {
-                scores.push(kept);
-            }
-            whole.get_or_insert(part);
-        }
-        let Some(whole) = whole else { return Err(Error::NothingToMerge) };
-        let first = scores.first().map(|kept| (kept.request.clone(), kept.named.names.clone()));
-        let Some((request, names)) = first else { return Err(Error::NothingToMerge) };
-        let batch_rows = request.get("batch_size").and_then(Value::as_u64).and_then(|rows| usize::try_from(rows).ok());
-        let parts = scores.into_iter().map(|kept| kept.named.scores).collect();
-        let scores = Scores::merged(parts, batch_rows.unwrap_or(1))?;
-        let kept = KeptScores { request, shard: Shard::WHOLE, named: NamedScores { names, scores } };
-        Ok(Self { path, scores: Some(kept), ..whole })
-    }
-
-    fn damaged(&self, reason: String) -> Error {
+    /// An error for what cannot be in such a file.
+    pub(in crate::pipeline) fn damaged(&self, reason: String) -> Error {
         Error::NoStatistics { path: self.path.clone(), reason }
     }
 }
