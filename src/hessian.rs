@@ -367,6 +367,8 @@ struct WeightGradients {
     sums: Vec<WeightSums>,
     /// The weight that each lifted constant is of.
     weight_of: Vec<usize>,
+    /// How often each weight stands in the graph.
+    times: Vec<usize>,
     /// Of a weight that stands in the graph several times the sum of their gradients, of the probe under way.
     together: Vec<Option<Tensor>>,
     /// Whether there is another probe to differ from.
@@ -381,6 +383,7 @@ impl WeightGradients {
         Ok(Self {
             sums: sites.iter().map(sums).collect::<Result<_, _>>()?,
             weight_of: weight_of.collect(),
+            times: sites.iter().map(|site| site.values.len()).collect(),
             together: sites.iter().map(|_| None).collect(),
             has_spread: false,
         })
@@ -391,7 +394,7 @@ impl WeightGradients {
         let (Some(sums), Some(together)) = (self.sums.get_mut(weight), self.together.get_mut(weight)) else {
             return Ok(());
         };
-        if self.weight_of.iter().filter(|&&other| other == weight).count() == 1 {
+        if self.times.get(weight) == Some(&1) {
             return sums.add(gradient, self.has_spread);
         }
         *together = Some(match together.take() {

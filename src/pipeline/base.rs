@@ -124,18 +124,7 @@ impl Base {
 
     /// What calibration would have observed of these sites.
     pub(super) fn observed_in(&self, kept: &Kept, plan: &Plan, sites: &Sites) -> Result<Observed, Error> {
-        let by_name: HashMap<&str, &Vec<Activation>> =
-            kept.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
-        let statistics = sites.activations.iter().map(|site| {
-            let found = by_name
-                .get(site.name.as_str())
-                .copied()
-                .ok_or_else(|| Error::SiteNotKept { path: kept.path.clone(), site: site.name.clone() })?;
-            let is_whole = found.len() == site.anchors.len();
-            let reason = || format!("expected {} values of {}, found {}", site.anchors.len(), site.name, found.len());
-            if is_whole { Ok(found.clone()) } else { Err(kept.damaged(reason())) }
-        });
-        let statistics = statistics.collect::<Result<Vec<_>, Error>>()?;
+        let statistics = kept.statistics_of(sites)?;
         let targets = self.targets(plan.weights.bias_correction, sites);
         let (all, inputs) = self.inputs_in(kept)?;
         let inputs = inputs.for_some(&all, &targets);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::base::{Base, Observed};
 use super::calibration::Calibration;
-use super::kept::scores::NamedScores;
+use super::kept::scores::{self, NamedScores};
 use super::kept::statistics::{self, Kept, KeptScores, Key};
 use super::output_file::OutputFile;
 use super::score::Asking;
@@ -76,8 +76,8 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
         }
     };
     let mut notes: Vec<String> = base.taken.warning.clone().into_iter().collect();
-    let observed = base.observed_in(&kept, plan, &sites)?;
-    let asking = Asking::new(&settings, &sites, Some(&observed.statistics));
+    let seen = kept.statistics_of(&sites)?;
+    let asking = Asking::new(&settings, &sites, Some(&seen));
     if let Some(hessian) = asked.filter(|_| !asking.is_empty()) {
         let is_part = *shard != Shard::WHOLE;
         if kept.shard != Shard::WHOLE {
@@ -94,7 +94,7 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
             progress.stage("hessian", if hessian.request.tolerance.is_none() { rows } else { Work::Uncounted });
             let scores = asking.compute(hessian, &base.model, (data, *shard), |rows| progress.advance(rows));
             let scores = scores.map_err(hessian_batches(hessian).blame())?;
-            let named = NamedScores { names: asking.names_by_kind(), scores };
+            let named = NamedScores { names: scores::names(asking.layers()), scores };
             kept.scores = Some(KeptScores { request: statistics::request(hessian)?, shard: *shard, named });
         }
     }

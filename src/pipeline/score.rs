@@ -148,7 +148,7 @@ impl<'a> Asking<'a> {
         weights.chain(self.activations.iter().map(|site| &site.name)).cloned().collect()
     }
 
-    fn layers(&self) -> Layers<'_> {
+    pub(super) fn layers(&self) -> Layers<'_> {
         Layers { weights: &self.weights, activations: &self.activations, ranges: &self.ranges }
     }
 
@@ -221,14 +221,8 @@ impl<'a> Asking<'a> {
         Ok(pool)
     }
 
-    /// The names of weights and of activations.
-    pub(super) fn names_by_kind(&self) -> [Vec<String>; 2] {
-        let weights = self.weights.iter().map(|site| site.name.clone());
-        [weights.collect(), self.activations.iter().map(|site| site.name.clone()).collect()]
-    }
-
     fn named(&self, scores: Scores) -> Pool {
-        Pool { scores, names: self.names_by_kind(), reused: false, warnings: Vec::new() }
+        Pool { scores, names: scores::names(self.layers()), reused: false, warnings: Vec::new() }
     }
 
     /// The sites among `all` that any of these ask for.

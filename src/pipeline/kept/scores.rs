@@ -115,7 +115,8 @@ pub(in crate::pipeline) fn read(path: &Path, request: &str, layers: Layers<'_>) 
     parsed.unwrap_or_else(|reason| Found::Useless(format!("{path} is damaged: {reason}")))
 }
 
-pub(super) fn names(layers: Layers<'_>) -> [Vec<String>; 2] {
+/// The names of weights and of activations.
+pub(in crate::pipeline) fn names(layers: Layers<'_>) -> [Vec<String>; 2] {
     let weights = layers.weights.iter().map(|site| site.name.clone());
     [weights.collect(), layers.activations.iter().map(|site| site.name.clone()).collect()]
 }

@@ -1,7 +1,7 @@
 //! The statistics of a calibration, or of a shard of it: histograms and channels of each activation, sums of what ops read,
 //! and Hessian scores where an error method needs them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,7 @@ use crate::jit::{self, Seen};
 use crate::pipeline::Error;
 use crate::pipeline::output_file::OutputFile;
 use crate::report::Versions;
+use crate::sites::Sites;
 use crate::statistics::{Activation, ActivationArrays};
 
 /// What `kind` says in the file.
@@ -302,6 +303,22 @@ impl Kept {
             Some(scores) => Found::Scores(scores),
             None => Found::Useless(format!("those in {path} are of other layers or bits")),
         })
+    }
+
+    /// What was seen of these sites, in their order.
+    pub(in crate::pipeline) fn statistics_of(&self, sites: &Sites) -> Result<Vec<Vec<Activation>>, Error> {
+        let by_name: HashMap<&str, &Vec<Activation>> =
+            self.sites.iter().map(|(name, anchors)| (name.as_str(), anchors)).collect();
+        let statistics = sites.activations.iter().map(|site| {
+            let found = by_name
+                .get(site.name.as_str())
+                .copied()
+                .ok_or_else(|| Error::SiteNotKept { path: self.path.clone(), site: site.name.clone() })?;
+            let is_whole = found.len() == site.anchors.len();
+            let reason = || format!("expected {} values of {}, found {}", site.anchors.len(), site.name, found.len());
+            if is_whole { Ok(found.clone()) } else { Err(self.damaged(reason())) }
+        });
+        statistics.collect()
     }
 
     /// An error for what cannot be in such a file.
