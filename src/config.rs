@@ -30,7 +30,8 @@ pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
     ActivationPlan, BiasCorrection, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan, Format,
-    HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
+    HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Rounding, Transform,
+    WeightPlan,
 };
 pub use schema::json_schema;
 pub use sweep::{Combination, Emit, Sweep};

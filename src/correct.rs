@@ -5,14 +5,23 @@
 
 mod bias;
 mod geometry;
+mod layout;
+mod live;
+mod moments;
+mod rounding;
+mod sequence;
+mod steps;
 mod sums;
 mod targets;
 
 use tch::Tensor;
 
-use crate::jit::Place;
+use crate::jit::{Place, ValueId};
 
 pub use bias::{Seen, closed_form};
+pub use live::live_bytes_of_a_row;
+pub use sequence::{Looks, Network, Refined, RoundedSite, Weight, refine};
+pub use steps::{Asked, MOST_HESSIAN_BYTES, Steps};
 pub use sums::{InputSums, LayerSum};
 pub use targets::Targets;
 
@@ -23,6 +32,8 @@ pub struct Bias {
     pub layer: String,
     /// TorchScript name of the op.
     pub op: String,
+    /// The op's result.
+    pub result: ValueId,
     /// Where it goes: a slot of the op, or its result.
     pub place: Place,
     /// What goes there; float32.

@@ -12,6 +12,7 @@ mod cuts;
 mod directions;
 mod merge;
 mod on_device;
+mod squares;
 mod sums;
 mod thinning;
 
@@ -27,6 +28,8 @@ use crate::jit::{self, Arguments, BoxError, Clean, Differentiable, Listing, Reco
 use crate::observe::Summing;
 use crate::sites::{ActivationSite, WeightSite};
 use crate::statistics::{ActivationScores, Divided, WeightedCounter};
+
+pub use squares::{Squares, squares};
 
 use directions::{Directions, is_probed};
 use on_device::{Look, OnDevice};

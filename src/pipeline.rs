@@ -15,6 +15,7 @@ mod hash;
 mod journal;
 mod kept;
 mod output_file;
+mod refine;
 mod run_dir;
 mod score;
 mod select;
@@ -36,7 +37,7 @@ use self::device::Batches;
 pub use self::kept::statistics::Kept;
 use self::run_dir::RunDir;
 use self::score::{Asking, Keeping, ScoresTold};
-use crate::config::{BiasCorrection, DataPlan, HessianPlan, Plan};
+use crate::config::{BiasCorrection, DataPlan, HessianPlan, Plan, Rounding};
 use crate::correct::Corrections;
 use crate::dataset::Dataset;
 use crate::jit::{self, Arguments, Clean, Module};
@@ -68,6 +69,15 @@ pub trait Progress: Send {
     fn stage(&mut self, name: &'static str, work: Work);
     /// So many rows or sites of the stage are done.
     fn advance(&mut self, count: usize);
+}
+
+/// Nobody is told.
+pub(crate) struct NoProgress;
+
+impl Progress for NoProgress {
+    fn stage(&mut self, _: &'static str, _: Work) {}
+
+    fn advance(&mut self, _: usize) {}
 }
 
 /// What a stage has to do.
@@ -141,9 +151,9 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     }
     clock.timings.hessian = if pool.is_some() { clock.lap() } else { 0.0 };
 
-    progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
-    let chosen = Chosen::new(&base, (sites, &settings), observed, &scores, |count| progress.advance(count))?;
-    clock.timings.search = clock.lap();
+    let chosen = Chosen::new(&base, plan, (sites, &settings), observed, &scores, progress)?;
+    clock.timings.search = clock.lap() - chosen.correct;
+    clock.timings.correct = chosen.correct;
     finish((&base, &comparison), plan, (chosen, hashes, told), run_dir, clock, progress)
 }
 
@@ -176,7 +186,7 @@ fn finish(
         comparison.run(model, &simulation, |rows| progress.advance(rows)).map_err(comparison.batches().blame())?;
     clock.timings.evaluate = clock.lap();
 
-    let Chosen { sites, selections, corrections, worst_sites } = chosen;
+    let Chosen { sites, selections, corrections, worst_sites, not_rounded, correct: _ } = chosen;
     let mut warnings = warnings(model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation);
     warnings.extend(scores.warnings);
     warnings.extend(base.taken.warning.clone());
@@ -197,6 +207,7 @@ fn finish(
         calibration_samples: base.calibration.rows,
         hessian: scores.report,
         bias_correction: corrected_biases(plan, corrections),
+        not_rounded: (plan.weights.rounding != Rounding::Nearest).then_some(not_rounded),
         warnings,
         sites: selections.reports,
         worst_sites,

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{BiasCorrection, Distribution};
+use crate::config::{BiasCorrection, Distribution, Rounding};
 use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
@@ -49,6 +49,9 @@ pub struct Report {
     /// How biases were corrected; `None` where that was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bias_correction: Option<CorrectedBiases>,
+    /// Weights that are rounded to nearest though more was asked for, each with the reason; `None` where it was not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_rounded: Option<Vec<LeftFloat>>,
     /// What was quantized, weights first, in graph order.
     pub sites: Vec<SiteReport>,
     /// The sites that lose most, worst first.
@@ -98,6 +101,8 @@ pub struct Timings {
     pub hessian: f64,
     /// Choose thresholds.
     pub search: f64,
+    /// Round weights and correct biases op by op; 0 where neither is asked for.
+    pub correct: f64,
     /// Write the model.
     pub emit: f64,
     /// Compare the written model with its simulation.
@@ -189,6 +194,9 @@ pub struct SiteReport {
     /// What its Hessian scores are worth, if it has any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scores: Option<SiteScores>,
+    /// How its weights were rounded; `None` of activations, and of weights rounded to nearest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<RoundedWeight>,
     /// Its quantizers and what they cost.
     #[serde(flatten)]
     pub quantizers: Quantizers,
@@ -205,6 +213,20 @@ pub struct SiteScores {
     /// What the errors of an activation cost at the outputs because they are not independent, as a share of the weighted error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub off_diagonal: Option<f64>,
+}
+
+/// How the weights of a site were rounded.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoundedWeight {
+    /// By this method.
+    pub method: Rounding,
+    /// E(‖y − W_q·x_q‖²) / E(‖y‖²) on the calibration data if they were rounded to nearest: y is the float op's result and x_q
+    /// what the op reads in the quantized model, both without their means where biases are corrected.
+    pub error_nearest: f64,
+    /// The same as they are.
+    pub error: f64,
+    /// Channels that stay rounded to nearest, as nothing was better.
+    pub kept_nearest: usize,
 }
 
 /// The quantizers of one site and what they cost.
@@ -274,6 +296,44 @@ impl From<&Selection> for Quantizers {
             notes: selection.notes.iter().map(ToString::to_string).collect(),
         }
     }
+}
+
+impl Quantizers {
+    /// With these scales, and what weights cost now.
+    pub fn rescale(&mut self, params: &[QuantParams], cost: &Cost) {
+        self.thresholds = match &self.thresholds {
+            Thresholds::Range(_) => {
+                let ranges = params.iter().map(QuantParams::range);
+                Thresholds::Range(ranges.map(|range| [range.lo, range.hi]).collect())
+            }
+            // The largest magnitude that has as many levels on its side as there can be.
+            Thresholds::Threshold(_) => Thresholds::Threshold(params.iter().map(threshold).collect()),
+        };
+        self.scale = params.iter().map(QuantParams::scale).collect();
+        self.zero_point = params.iter().map(QuantParams::zero_point).collect();
+        self.error = cost.error;
+        self.sqnr_db = Some(cost.sqnr_db).filter(|sqnr| sqnr.is_finite());
+        self.clipped_share = cost.clipped_share;
+        // It was that of other images.
+        self.weighted_error = None;
+    }
+}
+
+/// What images of values cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cost {
+    /// Mean of (x − q)².
+    pub error: f64,
+    /// 10 log10(Σ x² / Σ (x − q)²) in dB.
+    pub sqnr_db: f64,
+    /// Share of clipped values.
+    pub clipped_share: f64,
+}
+
+/// The snapped threshold of a quantizer of a symmetric grid.
+fn threshold(params: &QuantParams) -> f64 {
+    let levels = if params.quant_min() < 0 { -params.quant_min() } else { params.quant_max() + 1 };
+    f64::from(params.scale()) * f64::from(levels)
 }
 
 /// A site that loses much, and what might help.

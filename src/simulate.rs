@@ -3,8 +3,9 @@
 
 use tch::Tensor;
 
-use crate::jit::{BoxError, Visit};
+use crate::jit::{BoxError, Tap, TapKind, Visit};
 use crate::quantizer::QuantParams;
+use crate::sites::ActivationSite;
 
 /// The quantized image of a float32 tensor, bit for bit that of [`QuantParams::fake_quantize`] and of libtorch's
 /// `fake_quantize_per_tensor_affine`, which takes about 20 times as long on a CPU.
@@ -21,6 +22,15 @@ pub fn fake_quantize(tensor: &Tensor, params: &QuantParams) -> Result<Tensor, tc
     let image = tensor.f_mul_scalar(inverse)?.f_round_()?.f_add_scalar_(zero_point)?.f_clamp_(min, max)?;
     let mut image = if params.zero_point() == 0 { image } else { image.shallow_clone().f_sub_scalar_(zero_point)? };
     image.f_mul_scalar_(scale)
+}
+
+/// Taps that [`Simulate`] answers at the values of these sites, and its quantizers; a site without one stays float.
+#[must_use]
+pub fn substitutes(sites: &[ActivationSite], quantizers: &[Option<QuantParams>]) -> (Vec<Tap>, Vec<QuantParams>) {
+    let sites = sites.iter().zip(quantizers).filter_map(|(site, quantizer)| Some((site, (*quantizer)?)));
+    let anchors = sites.flat_map(|(site, quantizer)| site.anchors.iter().map(move |anchor| (anchor.value, quantizer)));
+    let tap = |(number, (value, quantizer))| (Tap { value, number, kind: TapKind::Substitute }, quantizer);
+    anchors.enumerate().map(tap).unzip()
 }
 
 /// Replaces each tapped value by its quantized image; tap i has the quantizer `params[i]`.

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 use tsquant::config::{
-    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Plan, WeightPlan,
+    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Plan, Rounding, WeightPlan,
 };
 use tsquant::dataset::Dataset;
 use tsquant::emit::EXTRA_FILE;
@@ -71,6 +71,8 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
             granularity: Granularity::PerChannel,
             error_method: ErrorMethod::Mse,
             bias_correction: BiasCorrection::ClosedForm,
+            rounding: Rounding::Nearest,
+            rounding_fallback: false,
         },
         activations: ActivationPlan {
             scheme: scheme(Grid::Uniform),

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 use tsquant::config::{
-    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan,
+    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan, Rounding,
     WeightPlan,
 };
 use tsquant::dataset::Dataset;
@@ -326,6 +326,8 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
             granularity: Granularity::PerChannel,
             error_method: ErrorMethod::NoClipping,
             bias_correction: BiasCorrection::None,
+            rounding: Rounding::Nearest,
+            rounding_fallback: false,
         },
         activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
         overrides: Overrides::default(),

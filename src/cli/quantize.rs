@@ -74,6 +74,9 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
     if let Some([corrected, left_out]) = estimate.biases {
         writeln!(out, "# {}", biases(corrected, left_out, "would be corrected"))?;
     }
+    if let Some([rounded, nearest]) = estimate.roundings {
+        writeln!(out, "# {}", roundings(rounded, nearest, "would be rounded by gptq"))?;
+    }
     let hessian = match (estimate.hessian_rows, estimate.timings.hessian) {
         (0, _) => String::new(),
         (rows, seconds) => format!("hessian {seconds:.1} ({rows} rows), "),
@@ -81,7 +84,7 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
     let (times, calibrated, evaluated) = (&estimate.timings, estimate.calibration_rows, estimate.evaluation_rows);
     writeln!(
         out,
-        "# about {:.0} s on {}: load {:.1}, calibrate {:.1} ({calibrated} rows), {}search {:.1}, check {:.1}, \
+        "# about {:.0} s on {}: load {:.1}, calibrate {:.1} ({calibrated} rows), {}search {:.1}, {}check {:.1}, \
          evaluate {:.1} ({evaluated} rows)",
         times.total.max(1.0),
         estimate.device,
@@ -89,6 +92,7 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
         times.calibrate,
         hessian,
         times.search,
+        correct_time(times.correct),
         times.check,
         times.evaluate
     )?;
@@ -113,6 +117,10 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
     if let Some(corrected) = &report.bias_correction {
         writeln!(out, "{}", biases(corrected.layers.len(), corrected.left_out.len(), "corrected"))?;
     }
+    if let Some(not_rounded) = &report.not_rounded {
+        let rounded = report.sites.iter().filter(|site| site.rounding.is_some()).count();
+        writeln!(out, "{}", roundings(rounded, not_rounded.len(), "rounded by gptq"))?;
+    }
     if let Some(dropped) = dropped(&report.dropped) {
         writeln!(out, "{dropped}")?;
     }
@@ -123,18 +131,25 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
     let times = &report.timings_s;
     writeln!(
         out,
-        "{:.1} s on {}: load {:.1}, calibrate {:.1}, {}search {:.1}, emit {:.1}, check {:.1}, evaluate {:.1}",
+        "{:.1} s on {}: load {:.1}, calibrate {:.1}, {}search {:.1}, {}emit {:.1}, check {:.1}, evaluate {:.1}",
         times.total,
         report.device,
         times.load,
         times.calibrate,
         hessian_time(report.hessian.is_some(), times),
         times.search,
+        correct_time(times.correct),
         times.emit,
         times.check,
         times.evaluate
     )?;
     writeln!(out, "written to {}", outcome.dir.display())
+}
+
+fn roundings(rounded: usize, nearest: usize, done: &str) -> String {
+    let nearest =
+        if nearest == 0 { String::new() } else { format!("; those of {} to nearest", table::count(nearest, "op")) };
+    format!("{} {done}{nearest}", table::count(rounded, "weight"))
 }
 
 fn biases(corrected: usize, left_out: usize, done: &str) -> String {
@@ -147,6 +162,11 @@ fn biases(corrected: usize, left_out: usize, done: &str) -> String {
 /// The time of the stage that not every run has.
 fn hessian_time(has_scores: bool, times: &Timings) -> String {
     if has_scores { format!("hessian {:.1}, ", times.hessian) } else { String::new() }
+}
+
+/// The time of another such stage.
+fn correct_time(seconds: f64) -> String {
+    if seconds > 0.0 { format!("correct {seconds:.1}, ") } else { String::new() }
 }
 
 /// How many parts of the float model the emitted one is without, if any.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::device::DevicePlan;
 use super::hessian::HessianKeys;
 use super::overrides::OverrideKeys;
-use super::plan::{BiasCorrection, Format, InputsPlan, Layout, Metric};
+use super::plan::{BiasCorrection, Format, InputsPlan, Layout, Metric, Rounding};
 use super::sweep::SweepKeys;
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent, ExponentError};
@@ -124,7 +124,7 @@ pub(super) struct TransformKeys {
 #[serde(deny_unknown_fields)]
 pub(super) struct QuantizationKeys {
     /// Weights.
-    pub(super) weights: Option<SiteKeys>,
+    pub(super) weights: Option<WeightKeys>,
     /// Activations, always per tensor.
     pub(super) activations: Option<SiteKeys>,
     /// How thresholds of weights are chosen.
@@ -139,6 +139,22 @@ pub(super) struct QuantizationKeys {
     /// Activation values farther than so many standard deviations from the mean do not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) z_threshold: Option<Deviations>,
+}
+
+/// Bits, grid and granularity of weights, and how they are rounded.
+#[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WeightKeys {
+    /// Width.
+    pub(super) bits: Option<Bits>,
+    /// Where the levels lie.
+    pub(super) grid: Option<Grid>,
+    /// One threshold per tensor or per output channel.
+    pub(super) granularity: Option<Granularity>,
+    /// To which level a weight goes.
+    pub(super) rounding: Option<Rounding>,
+    /// Round to nearest where `rounding` would take too much memory.
+    pub(super) rounding_fallback: Option<bool>,
 }
 
 /// Bits, grid and granularity.

@@ -11,12 +11,10 @@ use NotBuilt::{Key, Value};
 /// `[]` stands for every item of a list.
 const NOT_BUILT: &[NotBuilt] = &[
     Key("mixed_precision"),
-    Key("quantization.weights.rounding"),
     Key("quantization.accuracy"),
     Key("output.engine"),
     Key("output.reduce_range"),
     Key("output.strict"),
-    Value("quantization.weights_bias_correction", "weighted"),
     Value("output.format", "int8"),
 ];
 

@@ -218,6 +218,20 @@ pub struct WeightPlan {
     pub error_method: ErrorMethod,
     /// How biases are corrected.
     pub bias_correction: BiasCorrection,
+    /// How weights are rounded.
+    pub rounding: Rounding,
+    /// Weights whose rounding would take too much memory are rounded to nearest instead of being an error.
+    pub rounding_fallback: bool,
+}
+
+/// To which of the levels that its quantizer has a weight goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Rounding {
+    /// To the nearest one.
+    Nearest,
+    /// To the one that makes the error of the layer's result least, given the others.
+    Gptq,
 }
 
 /// What is done to biases for the errors of quantized weights.
@@ -228,6 +242,8 @@ pub enum BiasCorrection {
     None,
     /// b += (W − W_q)·E(x) per output channel.
     ClosedForm,
+    /// b += Σ g²·(y − y_q) / Σ g² per output channel, op by op, g being gradients of the outputs.
+    Weighted,
 }
 
 /// How activations are quantized.

@@ -11,12 +11,12 @@ use super::document::Node;
 use super::error::{Error, Problem, path_text};
 use super::keys::{
     CalibrationKeys, Count, Deviations, EvaluationKeys, Keys, LpValue, Method, OneOrMany, OutputKeys, OutputName,
-    QuantizationKeys, SiteKeys, TransformKeys,
+    QuantizationKeys, TransformKeys,
 };
 use super::overrides::Overrides;
 use super::plan::{
     ActivationPlan, BiasCorrection, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
-    OutputPlan, Plan, Transform, WeightPlan,
+    OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
@@ -73,7 +73,9 @@ impl Resolver<'_> {
         let hessian = super::hessian::resolve(&keys.hessian.unwrap_or_default(), seed)
             .map_err(|(key, reason)| self.invalid(&format!("hessian.{key}"), reason))?;
         let methods = [weights.error_method, activations.error_method];
-        let is_asked = methods.contains(&ErrorMethod::Hmse) || overrides.ask_for(Method::Hmse);
+        // They are computed on the rows that weights are rounded and biases corrected on.
+        let is_in_sequence = weights.rounding == Rounding::Gptq || weights.bias_correction == BiasCorrection::Weighted;
+        let is_asked = methods.contains(&ErrorMethod::Hmse) || overrides.ask_for(Method::Hmse) || is_in_sequence;
         let hessian = is_asked.then_some(hessian);
         let (device, allow_tf32) = (keys.device.unwrap_or(DevicePlan::Auto), keys.allow_tf32.unwrap_or(false));
         let output = self.output(keys.output.unwrap_or_default())?;
@@ -326,12 +328,14 @@ impl Resolver<'_> {
         }
         let weight_plan = WeightPlan {
             granularity: weights.granularity.unwrap_or(Granularity::PerChannel),
-            scheme: self.scheme("quantization.weights", &weights, Grid::Symmetric)?,
+            scheme: self.scheme("quantization.weights", (weights.bits, weights.grid), Grid::Symmetric)?,
             error_method: keys.weights_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
             bias_correction: keys.weights_bias_correction.unwrap_or(BIAS_CORRECTION),
+            rounding: weights.rounding.unwrap_or(Rounding::Nearest),
+            rounding_fallback: weights.rounding_fallback.unwrap_or(false),
         };
         let activation_plan = ActivationPlan {
-            scheme: self.scheme("quantization.activations", &activations, Grid::Uniform)?,
+            scheme: self.scheme("quantization.activations", (activations.bits, activations.grid), Grid::Uniform)?,
             error_method: keys.activation_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
             z_threshold: keys.z_threshold.map(|Deviations(z)| z),
         };
@@ -344,12 +348,12 @@ impl Resolver<'_> {
         Ok((weight_plan, activation_plan))
     }
 
-    fn scheme(&self, key: &str, keys: &SiteKeys, default: Grid) -> Result<Scheme, Error> {
-        let bits = match keys.bits {
+    fn scheme(&self, key: &str, (bits, grid): (Option<Bits>, Option<Grid>), default: Grid) -> Result<Scheme, Error> {
+        let bits = match bits {
             Some(bits) => bits,
             None => Bits::try_from(8u64).map_err(|error| self.invalid(key, error.to_string()))?,
         };
-        Ok(Scheme { bits, grid: keys.grid.unwrap_or(default) })
+        Ok(Scheme { bits, grid: grid.unwrap_or(default) })
     }
 
     fn output(&self, keys: OutputKeys) -> Result<OutputPlan, Error> {

@@ -8,7 +8,7 @@ use super::error::{Error, Origin, Place, Problem};
 use super::hessian::HessianKeys;
 use super::keys::{
     CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Keys, LpValue, Method, ModelKeys, OneOrMany, OutputKeys,
-    OutputName, Pixels, QuantizationKeys, SiteKeys, TransformKeys,
+    OutputName, Pixels, QuantizationKeys, SiteKeys, TransformKeys, WeightKeys,
 };
 use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, HessianPlan, Plan, Transform, WeightPlan};
 use crate::quantizer::Granularity;
@@ -127,10 +127,15 @@ impl From<&Transform> for TransformKeys {
     }
 }
 
-impl From<&WeightPlan> for SiteKeys {
+impl From<&WeightPlan> for WeightKeys {
     fn from(plan: &WeightPlan) -> Self {
-        let granularity = Some(plan.granularity);
-        Self { bits: Some(plan.scheme.bits), grid: Some(plan.scheme.grid), granularity }
+        Self {
+            bits: Some(plan.scheme.bits),
+            grid: Some(plan.scheme.grid),
+            granularity: Some(plan.granularity),
+            rounding: Some(plan.rounding),
+            rounding_fallback: Some(plan.rounding_fallback),
+        }
     }
 }
 

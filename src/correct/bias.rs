@@ -94,7 +94,7 @@ fn on_cpu(model: &Clean, value: ValueId) -> Result<Tensor, jit::Error> {
 }
 
 /// A weight as (groups, outputs of a group, inputs of a group, taps).
-fn by_group(weight: &Tensor, form: Form) -> Result<Tensor, tch::TchError> {
+pub(super) fn by_group(weight: &Tensor, form: Form) -> Result<Tensor, tch::TchError> {
     let size = weight.size();
     let (first, second) = (size.first().copied().unwrap_or(1), size.get(1).copied().unwrap_or(1));
     let taps: i64 = size.iter().skip(2).product();
@@ -118,7 +118,7 @@ fn shape(reading: Option<&Reading>, sum: &Sum, added: &Tensor) -> Result<Result<
     })
 }
 
-fn bias(model: &Clean, target: &Target, added: &Tensor, shape: &[i64]) -> Result<Bias, jit::Error> {
+pub(super) fn bias(model: &Clean, target: &Target, added: &Tensor, shape: &[i64]) -> Result<Bias, jit::Error> {
     let result = target.result;
     let (place, tensor) = match target.bias {
         OldBias::Constant(slot, value) => (Place::Input { result, slot }, on_cpu(model, value)?.f_add(added)?),
@@ -126,7 +126,7 @@ fn bias(model: &Clean, target: &Target, added: &Tensor, shape: &[i64]) -> Result
         OldBias::NoSlot => (Place::Addend(result), added.f_reshape(shape)?),
     };
     let added = jit::with_values(added, <[f32]>::to_vec)?;
-    Ok(Bias { layer: target.layer.clone(), op: target.op.clone(), place, tensor, added })
+    Ok(Bias { layer: target.layer.clone(), op: target.op.clone(), result, place, tensor, added })
 }
 
 #[cfg(test)]
@@ -150,7 +150,7 @@ mod tests {
 
     fn target(form: Form) -> Target {
         let (layer, op) = ("layer".to_owned(), "op".to_owned());
-        Target { layer, op, result: 0, weight: 0, form, input: 0, bias: OldBias::NoSlot, factor: 1.0 }
+        Target { layer, op, result: 0, slot: 0, weight: 0, form, input: 0, bias: OldBias::NoSlot, factor: 1.0 }
     }
 
     /// What is added for the error `difference` of a weight that meets these batches.

@@ -74,6 +74,8 @@ pub(super) struct Target {
     pub(super) layer: String,
     pub(super) op: String,
     pub(super) result: ValueId,
+    /// The slot of its input.
+    pub(super) slot: usize,
     /// Its weight among the sites.
     pub(super) weight: usize,
     pub(super) form: Form,
@@ -82,6 +84,18 @@ pub(super) struct Target {
     pub(super) bias: OldBias,
     /// The op multiplies its product by this.
     pub(super) factor: f64,
+}
+
+impl Target {
+    /// Channels of its result.
+    pub(super) fn outputs(&self, sites: &Sites) -> i64 {
+        let shape = sites.weights.get(self.weight).map(|site| site.shape.as_slice()).unwrap_or_default();
+        let at = |axis: usize| shape.get(axis).copied().unwrap_or(1);
+        match self.form {
+            Form::OutputsFirst { .. } => at(0),
+            Form::InputsFirst { groups } => at(1) * groups,
+        }
+    }
 }
 
 /// How a weight's axes lie.
@@ -231,7 +245,7 @@ impl Targets {
         }
         let bias = if has_bias_slot { finder.bias(node, 2) } else { OldBias::NoSlot };
         let (layer, op) = (layer.name.clone(), layer.op.clone());
-        self.ops.push(Target { layer, op, result, weight, form, input: number, bias, factor });
+        self.ops.push(Target { layer, op, result, slot, weight, form, input: number, bias, factor });
     }
 }
 

@@ -168,7 +168,7 @@ impl Base {
     /// The ops whose biases are to be corrected, as planned.
     pub(super) fn targets(&self, correction: BiasCorrection, sites: &Sites) -> Targets {
         match correction {
-            BiasCorrection::None => Targets::default(),
+            BiasCorrection::None | BiasCorrection::Weighted => Targets::default(),
             BiasCorrection::ClosedForm => Targets::find(self.model.listing(), sites),
         }
     }

@@ -1,6 +1,7 @@
 //! What was chosen for one plan: quantizers for all sites and biases, and what can be made of them: a simulation, a file.
 
 use std::path::Path;
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -8,7 +9,7 @@ use super::base::{Base, Observed};
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
-use super::{Error, device, worst};
+use super::{Error, Progress, Work, device, refine, worst};
 use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
@@ -23,6 +24,10 @@ pub(super) struct Chosen {
     pub(super) selections: Selections,
     pub(super) corrections: Corrections,
     pub(super) worst_sites: Vec<WorstSite>,
+    /// Weights that are rounded to nearest though more was asked for.
+    pub(super) not_rounded: Vec<LeftFloat>,
+    /// Seconds that rounding and bias correction op by op took.
+    pub(super) correct: f64,
 }
 
 /// What goes into the emitted archive beside the model.
@@ -43,20 +48,31 @@ impl Chosen {
     /// Where a threshold cannot be chosen.
     pub(super) fn new(
         base: &Base,
+        plan: &Plan,
         (mut sites, settings): (Sites, &Settings),
         observed: Observed,
         scores: &SiteScores<'_>,
-        advance: impl FnMut(usize) + Send,
+        progress: &mut dyn Progress,
     ) -> Result<Self, Error> {
         let Base { model, calibration, .. } = base;
         let Observed { statistics, targets, inputs } = observed;
         let given = Given { settings, statistics: &statistics, scores };
-        let selections = select::select(given, model, &mut sites, advance)?;
+        progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
+        let selections = select::select(given, model, &mut sites, |count| progress.advance(count))?;
         let rows = worst::Rows { seen: calibration.rows, stored: calibration.stored_rows };
         let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, rows)?;
         let seen = correct::Seen { inputs, statistics: &statistics };
-        let corrections = correct::closed_form(model, &sites, &selections.weights, &targets, seen)?;
-        Ok(Self { sites, selections, corrections, worst_sites })
+        let known = correct::closed_form(model, &sites, &selections.weights, &targets, seen)?;
+        let (corrections, not_rounded) = (Corrections::default(), Vec::new());
+        let mut chosen = Self { sites, selections, corrections, worst_sites, not_rounded, correct: 0.0 };
+        if refine::asked(plan).is_in_sequence() {
+            let start = Instant::now();
+            refine::refine(base, plan, (&mut chosen, settings), known, progress)?;
+            chosen.correct = start.elapsed().as_secs_f64();
+        } else {
+            chosen.corrections = known;
+        }
+        Ok(chosen)
     }
 
     /// Writes the model file.

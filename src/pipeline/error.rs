@@ -67,6 +67,17 @@ pub enum Error {
         /// The model.
         model: PathBuf,
     },
+    /// Second-order rounding would need too much memory.
+    #[error("layer {layer}: expected a Hessian of at most {} MiB for `rounding: gptq`, found {} MiB; take \
+             `quantization.weights.rounding_fallback: true` to round this layer to nearest", most >> 20, bytes >> 20)]
+    LargeHessian {
+        /// The layer.
+        layer: String,
+        /// Bytes of its Hessian.
+        bytes: u64,
+        /// Bytes that it may have.
+        most: u64,
+    },
     /// The plan as YAML, or an override that does not fit the model.
     #[error(transparent)]
     Config(#[from] crate::config::Error),

@@ -6,11 +6,12 @@ use std::time::Instant;
 use super::base::Base;
 use super::calibration::Calibration;
 use super::score::Asking;
-use super::{Error, calibration_batches, device, hessian_batches, peak_memory_bytes, run_dir};
-use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan};
+use super::{Error, calibration_batches, device, hessian_batches, peak_memory_bytes, refine, run_dir};
+use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan, Rounding};
+use crate::correct::{self, Steps};
 use crate::dataset::{Dataset, Shard};
 use crate::feed;
-use crate::jit::{self, Clean, NoVisit};
+use crate::jit::{self, Clean, Listing, NoVisit};
 use crate::quantizer::Grid;
 use crate::report::{Hashes, Timings};
 use crate::settings::{self, Settings, SiteSettings};
@@ -23,6 +24,18 @@ const CALIBRATION: f64 = 1.35;
 
 /// Evaluation in plain forwards: a float pass, and a simulated one with its quantizers, measured on MobileNetV2.
 const EVALUATION: f64 = 2.5;
+
+/// The float and the quantized model side by side, in plain forwards; measured on MobileNetV2, as the next three.
+const SIDE_BY_SIDE: f64 = 3.0;
+
+/// A forward that gradients are asked of.
+const GRADIENTS: f64 = 1.5;
+
+/// A way back.
+const WAY_BACK: f64 = 1.8;
+
+/// Hessians of what ops read, and rounding.
+const ROUNDING: f64 = 6.0;
 
 /// Runs of the batch, of which the fastest counts: the first one is slow.
 const RUNS: usize = 3;
@@ -48,6 +61,8 @@ pub struct Estimate {
     pub activations: usize,
     /// Biases to correct, and those of ops with quantized weights that are not; `None` where that is not asked for.
     pub biases: Option<[usize; 2]>,
+    /// Weights to round otherwise than to nearest, and ops whose weights are not; `None` where that is not asked for.
+    pub roundings: Option<[usize; 2]>,
     /// What stays float.
     pub left_float: Vec<LeftFloat>,
     /// Rows of calibration data.
@@ -96,6 +111,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         None => (0.0, 0),
     };
 
+    let sequence = InSequence::of(&base, plan, &sites)?;
     let elements = |shape: &[i64]| shape.iter().map(|size| size.unsigned_abs()).product::<u64>();
     let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
     let weight_elements: u64 = weights.iter().sum();
@@ -106,33 +122,94 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
         hessian,
         search: search + sites.activations.len() as f64 * SITE,
+        correct: row * sequence.as_ref().map_or(0.0, |sequence| sequence.forwards()),
         emit: 0.0,
         check: row * comparison.checked_rows() as f64 * EVALUATION,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
         total: 0.0,
     };
-    timings.total =
-        timings.load + timings.calibrate + timings.hessian + timings.search + timings.check + timings.evaluate;
+    timings.total = timings.load
+        + timings.calibrate
+        + timings.hessian
+        + timings.search
+        + timings.correct
+        + timings.check
+        + timings.evaluate;
     let targets = base.targets(plan.weights.bias_correction, &sites);
+    let closed_form = [targets.count(), targets.left_out().len()];
     let is_corrected = plan.weights.bias_correction != BiasCorrection::None;
     let statistics = sites.activations.len() as u64 * STATISTICS + targets.bytes();
     let gradient_sums = gradient_sums(&settings, hessian_rows);
     // The search has the weights and their quantized copies in memory, four bytes an element.
     let copies = 2 * 4 * weight_elements;
+    let in_sequence = sequence.as_ref().map_or(0, |sequence| sequence.bytes(model.listing()));
     Ok(Estimate {
         device: base.device(),
         hashes,
         weights: sites.weights.len(),
         weight_elements,
         activations: sites.activations.len(),
-        biases: is_corrected.then(|| [targets.count(), targets.left_out().len()]),
+        biases: is_corrected.then(|| sequence.as_ref().map_or(closed_form, InSequence::biases)),
+        roundings: sequence.as_ref().and_then(InSequence::roundings),
         left_float: sites.left_float,
         calibration_rows: calibration.rows(),
         hessian_rows,
         evaluation_rows,
         timings,
-        peak_memory_bytes: peak_memory_bytes().map(|bytes| bytes + statistics + gradient_sums + copies),
+        peak_memory_bytes: peak_memory_bytes().map(|bytes| bytes + statistics + gradient_sums + copies + in_sequence),
     })
+}
+
+/// What is done op by op.
+struct InSequence<'a> {
+    plan: &'a Plan,
+    steps: Steps,
+    rows: usize,
+    batches: usize,
+    probes: usize,
+}
+
+impl<'a> InSequence<'a> {
+    fn of(base: &Base, plan: &'a Plan, sites: &Sites) -> Result<Option<Self>, Error> {
+        let Some(HessianPlan { request, .. }) = plan.hessian.as_ref().filter(|_| refine::asked(plan).is_in_sequence())
+        else {
+            return Ok(None);
+        };
+        let rows = request.samples.get().min(base.calibration.rows);
+        let (batches, probes) = (rows.div_ceil(request.batch_size.get()), request.probes.get());
+        Ok(Some(Self { plan, steps: refine::steps(base, plan, sites)?, rows, batches, probes }))
+    }
+
+    fn is_rounded(&self) -> bool {
+        self.plan.weights.rounding == Rounding::Gptq
+    }
+
+    fn is_weighted(&self) -> bool {
+        self.plan.weights.bias_correction == BiasCorrection::Weighted
+    }
+
+    /// Biases that are corrected, and ops whose biases are not.
+    fn biases(&self) -> [usize; 2] {
+        [self.steps.corrected(), self.steps.not_corrected.len()]
+    }
+
+    fn roundings(&self) -> Option<[usize; 2]> {
+        self.is_rounded().then(|| [self.steps.rounded(), self.steps.not_rounded.len()])
+    }
+
+    /// What it takes in plain forwards of a row.
+    fn forwards(&self) -> f64 {
+        let gradients = if self.is_weighted() { GRADIENTS + WAY_BACK * self.probes as f64 } else { 0.0 };
+        let rounding = if self.is_rounded() { ROUNDING } else { 0.0 };
+        (SIDE_BY_SIDE + gradients + rounding) * self.rows as f64
+    }
+
+    /// Bytes of what is kept of all batches.
+    fn bytes(&self, listing: &Listing) -> u64 {
+        let squares = if self.is_weighted() { self.steps.squares_bytes(self.batches) } else { 0 };
+        let live = correct::live_bytes_of_a_row(listing) * self.rows as u64;
+        2 * live + squares + 6 * self.steps.largest_hessian()
+    }
 }
 
 /// Bytes of the sums of gradients by row, of the activations that have some.

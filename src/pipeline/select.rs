@@ -7,9 +7,10 @@ use tch::Tensor;
 
 use super::Error;
 use super::score::SiteScores;
+use crate::correct::Weight;
 use crate::hessian::{Scored, Unusable};
 use crate::jit::{self, Clean};
-use crate::quantizer::{Granularity, QuantParams};
+use crate::quantizer::{Granularity, Grid, QuantParams};
 use crate::report::{self, Kind, Quantizers, SiteReport};
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, LeftFloat, Sites, WeightSite};
@@ -29,13 +30,30 @@ pub(super) struct Given<'a> {
 }
 
 /// What was chosen for each site.
+#[derive(Default)]
 pub(super) struct Selections {
     /// In the order of `sites.activations`; `None` stays float.
     pub(super) activations: Vec<Option<QuantParams>>,
     /// Quantized weights in the order of `sites.weights`.
     pub(super) weights: Vec<Tensor>,
+    /// Their quantizers: one for each channel, or one for all.
+    pub(super) weight_params: Vec<Vec<QuantParams>>,
     /// Weights, then activations.
     pub(super) reports: Vec<SiteReport>,
+}
+
+impl Selections {
+    /// The quantized weights, to be rounded otherwise.
+    pub(super) fn take_weights(&mut self, settings: &Settings) -> Vec<Weight> {
+        let (tensors, params) = (std::mem::take(&mut self.weights), std::mem::take(&mut self.weight_params));
+        let weights = tensors.into_iter().zip(params).zip(&settings.weights);
+        let weight = |((tensor, params), settings): ((_, Vec<QuantParams>), &SiteSettings)| {
+            // A grid of powers of two has no other scales, and channels that share one cannot change it each for itself.
+            let refits = settings.scheme.grid != Grid::PowerOfTwo && params.len() > 1;
+            Weight { tensor, params, refits }
+        };
+        weights.map(weight).collect()
+    }
 }
 
 /// Chooses all thresholds; sites that never ran join what is left float. `advance` is called with 1 for each site.
@@ -45,7 +63,7 @@ pub(super) fn select(
     sites: &mut Sites,
     mut advance: impl FnMut(usize) + Send,
 ) -> Result<Selections, Error> {
-    let mut selections = Selections { activations: Vec::new(), weights: Vec::new(), reports: Vec::new() };
+    let mut selections = Selections::default();
     let Given { settings, statistics, scores } = given;
     for (index, (site, settings)) in sites.weights.iter().zip(&settings.weights).enumerate() {
         let mut method = Method::new(settings.error_method, scored(&scores.weights, index));
@@ -57,6 +75,7 @@ pub(super) fn select(
         let named = Named { name: &site.name, layer: &site.layer, op: &site.op };
         selections.weights.push(tensor);
         selections.reports.push(report(Kind::Weight, &named, settings, &method, &selection));
+        selections.weight_params.push(selection.params);
         advance(1);
     }
     let advance = Mutex::new(advance);
@@ -231,6 +250,7 @@ fn report<T>(
         error_method: method.error_method,
         l_p_value: method.error_method.exponent(),
         scores,
+        rounding: None,
         quantizers,
     }
 }

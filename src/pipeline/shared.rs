@@ -9,7 +9,7 @@ use super::chosen::Chosen;
 use super::compare::Comparison;
 use super::device::Taken;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
-use super::{Clock, Error, Progress, Work, hessian_batches};
+use super::{Clock, Error, NoProgress, Progress, Work, hessian_batches};
 use crate::config::{HessianPlan, Plan};
 use crate::correct::Targets;
 use crate::report::Timings;
@@ -116,7 +116,7 @@ impl Shared {
         };
         drop(asking);
         let observed = Observed { statistics, targets, inputs };
-        Ok((Chosen::new(&self.base, (sites, &settings), observed, &scores, |_| ())?, told))
+        Ok((Chosen::new(&self.base, plan, (sites, &settings), observed, &scores, &mut NoProgress)?, told))
     }
 
     /// Computes the scores of all runs with this request, unless they are there.

@@ -6,6 +6,7 @@ use crate::dataset::Dataset;
 use crate::feed;
 use crate::jit::{self, Arguments, Clean, Instrumented, Module};
 use crate::quantizer::QuantParams;
+use crate::simulate::substitutes;
 use crate::sites::Sites;
 
 /// The quantized model, run without being written: the float graph with quantized weights and a simulated quantizer at
@@ -22,18 +23,7 @@ impl Simulation {
         selections: &select::Selections,
         corrections: &Corrections,
     ) -> Result<Self, Error> {
-        let mut params = Vec::new();
-        let mut taps = Vec::new();
-        for (site, quantizer) in sites.activations.iter().zip(&selections.activations) {
-            let Some(quantizer) = quantizer else { continue };
-            let number = params.len();
-            params.push(*quantizer);
-            taps.extend(site.anchors.iter().map(|anchor| jit::Tap {
-                value: anchor.value,
-                number,
-                kind: jit::TapKind::Substitute,
-            }));
-        }
+        let (taps, params) = substitutes(&sites.activations, &selections.activations);
         let weights = sites.weights.iter().zip(&selections.weights);
         let weights = weights.flat_map(|(site, tensor)| {
             site.values.iter().map(|&value| (jit::Place::Constant(value), tensor.shallow_clone()))

@@ -229,6 +229,7 @@ mod tests {
             error_method,
             l_p_value: None,
             scores: None,
+            rounding: None,
             quantizers,
         }
     }

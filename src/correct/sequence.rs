@@ -1,0 +1,573 @@
+//! Rounding and bias correction from op to op, each with what it really reads in the quantized model up to there.
+//!
+//! All batches run through the quantized model side by side and wait for each other in front of and behind each op with a
+//! weight; the float model runs beside them and gives the results that there should be. So memory is that of the values that
+//! are alive at one op, of all batches, and each op runs once. It knows no file and no report.
+
+use std::collections::BTreeMap;
+
+use tch::{Device, Kind, Tensor};
+
+use super::bias::{self, by_group};
+use super::layout::{by_channel, grouped, patches};
+use super::moments::Moments;
+use super::rounding::{self, Problem, Rounded};
+use super::steps::{Asked, Step, Steps};
+use super::targets::{Form, Reading, Target};
+use super::{Corrections, LeftOut};
+use crate::config::BiasCorrection;
+use crate::hessian::Squares;
+use crate::jit::{self, Arguments, Clean, Instrumented, Stepwise, Tap, TapKind, stepwise};
+use crate::quantizer::QuantParams;
+use crate::random::SplitMix64;
+use crate::simulate::{fake_quantize, substitutes};
+use crate::sites::Sites;
+
+/// Numbers of a batch whose squared gradients are kept for one op.
+pub(super) const SEEN: i64 = 1 << 18;
+
+/// How far weights go to make up for the errors of their inputs.
+const PULL: f64 = 0.5;
+
+/// Share of the mean diagonal that is added to the diagonal of the Hessian by which they go there.
+const PULL_DAMPING: f64 = 0.05;
+
+/// A quantized weight.
+#[derive(Debug)]
+pub struct Weight {
+    /// Its values.
+    pub tensor: Tensor,
+    /// One for each channel, or one for all.
+    pub params: Vec<QuantParams>,
+    /// Whether scales may change.
+    pub refits: bool,
+}
+
+/// A model whose thresholds are chosen.
+pub struct Network<'a> {
+    /// The float model.
+    pub model: &'a Clean,
+    /// Its sites.
+    pub sites: &'a Sites,
+    /// The quantizers of `sites.activations`; `None` stays float.
+    pub activations: &'a [Option<QuantParams>],
+    /// In the order of `sites.weights`.
+    pub weights: Vec<Weight>,
+}
+
+/// What became of the weights of an op.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoundedSite {
+    /// Index of the weight among the sites.
+    pub weight: usize,
+    /// E(‖y − W_q·x_q‖²) / E(‖y‖²), the weights rounded to nearest, and as they are.
+    pub errors: [f64; 2],
+    /// Channels that stay rounded to nearest, as nothing was better.
+    pub kept: usize,
+}
+
+/// What came out.
+#[derive(Debug)]
+pub struct Refined {
+    /// In the order of the sites.
+    pub weights: Vec<Weight>,
+    /// The weights that were rounded, in graph order.
+    pub rounded: Vec<RoundedSite>,
+    /// Weights that were not.
+    pub not_rounded: Vec<LeftOut>,
+    /// Biases, and ops that have none.
+    pub corrections: Corrections,
+}
+
+/// Where the squared gradients of the ops are looked at: the same places whenever it is asked.
+#[derive(Debug, Clone)]
+pub struct Looks {
+    readings: Vec<Reading>,
+    /// Values of the graph.
+    pub results: Vec<jit::ValueId>,
+    seed: u64,
+}
+
+impl Looks {
+    /// At the results of these ops.
+    #[must_use]
+    pub fn new(steps: &Steps, seed: u64) -> Self {
+        let readings = steps.steps.iter().map(|step| step.reading.clone()).collect();
+        Self { readings, results: steps.steps.iter().map(|step| step.target.result).collect(), seed }
+    }
+
+    /// What is seen of a value of the result of op `op`, or its gradient, in batch `batch`: (rows, channels, positions).
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn look(&self, batch: usize, op: usize, value: &Tensor) -> Result<Tensor, tch::TchError> {
+        let Some(reading) = self.readings.get(op) else { return Ok(value.shallow_clone()) };
+        let value = by_channel(value, reading)?;
+        match self.positions(batch, op, &value.size()) {
+            None => Ok(value),
+            Some(positions) => value.f_index_select(2, &Tensor::f_from_slice(&positions)?.f_to_device(value.device())?),
+        }
+    }
+
+    /// One position of each of as many equal parts; `None` for all.
+    fn positions(&self, batch: usize, op: usize, size: &[i64]) -> Option<Vec<i64>> {
+        let &[rows, channels, positions] = size else { return None };
+        let wanted = (SEEN / (rows * channels).max(1)).max(1);
+        if wanted >= positions {
+            return None;
+        }
+        let mut stream = SplitMix64::of(&[self.seed, batch as u64, op as u64]);
+        let bound = |part: i64| part * positions / wanted;
+        let parts = (0..wanted).map(|part| (bound(part), bound(part + 1)));
+        Some(parts.map(|(from, to)| from + stream.below((to - from).unsigned_abs()) as i64).collect())
+    }
+}
+
+/// Rounds and corrects as `asked`, on these batches. `biases` are those that are known beforehand. `advance` is called with 1 for
+/// each op.
+///
+/// # Errors
+/// Where the model or libtorch fails.
+pub fn refine(
+    network: Network<'_>,
+    (steps, asked): (&Steps, Asked),
+    (batches, squares, looks): (&[Arguments], &Squares, &Looks),
+    known: Corrections,
+    advance: impl FnMut(usize),
+) -> Result<Refined, jit::Error> {
+    let device = network.model.module().device();
+    let (taps, params) = substitutes(&network.sites.activations, network.activations);
+    let mut sequence = Sequence::new(network, (steps, asked), squares, looks);
+    sequence.take_known(known);
+    sequence.params = params;
+    let own: Vec<Tap> = sequence.ops.iter().enumerate().flat_map(|(number, op)| op.taps(number)).collect();
+    // Taps that come later in the list come earlier behind a value.
+    let behind = own.iter().map(|tap| Tap { number: taps.len() + tap.number, ..*tap });
+    let taps: Vec<_> = taps.iter().copied().chain(behind).collect();
+    let tensors: Vec<_> = sequence.tensors(device)?;
+    let quantized = sequence.network.model.instrument(&taps, &tensors)?;
+    sequence.tensors = tensors;
+    let float = sequence.network.model.instrument(&own, &[])?;
+    let runs: Vec<(&Instrumented, &Arguments)> =
+        batches.iter().flat_map(|arguments| [(&quantized, arguments), (&float, arguments)]).collect();
+    stepwise(&runs, |runs| sequence.run(runs, advance))??;
+    sequence.finish()
+}
+
+/// An op on its way.
+struct Op<'a> {
+    step: &'a Step,
+    is_rounded: bool,
+    is_corrected: bool,
+    /// What is added to each of its channels; float32.
+    added: Option<Tensor>,
+    /// Numbers of axes of its results.
+    rank: usize,
+}
+
+impl Op<'_> {
+    fn taps(&self, number: usize) -> [Tap; 2] {
+        let Target { result: value, slot, .. } = self.step.target;
+        let tap = |phase: Phase, kind| Tap { value, number: Place { op: number, phase }.number(), kind };
+        [tap(Phase::Input, TapKind::Input(slot)), tap(Phase::Result, TapKind::Observe)]
+    }
+}
+
+/// In front of an op or behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Input,
+    Result,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    op: usize,
+    phase: Phase,
+}
+
+impl Place {
+    fn number(self) -> usize {
+        2 * self.op + usize::from(self.phase == Phase::Result)
+    }
+
+    fn of(number: usize) -> Self {
+        let phase = if number.is_multiple_of(2) { Phase::Input } else { Phase::Result };
+        Self { op: number / 2, phase }
+    }
+}
+
+/// A batch on its way through both models.
+struct Pair {
+    quantized: Stepwise,
+    float: Stepwise,
+    /// Where the quantized model waits, and the value there.
+    at: Option<(Place, Tensor)>,
+    /// Where the float model waits, and the value there.
+    float_at: Option<(Place, Tensor)>,
+}
+
+impl Pair {
+    /// What the quantized model has here, if it waits here.
+    fn waits_with(&self, place: Place) -> Option<Tensor> {
+        let (at, value) = self.at.as_ref()?;
+        (*at == place).then(|| value.shallow_clone())
+    }
+
+    /// What the float model has here; `None` where it does not come here in this batch.
+    fn float(&mut self, place: Place) -> Result<Option<Tensor>, jit::Error> {
+        loop {
+            match &self.float_at {
+                Some((at, value)) if *at == place => return Ok(Some(value.shallow_clone())),
+                Some((at, _)) if *at > place => return Ok(None),
+                _ => {}
+            }
+            self.float_at = None;
+            match self.float.go(None)? {
+                None => return Ok(None),
+                Some(stop) => self.float_at = Some((Place::of(stop.tap), stop.value)),
+            }
+        }
+    }
+}
+
+struct Sequence<'a> {
+    network: Network<'a>,
+    ops: Vec<Op<'a>>,
+    asked: Asked,
+    squares: &'a Squares,
+    looks: &'a Looks,
+    /// Of the activation sites.
+    params: Vec<QuantParams>,
+    /// What the quantized model reads in place of its weights.
+    tensors: Vec<(jit::Place, Tensor)>,
+    rounded: Vec<RoundedSite>,
+    not_rounded: Vec<LeftOut>,
+    corrections: Corrections,
+}
+
+impl<'a> Sequence<'a> {
+    fn new(network: Network<'a>, (steps, asked): (&'a Steps, Asked), squares: &'a Squares, looks: &'a Looks) -> Self {
+        let op = |step: &'a Step| {
+            let (is_rounded, is_corrected) = (!step.rounds, !step.corrects);
+            Op { step, is_rounded, is_corrected, added: None, rank: 0 }
+        };
+        Self {
+            network,
+            ops: steps.steps.iter().map(op).collect(),
+            asked,
+            squares,
+            looks,
+            params: Vec::new(),
+            tensors: Vec::new(),
+            rounded: Vec::new(),
+            not_rounded: steps.not_rounded.clone(),
+            corrections: Corrections { biases: Vec::new(), left_out: steps.not_corrected.clone() },
+        }
+    }
+
+    /// Biases that need no sequence: of ops that are not rounded.
+    fn take_known(&mut self, known: Corrections) {
+        let mut by_result: BTreeMap<_, _> = known.biases.into_iter().map(|bias| (bias.result, bias.added)).collect();
+        for op in &mut self.ops {
+            if self.asked.correction == BiasCorrection::ClosedForm && !op.step.rounds {
+                op.added = by_result.remove(&op.step.target.result).map(|added| Tensor::from_slice(&added));
+                op.is_corrected = true;
+            }
+        }
+    }
+
+    /// The weights, each where the graph has it: what is written into them, the model reads.
+    fn tensors(&self, device: Device) -> Result<Vec<(jit::Place, Tensor)>, jit::Error> {
+        let weights = self.network.sites.weights.iter().zip(&self.network.weights);
+        let mut tensors = Vec::new();
+        for (site, weight) in weights {
+            let own = weight.tensor.f_detach_copy()?.f_to_device(device)?;
+            tensors.extend(site.values.iter().map(|&value| (jit::Place::Constant(value), own.shallow_clone())));
+        }
+        Ok(tensors)
+    }
+
+    fn run(&mut self, runs: Vec<Stepwise>, mut advance: impl FnMut(usize)) -> Result<(), jit::Error> {
+        let mut runs = runs.into_iter();
+        let mut pairs = Vec::new();
+        while let (Some(quantized), Some(float)) = (runs.next(), runs.next()) {
+            let mut pair = Pair { quantized, float, at: None, float_at: None };
+            self.go_on(&mut pair)?;
+            pairs.push(pair);
+        }
+        let first = |pairs: &[Pair]| pairs.iter().filter_map(|pair| pair.at.as_ref().map(|(place, _)| *place)).min();
+        let mut done = 0;
+        while let Some(place) = first(&pairs) {
+            match place.phase {
+                Phase::Input => self.round(place, &mut pairs)?,
+                Phase::Result => self.correct(place, &mut pairs)?,
+            }
+            for pair in pairs.iter_mut().filter(|pair| pair.waits_with(place).is_some()) {
+                self.go_on(pair)?;
+            }
+            advance(place.op.saturating_sub(done));
+            done = done.max(place.op);
+        }
+        advance(self.ops.len().saturating_sub(done));
+        Ok(())
+    }
+
+    /// Lets the quantized model of a batch run to the next place that all have to wait at.
+    fn go_on(&self, pair: &mut Pair) -> Result<(), jit::Error> {
+        pair.at = None;
+        let mut answer = None;
+        while let Some(stop) = pair.quantized.go(answer.take())? {
+            if let Some(params) = self.params.get(stop.tap) {
+                answer = Some(fake_quantize(&stop.value, params)?);
+                continue;
+            }
+            let place = Place::of(stop.tap - self.params.len());
+            let Some(op) = self.ops.get(place.op) else { continue };
+            let is_done = if place.phase == Phase::Input { op.is_rounded } else { op.is_corrected };
+            if !is_done {
+                pair.at = Some((place, stop.value));
+                break;
+            }
+            if place.phase == Phase::Result {
+                add(op, &stop.value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rounds the weights of the op that all wait in front of.
+    fn round(&mut self, place: Place, pairs: &mut [Pair]) -> Result<(), jit::Error> {
+        let step = self.ops[place.op].step;
+        let target = &step.target;
+        let site = &self.network.sites.weights[target.weight];
+        let value = site.values.first().copied().unwrap_or_default();
+        let float = flat(&self.network.model.constant(value)?, target.form)?;
+        let (mut moments, mut pull) = (Moments::default(), Moments::default());
+        for (batch, pair) in pairs.iter_mut().enumerate() {
+            let Some(input) = pair.waits_with(place) else { continue };
+            let phase = if step.has_other_terms { Phase::Input } else { Phase::Result };
+            let Some(value) = pair.float(Place { phase, ..place })? else { continue };
+            let goal = if step.has_other_terms { Goal::Input(&value, &float) } else { Goal::Result(&value) };
+            self.ops[place.op].rank = value.dim();
+            self.sum_up((batch, place.op), (&input, goal), (&mut moments, &mut pull))?;
+        }
+        self.ops[place.op].is_rounded = true;
+        let is_centred = step.corrects && self.asked.correction != BiasCorrection::None;
+        let Some(means) = moments.means(is_centred)? else { return Ok(()) };
+        let float = float.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+        let weight = &mut self.network.weights[target.weight];
+        let nearest = flat(&weight.tensor, target.form)?;
+        let Weight { params, refits, .. } = &*weight;
+        let problem = Problem { weight: &float, nearest: &nearest, means: &means, params, refits: *refits };
+        let goal = match pull.means(true)? {
+            Some(pull) => pulled(&float, &pull)?,
+            None => float.shallow_clone(),
+        };
+        match rounding::round(&problem, &goal)? {
+            None => self.not_rounded.push(left_out(target, "its input never differs on the calibration data")),
+            Some(Rounded { weight: found, params, errors, energy, kept }) => {
+                weight.tensor = unflat(&found, &weight.tensor.size(), target.form)?;
+                weight.params = params;
+                let errors = errors.map(|error| if energy > 0.0 { error / energy } else { 0.0 });
+                self.rounded.push(RoundedSite { weight: target.weight, errors, kept });
+            }
+        }
+        for (place, tensor) in &mut self.tensors {
+            if matches!(place, jit::Place::Constant(value) if site.values.contains(value)) {
+                tensor.f_copy_(&weight.tensor.f_to_device(tensor.device())?)?;
+            }
+        }
+        if step.corrects && self.asked.correction == BiasCorrection::ClosedForm {
+            // (W − W_q)·E(x_q): what the error of the weights adds, and not that of the inputs.
+            let rounded = flat(&weight.tensor, target.form)?.f_to_kind(Kind::Double)?;
+            let added = float.f_sub(&rounded)?.f_bmm(&means.x.f_unsqueeze(2)?)?.f_flatten(0, -1)?;
+            let op = &mut self.ops[place.op];
+            op.added = Some(added.f_mul_scalar(target.factor)?.f_to_kind(Kind::Float)?);
+            op.is_corrected = true;
+        }
+        Ok(())
+    }
+
+    /// Adds one batch of an op to its moments.
+    fn sum_up(
+        &self,
+        (batch, number): (usize, usize),
+        (input, goal): (&Tensor, Goal<'_>),
+        (moments, pull): (&mut Moments, &mut Moments),
+    ) -> Result<(), jit::Error> {
+        let Step { target, reading, .. } = self.ops[number].step;
+        let groups = target.form.groups();
+        let result = match goal {
+            Goal::Result(result) => by_channel(result, reading)?,
+            Goal::Input(input, weight) => product(input, weight, reading, groups)?,
+        };
+        let result = if target.factor == 1.0 { result } else { result.f_div_scalar(target.factor)? };
+        let squares = self.squares.get(batch).and_then(|ops| ops.get(number)?.as_ref());
+        let squares = squares.map(|squares| squares.f_to_kind(Kind::Float)).transpose()?;
+        let positions = self.looks.positions(batch, number, &result.size());
+        let positions =
+            positions.map(|positions| Tensor::f_from_slice(&positions)?.f_to_device(result.device())).transpose()?;
+        patches::<jit::Error>(input, reading, groups, |first, count, x| {
+            let y = result.f_narrow(0, first, count)?;
+            moments.add(x, &grouped(&y, groups)?, None)?;
+            let Some(squares) = &squares else { return Ok(()) };
+            let weights = grouped(&squares.f_narrow(0, first, count)?, groups)?;
+            let weights = weights.f_mean_dim([1i64].as_slice(), false, Kind::Float)?;
+            let (x, y) = match &positions {
+                None => (x.shallow_clone(), y),
+                Some(positions) => {
+                    let size = x.size();
+                    let x = x.f_reshape([size[0], size[1], count, -1])?.f_index_select(3, positions)?;
+                    (x.f_flatten(2, 3)?, y.f_index_select(2, positions)?)
+                }
+            };
+            Ok(pull.add(&x, &grouped(&y, groups)?, Some(&weights))?)
+        })
+    }
+
+    /// b += Σ g²·(y − y_q) / Σ g² per channel, if what that is on half of the batches helps on the other half.
+    fn correct(&mut self, place: Place, pairs: &mut [Pair]) -> Result<(), jit::Error> {
+        let mut halves: [Option<(Tensor, Tensor)>; 2] = [None, None];
+        let mut seen = Vec::new();
+        for (batch, pair) in pairs.iter_mut().enumerate() {
+            let Some(quantized) = pair.waits_with(place) else { continue };
+            self.ops[place.op].rank = quantized.dim();
+            let squares = self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
+            if let (Some(squares), Some(result)) = (squares, pair.float(place)?) {
+                let difference = self.looks.look(batch, place.op, &result.f_sub(&quantized)?)?;
+                let (difference, squares) = (difference.f_to_kind(Kind::Double)?, squares.f_to_kind(Kind::Double)?);
+                let along = |of: &Tensor| {
+                    of.f_sum_dim_intlist([0i64, 2].as_slice(), false, Kind::Double)?.f_to_device(Device::Cpu)
+                };
+                let (moved, weight) = (along(&squares.f_mul(&difference)?)?, along(&squares)?);
+                let half = &mut halves[batch % 2];
+                *half = Some(match half.take() {
+                    None => (moved, weight),
+                    Some((a, b)) => (a.f_add(&moved)?, b.f_add(&weight)?),
+                });
+            }
+            seen.push(quantized);
+        }
+        let op = &mut self.ops[place.op];
+        op.is_corrected = true;
+        op.added = weighted(&halves)?;
+        seen.iter().try_for_each(|quantized| add(op, quantized))
+    }
+
+    fn finish(self) -> Result<Refined, jit::Error> {
+        let Self { network, ops, rounded, mut not_rounded, mut corrections, .. } = self;
+        for op in &ops {
+            let Step { target, rounds, corrects, .. } = op.step;
+            if *rounds && !op.is_rounded {
+                not_rounded.push(left_out(target, NEVER_RAN));
+            }
+            match &op.added {
+                Some(added) => {
+                    let shape = bias_shape(op, added);
+                    corrections.biases.push(bias::bias(network.model, target, added, &shape)?);
+                }
+                None if *corrects => {
+                    corrections.left_out.push(left_out(target, if op.is_corrected { NOT_BETTER } else { NEVER_RAN }));
+                }
+                None => {}
+            }
+        }
+        Ok(Refined { weights: network.weights, rounded, not_rounded, corrections })
+    }
+}
+
+/// What an op should give.
+enum Goal<'a> {
+    /// This.
+    Result(&'a Tensor),
+    /// This weight's product with this input.
+    Input(&'a Tensor, &'a Tensor),
+}
+
+/// (rows, outputs, positions) of a weight (groups, outputs, features) that meets this input.
+fn product(input: &Tensor, weight: &Tensor, reading: &Reading, groups: i64) -> Result<Tensor, jit::Error> {
+    let mut products = Vec::new();
+    patches::<jit::Error>(input, reading, groups, |_, count, x| {
+        let y = weight.f_bmm(x)?.f_flatten(0, 1)?;
+        let channels = y.size().first().copied().unwrap_or(1);
+        products.push(y.f_reshape([channels, count, -1])?.f_transpose(0, 1)?);
+        Ok(())
+    })?;
+    Ok(Tensor::f_cat(&products, 0)?)
+}
+
+fn left_out(target: &Target, reason: &str) -> LeftOut {
+    LeftOut { layer: target.layer.clone(), op: target.op.clone(), reason: reason.to_owned() }
+}
+
+const NEVER_RAN: &str = "never ran on the calibration data";
+const NOT_BETTER: &str = "no outputs depend on it, or what half of the batches asks for does not help the other half";
+
+/// The shape in which what is added meets the axes of the result.
+fn bias_shape(op: &Op<'_>, added: &Tensor) -> Vec<i64> {
+    let channels = i64::try_from(added.numel()).unwrap_or_default();
+    let behind = match &op.step.reading {
+        Reading::Positions(axes) => axes.len(),
+        Reading::Columns if op.rank != 1 => 1,
+        _ => 0,
+    };
+    std::iter::once(channels).chain(std::iter::repeat_n(1, behind)).collect()
+}
+
+/// Adds to the model's own result.
+fn add(op: &Op<'_>, value: &Tensor) -> Result<(), jit::Error> {
+    if let Some(added) = &op.added {
+        let shape = match &op.step.reading {
+            Reading::Positions(axes) => std::iter::once(-1).chain(axes.iter().map(|_| 1)).collect(),
+            Reading::Columns if value.dim() != 1 => vec![-1, 1],
+            _ => vec![-1],
+        };
+        let _ = value.shallow_clone().f_add_(&added.f_reshape(&shape)?.f_to_device(value.device())?)?;
+    }
+    Ok(())
+}
+
+/// What is added to each channel; `None` where it does not help.
+fn weighted(halves: &[Option<(Tensor, Tensor)>; 2]) -> Result<Option<Tensor>, tch::TchError> {
+    let [Some((even, even_weight)), Some((odd, odd_weight))] = halves else { return Ok(None) };
+    let mean = |moved: &Tensor, weight: &Tensor| {
+        let mean = moved.f_div(weight)?;
+        mean.f_where_self(&weight.f_gt(0.0)?, &mean.f_zeros_like()?)
+    };
+    let fitted = mean(even, even_weight)?;
+    // Σ g²·(r − b)² − Σ g²·r² on the other half.
+    let change = fitted.f_square()?.f_mul(odd_weight)?.f_sub(&fitted.f_mul(odd)?.f_mul_scalar(2.0)?)?;
+    let change = change.f_sum(Kind::Double)?.f_double_value(&[])?;
+    if !(change < 0.0) {
+        return Ok(None);
+    }
+    Ok(Some(mean(&even.f_add(odd)?, &even_weight.f_add(odd_weight)?)?.f_to_kind(Kind::Float)?))
+}
+
+/// W + α·(E(g²·y·x_qᵀ) − W·E(g²·x_q·x_qᵀ))·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come
+/// nearer to the results that there should be.
+fn pulled(weight: &Tensor, means: &super::moments::Means) -> Result<Tensor, tch::TchError> {
+    let diagonal = means.xx.f_diagonal(0, 1, 2)?;
+    let damping = diagonal.f_mean_dim([1i64].as_slice(), true, Kind::Double)?.f_mul_scalar(PULL_DAMPING)?;
+    let damping = damping.f_clamp_min(f64::MIN_POSITIVE)?.f_expand_as(&diagonal)?;
+    let damped = means.xx.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
+    let missing = means.xy.f_sub(&means.xx.f_bmm(&weight.f_transpose(1, 2)?)?)?;
+    let step = Tensor::f_linalg_solve(&damped, &missing, true)?.f_transpose(1, 2)?;
+    let moved = weight.f_add(&step.f_mul_scalar(PULL)?)?;
+    let is_finite = moved.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1;
+    Ok(if is_finite { moved } else { weight.shallow_clone() })
+}
+
+/// A weight as (groups, outputs of a group, features and taps).
+fn flat(weight: &Tensor, form: Form) -> Result<Tensor, tch::TchError> {
+    by_group(weight, form)?.f_flatten(2, 3)
+}
+
+/// Back to the shape of the weight.
+fn unflat(weight: &Tensor, size: &[i64], form: Form) -> Result<Tensor, tch::TchError> {
+    match form {
+        Form::OutputsFirst { .. } => weight.f_reshape(size),
+        Form::InputsFirst { .. } => weight.f_transpose(1, 2)?.f_reshape(size)?.f_contiguous(),
+    }
+}

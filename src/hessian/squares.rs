@@ -1,0 +1,70 @@
+//! Squared gradients of the results of ops, kept by batch: how much the outputs depend on each of them there.
+
+use tch::{Kind, Tensor};
+
+use super::directions::{Directions, is_probed};
+use super::{Error, HessianRequest};
+use crate::dataset::Dataset;
+use crate::feed;
+use crate::jit::{self, BoxError, Clean, Tap, TapKind, ValueId, Visit};
+
+/// Of each batch, for each value: Σ over probes of g², bfloat16; `None` where no gradient came.
+pub type Squares = Vec<Vec<Option<Tensor>>>;
+
+/// Walks back from random directions of the outputs, as [`score`](super::score) does, and keeps the squared gradients of these
+/// values where `look` looks: it is given the number of the batch, that of the value, and a tensor of the value's shape.
+/// `advance` is called with the rows of each finished batch.
+///
+/// # Errors
+/// Where the data cannot be read, or the model or `look` fails.
+pub fn squares(
+    model: &Clean,
+    values: &[ValueId],
+    (data, request): (&Dataset, &HessianRequest),
+    look: &(dyn Fn(usize, usize, &Tensor) -> Result<Tensor, tch::TchError> + Sync),
+    mut advance: impl FnMut(usize),
+) -> Result<Squares, Error> {
+    let taps = values.iter().enumerate();
+    let taps: Vec<Tap> = taps.map(|(number, &value)| Tap { value, number, kind: TapKind::Gradient }).collect();
+    let graph = model.differentiable(&taps, &[])?;
+    let mut all = Vec::new();
+    for (number, batch) in data.sample(request.samples, request.seed, request.batch_size).enumerate() {
+        let batch = batch?;
+        let (rows, first_row) = (batch.rows, batch.first_row);
+        let recording = graph.record(&feed::bind(model.module(), batch)?, &mut jit::NoVisit)?;
+        let outputs = recording.output().tensors();
+        let outputs: Vec<_> = outputs.iter().map(|(_, output)| *output).enumerate().collect();
+        let outputs: Vec<_> = outputs.into_iter().filter(|(_, output)| is_probed(output)).collect();
+        let mut sums = Sums { batch: number, look, sums: values.iter().map(|_| None).collect() };
+        let directions = Directions { request, first_row, rows };
+        let probes = if outputs.is_empty() { 0 } else { request.probes.get() };
+        for probe in 0..probes {
+            let drawn = directions.draw(&outputs, probe)?;
+            let directed: Vec<_> = outputs.iter().map(|(_, output)| *output).zip(drawn).collect();
+            recording.backward(&directed, probe + 1 < probes, &mut sums)?;
+        }
+        let small = |sum: Option<Tensor>| sum.map(|sum| sum.f_to_kind(Kind::BFloat16)).transpose();
+        all.push(sums.sums.into_iter().map(small).collect::<Result<_, _>>().map_err(jit::Error::from)?);
+        advance(rows);
+    }
+    Ok(all)
+}
+
+/// Sums up over the probes of a batch.
+struct Sums<'a> {
+    batch: usize,
+    look: &'a (dyn Fn(usize, usize, &Tensor) -> Result<Tensor, tch::TchError> + Sync),
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Visit for Sums<'_> {
+    fn gradient(&mut self, tap: usize, _: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
+        let Some(sum) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no op").into()) };
+        let seen = (self.look)(self.batch, tap, gradient)?;
+        *sum = Some(match sum.take() {
+            None => seen.f_square()?,
+            Some(mut sum) => sum.f_addcmul_(&seen, &seen)?,
+        });
+        Ok(())
+    }
+}

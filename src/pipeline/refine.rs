@@ -1,0 +1,137 @@
+//! Rounding and bias correction of a model whose thresholds are chosen: which rows it runs on, and what the report says.
+
+use super::base::Base;
+use super::chosen::Chosen;
+use super::{Error, Progress, Work, hessian_batches};
+use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
+use crate::correct::{
+    self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
+};
+use crate::feed;
+use crate::hessian;
+use crate::jit::{self, Arguments};
+use crate::quantizer::QuantParams;
+use crate::report::{self, Cost, Kind};
+use crate::settings::Settings;
+use crate::sites::{LeftFloat, Sites, WeightSite};
+
+/// What is asked of weights and biases.
+pub(super) fn asked(plan: &Plan) -> Asked {
+    Asked { rounding: plan.weights.rounding, correction: plan.weights.bias_correction }
+}
+
+/// The ops that are looked at one after the other, and those that cannot be.
+///
+/// # Errors
+/// Where the Hessian of a layer would be too large, and that is not allowed.
+pub(super) fn steps(base: &Base, plan: &Plan, sites: &Sites) -> Result<Steps, Error> {
+    let targets = Targets::find(base.model.listing(), sites);
+    let mut steps = Steps::find(base.model.listing(), sites, &targets, asked(plan));
+    if let Some((left, bytes)) = steps.too_large.first().filter(|_| !plan.weights.rounding_fallback) {
+        return Err(Error::LargeHessian { layer: left.layer.clone(), bytes: *bytes, most: MOST_HESSIAN_BYTES });
+    }
+    let too_large = std::mem::take(&mut steps.too_large);
+    steps.not_rounded.extend(too_large.into_iter().map(|(left, _)| left));
+    Ok(steps)
+}
+
+/// Rounds and corrects as planned; `known` are the biases that closed-form correction gives the weights as they are.
+///
+/// # Errors
+/// Where the data cannot be read or the model fails.
+pub(super) fn refine(
+    base: &Base,
+    plan: &Plan,
+    (chosen, settings): (&mut Chosen, &Settings),
+    known: Corrections,
+    progress: &mut dyn Progress,
+) -> Result<(), Error> {
+    // Planned wherever something is done op by op.
+    let Some(hessian) = &plan.hessian else { return Ok(()) };
+    let steps = steps(base, plan, &chosen.sites)?;
+    let looks = Looks::new(&steps, hessian.request.seed);
+    let blame = || hessian_batches(hessian).blame();
+    let data = base.calibration.data()?;
+    let request = &hessian.request;
+    let squares = if plan.weights.bias_correction == BiasCorrection::Weighted {
+        progress.stage("gradients", Work::Rows(request.samples.get().min(base.calibration.rows)));
+        let look = |batch, op, value: &_| looks.look(batch, op, value);
+        let squares =
+            hessian::squares(&base.model, &looks.results, (data, request), &look, |rows| progress.advance(rows));
+        squares.map_err(Error::from).map_err(blame())?
+    } else {
+        Vec::new()
+    };
+    let batches: Vec<Arguments> = batches(base, hessian)?;
+    progress.stage("correct", Work::Sites(steps.count()));
+    let weights = chosen.selections.take_weights(settings);
+    let network =
+        Network { model: &base.model, sites: &chosen.sites, activations: &chosen.selections.activations, weights };
+    let given = (&steps, asked(plan));
+    let refined = correct::refine(network, given, (&batches, &squares, &looks), known, |count| progress.advance(count));
+    take(base, chosen, refined.map_err(Error::from).map_err(blame())?, plan.weights.rounding)
+}
+
+/// The rows that Hessian scores are computed on, batch by batch.
+fn batches(base: &Base, hessian: &HessianPlan) -> Result<Vec<Arguments>, Error> {
+    let request = &hessian.request;
+    let data = base.calibration.data()?;
+    let batches = data.sample(request.samples, request.seed, request.batch_size);
+    batches.map(|batch| Ok(feed::bind(base.model.module(), batch?)?)).collect()
+}
+
+/// Puts what came out where it belongs.
+fn take(base: &Base, chosen: &mut Chosen, refined: Refined, rounding: Rounding) -> Result<(), Error> {
+    let Refined { weights, rounded, not_rounded, corrections } = refined;
+    for site in rounded {
+        let Some(weight) = weights.get(site.weight) else { continue };
+        let name = chosen.sites.weights.get(site.weight).map(|site| site.name.as_str());
+        let reports = &mut chosen.selections.reports;
+        let report = reports.iter_mut().find(|own| own.kind == Kind::Weight && Some(own.name.as_str()) == name);
+        if let Some(report) = report {
+            report.rounding = Some(report::RoundedWeight {
+                method: rounding,
+                error_nearest: site.errors[0],
+                error: site.errors[1],
+                kept_nearest: site.kept,
+            });
+            let site = chosen.sites.weights.get(site.weight);
+            report.quantizers.rescale(&weight.params, &cost(base, site, weight)?);
+        }
+    }
+    chosen.selections.weights = weights.into_iter().map(|weight| weight.tensor).collect();
+    chosen.corrections = corrections;
+    let left = |left: LeftOut| LeftFloat { name: left.layer, op: left.op, reason: left.reason };
+    chosen.not_rounded = not_rounded.into_iter().map(left).collect();
+    Ok(())
+}
+
+/// What the images of a weight cost now.
+fn cost(base: &Base, site: Option<&WeightSite>, weight: &Weight) -> Result<Cost, Error> {
+    let value = site.and_then(|site| site.values.first().copied()).unwrap_or_default();
+    let float = base.model.constant(value)?.f_contiguous()?;
+    let size = float.size();
+    let axis = site.map_or(0, |site| site.channel_axis);
+    let behind: i64 = size.iter().skip(axis + 1).product();
+    let channels = size.get(axis).copied().unwrap_or(1);
+    let (behind, channels) = (behind.unsigned_abs().max(1) as usize, channels.unsigned_abs().max(1) as usize);
+    let images = weight.tensor.f_contiguous()?;
+    Ok(jit::with_values(&float, |float| {
+        jit::with_values(&images, |images| {
+            let (mut energy, mut error, mut clipped) = (0.0, 0.0, 0usize);
+            for (index, (&x, &image)) in float.iter().zip(images).enumerate() {
+                let channel = if weight.params.len() == 1 { 0 } else { index / behind % channels };
+                let is_clipped = |params: &QuantParams| !params.unclipped().contains(x.into());
+                clipped += usize::from(weight.params.get(channel).is_some_and(is_clipped));
+                energy += f64::from(x) * f64::from(x);
+                error += (f64::from(x) - f64::from(image)).powi(2);
+            }
+            let count = float.len().max(1) as f64;
+            Cost {
+                error: error / count,
+                sqnr_db: 10.0 * (energy / error).log10(),
+                clipped_share: clipped as f64 / count,
+            }
+        })
+    })??)
+}
