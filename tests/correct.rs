@@ -178,9 +178,9 @@ fn corrections_are_a_key() {
     let ran = binary::tsquant(folder.path(), ["quantize", "e.yaml", "--set", none]).succeeded();
     assert!(!ran.stdout.contains("corrected"), "{}", ran.stdout);
     assert!(folder.report("run").get("bias_correction").is_none());
-    let weighted = folder.quantize(&zoo(), &["quantization.weights_bias_correction=weighted"]);
-    let refusal = weighted.refused(2);
-    assert!(refusal.contains("`quantization.weights_bias_correction: weighted` is not built yet"), "{refusal}");
+    let wrong = folder.quantize(&zoo(), &["quantization.weights_bias_correction=weightd"]);
+    let refusal = wrong.refused(2);
+    assert!(refusal.contains("weighted"), "{refusal}");
     let dry = binary::tsquant(folder.path(), ["quantize", "e.yaml", "--dry-run"]).succeeded();
     assert!(dry.stdout.contains("\n# 8 biases would be corrected\n"), "{}", dry.stdout);
     assert!(dry.stdout.contains("\n  weights_bias_correction: closed_form\n"), "{}", dry.stdout);

@@ -71,6 +71,20 @@ impl Moments {
         Ok(())
     }
 
+    /// With the sums of other positions.
+    pub(super) fn with(&self, other: &Self) -> Result<Self, tch::TchError> {
+        let (Some(own), Some(other)) = (&self.0, &other.0) else { return Ok(Self::default()) };
+        let sum = |own: &Tensor, other: &Tensor| own.f_add(other);
+        Ok(Self(Some(Sums {
+            weight: sum(&own.weight, &other.weight)?,
+            x: sum(&own.x, &other.x)?,
+            y: sum(&own.y, &other.y)?,
+            xx: sum(&own.xx, &other.xx)?,
+            xy: sum(&own.xy, &other.xy)?,
+            yy: sum(&own.yy, &other.yy)?,
+        })))
+    }
+
     /// The means; `is_centred`: those of x − E(x) and y − E(y). `None` where nothing was added.
     pub(super) fn means(self, is_centred: bool) -> Result<Option<Means>, tch::TchError> {
         let Some(Sums { weight, x, y, xx, xy, yy }) = self.0 else { return Ok(None) };

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::bias::{self, by_group};
 use super::layout::{by_channel, grouped, patches};
-use super::moments::Moments;
+use super::moments::{Means, Moments};
 use super::rounding::{self, Problem, Rounded};
 use super::steps::{Asked, Step, Steps};
 use super::targets::{Form, Reading, Target};
@@ -25,9 +25,6 @@ use crate::sites::Sites;
 
 /// Numbers of a batch whose squared gradients are kept for one op.
 pub(super) const SEEN: i64 = 1 << 18;
-
-/// How far weights go to make up for the errors of their inputs.
-const PULL: f64 = 0.5;
 
 /// Share of the mean diagonal that is added to the diagonal of the Hessian by which they go there.
 const PULL_DAMPING: f64 = 0.05;
@@ -173,6 +170,19 @@ impl Op<'_> {
     }
 }
 
+impl Op<'_> {
+    /// What is added to its channels, as it meets the axes of this result.
+    fn shaped(&self, value: &Tensor) -> Result<Option<Tensor>, tch::TchError> {
+        let Some(added) = &self.added else { return Ok(None) };
+        let shape = match &self.step.reading {
+            Reading::Positions(axes) => std::iter::once(-1).chain(axes.iter().map(|_| 1)).collect(),
+            Reading::Columns if value.dim() != 1 => vec![-1, 1],
+            _ => vec![-1],
+        };
+        Ok(Some(added.f_reshape(&shape)?.f_to_device(value.device())?))
+    }
+}
+
 /// In front of an op or behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
@@ -270,9 +280,9 @@ impl<'a> Sequence<'a> {
     fn take_known(&mut self, known: Corrections) {
         let mut by_result: BTreeMap<_, _> = known.biases.into_iter().map(|bias| (bias.result, bias.added)).collect();
         for op in &mut self.ops {
-            if self.asked.correction == BiasCorrection::ClosedForm && !op.step.rounds {
+            if op.step.corrects && !op.step.rounds {
                 op.added = by_result.remove(&op.step.target.result).map(|added| Tensor::from_slice(&added));
-                op.is_corrected = true;
+                op.is_corrected = self.asked.correction == BiasCorrection::ClosedForm;
             }
         }
     }
@@ -343,14 +353,14 @@ impl<'a> Sequence<'a> {
         let site = &self.network.sites.weights[target.weight];
         let value = site.values.first().copied().unwrap_or_default();
         let float = flat(&self.network.model.constant(value)?, target.form)?;
-        let (mut moments, mut pull) = (Moments::default(), Moments::default());
+        let (mut moments, mut halves) = (Moments::default(), [Moments::default(), Moments::default()]);
         for (batch, pair) in pairs.iter_mut().enumerate() {
             let Some(input) = pair.waits_with(place) else { continue };
             let phase = if step.has_other_terms { Phase::Input } else { Phase::Result };
             let Some(value) = pair.float(Place { phase, ..place })? else { continue };
             let goal = if step.has_other_terms { Goal::Input(&value, &float) } else { Goal::Result(&value) };
             self.ops[place.op].rank = value.dim();
-            self.sum_up((batch, place.op), (&input, goal), (&mut moments, &mut pull))?;
+            self.sum_up((batch, place.op), (&input, goal), (&mut moments, &mut halves[batch % 2]))?;
         }
         self.ops[place.op].is_rounded = true;
         let is_centred = step.corrects && self.asked.correction != BiasCorrection::None;
@@ -360,10 +370,7 @@ impl<'a> Sequence<'a> {
         let nearest = flat(&weight.tensor, target.form)?;
         let Weight { params, refits, .. } = &*weight;
         let problem = Problem { weight: &float, nearest: &nearest, means: &means, params, refits: *refits };
-        let goal = match pull.means(true)? {
-            Some(pull) => pulled(&float, &pull)?,
-            None => float.shallow_clone(),
-        };
+        let goal = pulled(&float, halves)?;
         match rounding::round(&problem, &goal)? {
             None => self.not_rounded.push(left_out(target, "its input never differs on the calibration data")),
             Some(Rounded { weight: found, params, errors, energy, kept }) => {
@@ -378,13 +385,13 @@ impl<'a> Sequence<'a> {
                 tensor.f_copy_(&weight.tensor.f_to_device(tensor.device())?)?;
             }
         }
-        if step.corrects && self.asked.correction == BiasCorrection::ClosedForm {
+        if step.corrects {
             // (W − W_q)·E(x_q): what the error of the weights adds, and not that of the inputs.
             let rounded = flat(&weight.tensor, target.form)?.f_to_kind(Kind::Double)?;
             let added = float.f_sub(&rounded)?.f_bmm(&means.x.f_unsqueeze(2)?)?.f_flatten(0, -1)?;
             let op = &mut self.ops[place.op];
             op.added = Some(added.f_mul_scalar(target.factor)?.f_to_kind(Kind::Float)?);
-            op.is_corrected = true;
+            op.is_corrected = self.asked.correction == BiasCorrection::ClosedForm;
         }
         Ok(())
     }
@@ -426,7 +433,8 @@ impl<'a> Sequence<'a> {
         })
     }
 
-    /// b += Σ g²·(y − y_q) / Σ g² per channel, if what that is on half of the batches helps on the other half.
+    /// b += λ·Σ g²·(y − y_q) / Σ g² per channel, behind the closed form, as far as what that is on half of the batches helps on
+    /// the other half.
     fn correct(&mut self, place: Place, pairs: &mut [Pair]) -> Result<(), jit::Error> {
         let mut halves: [Option<(Tensor, Tensor)>; 2] = [None, None];
         let mut seen = Vec::new();
@@ -435,7 +443,10 @@ impl<'a> Sequence<'a> {
             self.ops[place.op].rank = quantized.dim();
             let squares = self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
             if let (Some(squares), Some(result)) = (squares, pair.float(place)?) {
-                let difference = self.looks.look(batch, place.op, &result.f_sub(&quantized)?)?;
+                let known = self.ops[place.op].shaped(&quantized)?;
+                let missing = result.f_sub(&quantized)?;
+                let missing = if let Some(known) = known { missing.f_sub(&known)? } else { missing };
+                let difference = self.looks.look(batch, place.op, &missing)?;
                 let (difference, squares) = (difference.f_to_kind(Kind::Double)?, squares.f_to_kind(Kind::Double)?);
                 let along = |of: &Tensor| {
                     of.f_sum_dim_intlist([0i64, 2].as_slice(), false, Kind::Double)?.f_to_device(Device::Cpu)
@@ -451,7 +462,10 @@ impl<'a> Sequence<'a> {
         }
         let op = &mut self.ops[place.op];
         op.is_corrected = true;
-        op.added = weighted(&halves)?;
+        op.added = match (op.added.take(), weighted(&halves)?) {
+            (Some(known), Some(added)) => Some(known.f_add(&added)?),
+            (known, added) => known.or(added),
+        };
         seen.iter().try_for_each(|quantized| add(op, quantized))
     }
 
@@ -517,46 +531,70 @@ fn bias_shape(op: &Op<'_>, added: &Tensor) -> Vec<i64> {
 
 /// Adds to the model's own result.
 fn add(op: &Op<'_>, value: &Tensor) -> Result<(), jit::Error> {
-    if let Some(added) = &op.added {
-        let shape = match &op.step.reading {
-            Reading::Positions(axes) => std::iter::once(-1).chain(axes.iter().map(|_| 1)).collect(),
-            Reading::Columns if value.dim() != 1 => vec![-1, 1],
-            _ => vec![-1],
-        };
-        let _ = value.shallow_clone().f_add_(&added.f_reshape(&shape)?.f_to_device(value.device())?)?;
+    if let Some(added) = op.shaped(value)? {
+        let _ = value.shallow_clone().f_add_(&added)?;
     }
     Ok(())
 }
 
-/// What is added to each channel; `None` where it does not help.
+/// What is added to each channel; `None` where nothing is known.
 fn weighted(halves: &[Option<(Tensor, Tensor)>; 2]) -> Result<Option<Tensor>, tch::TchError> {
     let [Some((even, even_weight)), Some((odd, odd_weight))] = halves else { return Ok(None) };
     let mean = |moved: &Tensor, weight: &Tensor| {
         let mean = moved.f_div(weight)?;
         mean.f_where_self(&weight.f_gt(0.0)?, &mean.f_zeros_like()?)
     };
-    let fitted = mean(even, even_weight)?;
-    // Σ g²·(r − b)² − Σ g²·r² on the other half.
-    let change = fitted.f_square()?.f_mul(odd_weight)?.f_sub(&fitted.f_mul(odd)?.f_mul_scalar(2.0)?)?;
-    let change = change.f_sum(Kind::Double)?.f_double_value(&[])?;
-    if !(change < 0.0) {
-        return Ok(None);
+    let product = |a: &Tensor, b: &Tensor| a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[]);
+    // Along what one half asks for, the other half's Σ g²·(r − λ·b)² is least where λ is the first over the second.
+    let [mut gain, mut cost] = [0.0; 2];
+    for (b, moved, weight) in [(mean(even, even_weight)?, odd, odd_weight), (mean(odd, odd_weight)?, even, even_weight)]
+    {
+        gain += product(&b, moved)?;
+        cost += product(&b.f_square()?, weight)?;
     }
-    Ok(Some(mean(&even.f_add(odd)?, &even_weight.f_add(odd_weight)?)?.f_to_kind(Kind::Float)?))
+    let all = mean(&even.f_add(odd)?, &even_weight.f_add(odd_weight)?)?;
+    Ok(share(gain, cost).map(|share| all.f_mul_scalar(share)?.f_to_kind(Kind::Float)).transpose()?)
+}
+
+/// How far to go; `None` for nowhere.
+fn share(gain: f64, cost: f64) -> Option<f64> {
+    let share = (gain / cost).min(1.0);
+    (share > 0.0).then_some(share)
 }
 
 /// W + α·(E(g²·y·x_qᵀ) − W·E(g²·x_q·x_qᵀ))·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come
-/// nearer to the results that there should be.
-fn pulled(weight: &Tensor, means: &super::moments::Means) -> Result<Tensor, tch::TchError> {
+/// nearer to the results that there should be; α is how far what one half of the batches asks for helps on the other half.
+fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<Tensor, tch::TchError> {
+    let all = halves[0].with(&halves[1])?;
+    let [even, odd] = halves;
+    let (Some(even), Some(odd), Some(all)) = (even.means(true)?, odd.means(true)?, all.means(true)?) else {
+        return Ok(weight.shallow_clone());
+    };
+    let product = |a: &Tensor, b: &Tensor| a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[]);
+    let [mut gain, mut cost] = [0.0; 2];
+    for (own, other) in [(&even, &odd), (&odd, &even)] {
+        let step = step(weight, own)?;
+        gain += product(&step, &missing(weight, other)?.f_transpose(1, 2)?)?;
+        cost += product(&step.f_bmm(&other.xx)?, &step)?;
+    }
+    let Some(share) = share(gain, cost) else { return Ok(weight.shallow_clone()) };
+    weight.f_add(&step(weight, &all)?.f_mul_scalar(share)?)
+}
+
+/// E(g²·x_q·yᵀ) − E(g²·x_q·x_qᵀ)·Wᵀ.
+fn missing(weight: &Tensor, means: &Means) -> Result<Tensor, tch::TchError> {
+    means.xy.f_sub(&means.xx.f_bmm(&weight.f_transpose(1, 2)?)?)
+}
+
+/// The whole way.
+fn step(weight: &Tensor, means: &Means) -> Result<Tensor, tch::TchError> {
     let diagonal = means.xx.f_diagonal(0, 1, 2)?;
     let damping = diagonal.f_mean_dim([1i64].as_slice(), true, Kind::Double)?.f_mul_scalar(PULL_DAMPING)?;
     let damping = damping.f_clamp_min(f64::MIN_POSITIVE)?.f_expand_as(&diagonal)?;
     let damped = means.xx.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
-    let missing = means.xy.f_sub(&means.xx.f_bmm(&weight.f_transpose(1, 2)?)?)?;
-    let step = Tensor::f_linalg_solve(&damped, &missing, true)?.f_transpose(1, 2)?;
-    let moved = weight.f_add(&step.f_mul_scalar(PULL)?)?;
-    let is_finite = moved.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1;
-    Ok(if is_finite { moved } else { weight.shallow_clone() })
+    let step = Tensor::f_linalg_solve(&damped, &missing(weight, means)?, true)?.f_transpose(1, 2)?;
+    // A group whose scores are all zero has nowhere to go.
+    step.f_nan_to_num(0.0, 0.0, 0.0)
 }
 
 /// A weight as (groups, outputs of a group, features and taps).

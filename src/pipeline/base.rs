@@ -168,8 +168,8 @@ impl Base {
     /// The ops whose biases are to be corrected, as planned.
     pub(super) fn targets(&self, correction: BiasCorrection, sites: &Sites) -> Targets {
         match correction {
-            BiasCorrection::None | BiasCorrection::Weighted => Targets::default(),
-            BiasCorrection::ClosedForm => Targets::find(self.model.listing(), sites),
+            BiasCorrection::None => Targets::default(),
+            BiasCorrection::ClosedForm | BiasCorrection::Weighted => Targets::find(self.model.listing(), sites),
         }
     }
 }

@@ -1,0 +1,208 @@
+//! Second-order rounding and weighted bias correction, op by op: whole runs on shipped models.
+
+mod binary;
+mod common;
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use binary::Folder;
+use common::Model;
+
+const GPTQ: &str = "quantization.weights.rounding=gptq";
+const WEIGHTED: &str = "quantization.weights_bias_correction=weighted";
+const NONE: &str = "quantization.weights_bias_correction=none";
+const COARSE: &str = "quantization.weights.bits=3";
+/// A batch that does not divide the rows.
+const FEW: &str = "hessian={samples: 16, batch_size: 5, probes: 2}";
+
+fn experiment(model: Model) -> String {
+    let inputs: Vec<String> = model.inputs.iter().map(|input| format!("{input}: {input}")).collect();
+    let folder = |name: &str| match name {
+        "mnist_resnet" => {
+            [binary::shipped("models/mnist_resnet.pt"), binary::shipped("models/mnist_calibration.safetensors")]
+        }
+        _ => [binary::test_model(name), binary::test_data(name)],
+    };
+    let [file, data] = folder(model.name);
+    let inputs =
+        if model.name == "mnist_resnet" { "[images]".to_owned() } else { format!("{{{}}}", inputs.join(", ")) };
+    binary::experiment(&file, &data, &inputs)
+}
+
+fn run(model: &str, settings: &[&str]) -> Value {
+    let folder = Folder::new();
+    folder.quantize(&experiment(common::model(model)), settings).succeeded();
+    folder.report("run")
+}
+
+fn sqnr(report: &Value) -> f64 {
+    report["evaluation"]["quantized"]["sqnr_db"].as_f64().expect("a number")
+}
+
+struct Rounded {
+    name: String,
+    nearest: f64,
+    error: f64,
+}
+
+fn rounded(report: &Value) -> Vec<Rounded> {
+    let sites = report["sites"].as_array().expect("sites").iter().filter(|site| site.get("rounding").is_some());
+    let number = |value: &Value| value.as_f64().expect("a number");
+    let rounded = |site: &Value| Rounded {
+        name: site["name"].as_str().expect("a name").to_owned(),
+        nearest: number(&site["rounding"]["error_nearest"]),
+        error: number(&site["rounding"]["error"]),
+    };
+    sites.map(rounded).collect()
+}
+
+/// Layers with the reasons why nothing was done.
+fn reasons(list: &Value) -> BTreeMap<String, String> {
+    let text = |item: &Value, key: &str| item[key].as_str().expect("a text").to_owned();
+    list.as_array().expect("a list").iter().map(|item| (text(item, "name"), text(item, "reason"))).collect()
+}
+
+/// That what is written computes what was simulated is checked by each run itself.
+#[test]
+fn every_model_is_rounded_and_corrected() {
+    let mut listed = String::new();
+    for model in common::all_models() {
+        let folder = Folder::new();
+        let ran = folder.quantize(&experiment(model), &[GPTQ, WEIGHTED, COARSE, FEW]);
+        assert_eq!(ran.code, Some(0), "{}: {}", model.name, ran.stderr);
+        let report = folder.report("run");
+        let rounded = rounded(&report);
+        for Rounded { name, nearest, error } in &rounded {
+            assert!(error <= nearest, "{}: {name} {nearest} {error}", model.name);
+        }
+        let total = |of: fn(&Rounded) -> f64| rounded.iter().map(of).sum::<f64>();
+        assert!(rounded.is_empty() || total(|it| it.error) < 0.95 * total(|it| it.nearest), "{}", model.name);
+        for (layer, reason) in reasons(&report["not_rounded"]) {
+            listed += &format!("{}: {layer} not rounded: {reason}\n", model.name);
+        }
+        for (layer, reason) in reasons(&report["bias_correction"]["left_out"]) {
+            listed += &format!("{}: {layer} not corrected: {reason}\n", model.name);
+        }
+    }
+    insta::assert_snapshot!(listed);
+}
+
+/// With all three kinds of bias correction, of which one leaves means in.
+#[test]
+fn outputs_come_nearer() {
+    for correction in ["none", "closed_form", "weighted"] {
+        let correction = format!("quantization.weights_bias_correction={correction}");
+        let [nearest, gptq] =
+            [&[COARSE, NONE][..], &[COARSE, GPTQ, &correction]].map(|settings| sqnr(&run("mnist_resnet", settings)));
+        assert!(gptq > nearest + 3.0, "{correction}: {nearest} {gptq}");
+    }
+}
+
+#[test]
+fn recurrent_layers_round_what_reads_their_input() {
+    let report = run("recurrent", &[GPTQ, COARSE, FEW]);
+    let names: Vec<String> = rounded(&report).into_iter().map(|it| it.name).collect();
+    assert!(names.iter().any(|name| name.contains("weight_ih_l0")), "{names:?}");
+    assert!(names.iter().all(|name| !name.contains("weight_hh") && !name.contains("weight_ih_l1")), "{names:?}");
+}
+
+/// Scales are refitted but where a grid knows powers of two alone, or channels share one.
+#[test]
+fn scales_stay_where_they_have_to() {
+    let scales = |settings: &[&str]| -> Vec<Vec<f64>> {
+        let report = run("small_conv", settings);
+        let sites = report["sites"].as_array().expect("sites").iter().filter(|site| site["kind"] == "weight");
+        sites.map(|site| site["scale"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()).collect()
+    };
+    for grid in ["quantization.weights.grid=power_of_two", "quantization.weights.granularity=per_tensor"] {
+        assert_eq!(scales(&[COARSE, grid]), scales(&[COARSE, grid, GPTQ]), "{grid}");
+    }
+    assert_ne!(scales(&[COARSE]), scales(&[COARSE, GPTQ]));
+}
+
+/// Weights lie on the grids that the report tells.
+#[test]
+fn weights_are_levels_of_their_scales() {
+    let folder = Folder::new();
+    for grid in ["symmetric", "uniform"] {
+        let grid = format!("quantization.weights.grid={grid}");
+        let settings = [GPTQ, COARSE, FEW, &grid];
+        folder.quantize(&experiment(common::model("small_conv")), &settings).succeeded();
+        let report = folder.report("run");
+        let emitted = tsquant::jit::Module::load(&folder.path().join("run/quantized.pt")).unwrap();
+        let clean = emitted.clean(None).unwrap();
+        let listing = clean.listing();
+        let mut seen = 0;
+        for site in report["sites"].as_array().unwrap().iter().filter(|site| site["kind"] == "weight") {
+            let name = site["name"].as_str().unwrap();
+            let named = |value: &&tsquant::jit::Value| {
+                value.constant.as_ref().is_some_and(|constant| constant.parameter.as_deref() == Some(name))
+            };
+            let Some(position) = listing.values.iter().position(|value| named(&value)) else { continue };
+            seen += 1;
+            let tensor = clean.constant(position).unwrap();
+            let rows = Vec::<Vec<f32>>::try_from(tensor.flatten(1, -1)).unwrap();
+            let scales = site["scale"].as_array().unwrap();
+            for (row, scale) in rows.iter().zip(scales) {
+                let scale = scale.as_f64().unwrap();
+                let is_level = |x: &f32| {
+                    let level = f64::from(*x) / scale;
+                    (level - level.round()).abs() < 1e-4 && level.abs() < 8.0
+                };
+                assert!(row.iter().all(is_level), "{grid} {name}: {scale} {row:?}");
+            }
+        }
+        assert!(seen > 0, "{listing:?}");
+    }
+}
+
+/// The same file again: nothing depends on the order in which threads come.
+#[test]
+fn the_same_input_gives_the_same_bytes() {
+    let bytes = || {
+        let folder = Folder::new();
+        folder.quantize(&experiment(common::model("conv_zoo")), &[GPTQ, WEIGHTED, COARSE, FEW]).succeeded();
+        fs_err::read(folder.path().join("run/quantized.pt")).unwrap()
+    };
+    assert_eq!(bytes(), bytes());
+}
+
+#[test]
+fn the_dry_run_says_what_would_be_done() {
+    let folder = Folder::new();
+    folder.write("e.yaml", experiment(common::model("conv_zoo")));
+    let settings = ["--set", GPTQ, "--set", WEIGHTED];
+    let ran = binary::tsquant(folder.path(), ["quantize", "e.yaml", "--dry-run"].into_iter().chain(settings));
+    let ran = ran.succeeded();
+    for line in [
+        "\n    rounding: gptq\n",
+        "\n  weights_bias_correction: weighted\n",
+        "weights would be rounded by gptq",
+        ", correct ",
+    ] {
+        assert!(ran.stdout.contains(line), "{line} in {}", ran.stdout);
+    }
+}
+
+#[test]
+fn kept_statistics_need_the_data_for_it() {
+    let folder = Folder::new();
+    folder.write("e.yaml", experiment(common::model("small_conv")));
+    binary::tsquant(folder.path(), ["calibrate", "e.yaml", "--output", "kept.safetensors"]).succeeded();
+    let arguments = ["quantize", "e.yaml", "--statistics", "kept.safetensors", "--set", GPTQ, "--set", WEIGHTED];
+    binary::tsquant(folder.path(), arguments).succeeded();
+    let from_kept = fs_err::read(folder.path().join("run/quantized.pt")).unwrap();
+    folder.quantize(&experiment(common::model("small_conv")), &[GPTQ, WEIGHTED]).succeeded();
+    assert!(from_kept == fs_err::read(folder.path().join("run/quantized.pt")).unwrap());
+}
+
+#[test]
+fn wrong_keys_are_told() {
+    let folder = Folder::new();
+    let refusal = folder.refuses(2, &experiment(common::model("mlp")), &["quantization.weights.rounding=gpt"]);
+    assert!(refusal.contains("nearest") && refusal.contains("gptq"), "{refusal}");
+    let refusal = folder.refuses(2, &experiment(common::model("mlp")), &["quantization.activations.rounding=gptq"]);
+    assert!(refusal.contains("rounding"), "{refusal}");
+}
