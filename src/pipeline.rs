@@ -14,6 +14,7 @@ mod files;
 mod hash;
 mod journal;
 mod kept;
+mod mixed;
 mod output_file;
 mod run_dir;
 mod score;
@@ -110,6 +111,7 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     let (base, comparison) = Base::load_to_compare(plan, taken, (calibration, kept.as_ref()))?;
     let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
+    mixed::check(&sites, &settings)?;
     clock.timings.load = clock.lap();
 
     let observed = match &kept {
@@ -141,7 +143,14 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     }
     clock.timings.hessian = if pool.is_some() { clock.lap() } else { 0.0 };
 
-    progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
+    let count = sites.weights.len() + sites.activations.len();
+    if settings.mixed.is_some() {
+        progress.stage("bits", Work::Sites(count));
+    }
+    let settings = mixed::settle(&base, (&sites, settings), &observed.statistics, &scores, &mut told, |sites| {
+        progress.advance(sites);
+    })?;
+    progress.stage("search", Work::Sites(count));
     let chosen = Chosen::new(&base, (sites, &settings), observed, &scores, |count| progress.advance(count))?;
     clock.timings.search = clock.lap();
     finish((&base, &comparison), plan, (chosen, hashes, told), run_dir, clock, progress)
@@ -195,6 +204,7 @@ fn finish(
         timings_s: clock.total(),
         peak_memory_bytes: peak_memory_bytes(),
         calibration_samples: base.calibration.rows,
+        mixed_precision: scores.mixed.map(|mixed| mixed.measured(evaluation.quantized.squared_error)),
         hessian: scores.report,
         bias_correction: corrected_biases(plan, corrections),
         warnings,

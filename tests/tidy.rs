@@ -12,8 +12,12 @@ const WITH_TENSORS: &[&str] =
 /// Crates that plain data may not mention.
 const TENSOR_CRATES: &[&str] = &["tch", "cxx", "torch_sys"];
 /// The only siblings that these modules may know.
-const KNOWS_ONLY: &[(&str, &[&str])] =
-    &[("budget", &["quantizer"]), ("quantizer", &[]), ("statistics", &["quantizer"]), ("threshold", &["statistics", "quantizer"])];
+const KNOWS_ONLY: &[(&str, &[&str])] = &[
+    ("budget", &["quantizer"]),
+    ("quantizer", &[]),
+    ("statistics", &["quantizer"]),
+    ("threshold", &["statistics", "quantizer"]),
+];
 const MOST_LINES: usize = 700;
 
 /// A source file: its path from the root of the repository, with `/`, and its text.

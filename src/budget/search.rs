@@ -87,8 +87,11 @@ fn steps(site: usize, points: &[Point]) -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
     let mut from = 0;
     while let Some(start) = points.get(from) {
-        let step = |(to, point): (usize, &Point)| {
-            Step { site, to, cost: point.cost - start.cost, saved: start.noise - point.noise }
+        let step = |(to, point): (usize, &Point)| Step {
+            site,
+            to,
+            cost: point.cost - start.cost,
+            saved: start.noise - point.noise,
         };
         let later = points.iter().enumerate().skip(from + 1).map(step);
         // Of equal ones the longest, so that no two steps of a site are equal.

@@ -136,7 +136,8 @@ fn three_hundred_sites_of_five_widths() {
 fn sites_that_are_alike() {
     let block = [(65_536, 1.0), (262_144, 3.0), (262_144, 2.0), (1024, 0.5)];
     let widths = |noise: f64| [2u64, 3, 4, 6, 8].map(|count| (count, noise * 4f64.powf(-(count as f64))));
-    let sites: Vec<Site> = (0..75).flat_map(|_| block.map(|(elements, noise)| site(elements, &widths(noise)))).collect();
+    let sites: Vec<Site> =
+        (0..75).flat_map(|_| block.map(|(elements, noise)| site(elements, &widths(noise)))).collect();
     let all: u64 = sites.iter().map(|site| site.elements).sum();
     for average in [2.3, 4.1, 6.0] {
         let budget = (all as f64 * average) as u64;

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::measures::{self, Sizes};
 use super::progress::Display;
-use super::{experiment_of, located, table, working_dir};
+use super::{experiment_of, located, mixed, table, working_dir};
 use crate::config::{Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
 use crate::report::{Dropped, Kind, Report, Timings, WorstSite};
@@ -74,6 +74,9 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
     if let Some([corrected, left_out]) = estimate.biases {
         writeln!(out, "# {}", biases(corrected, left_out, "would be corrected"))?;
     }
+    if let Some(planned) = &plan.mixed_precision {
+        mixed::print_planned(out, planned, estimate.free)?;
+    }
     let hessian = match (estimate.hessian_rows, estimate.timings.hessian) {
         (0, _) => String::new(),
         (rows, seconds) => format!("hessian {seconds:.1} ({rows} rows), "),
@@ -110,6 +113,9 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
         table::count(count(Kind::Activation), "activation"),
         table::count(report.left_float.len(), "op or value")
     )?;
+    if let Some(mixed) = &report.mixed_precision {
+        mixed::print(out, mixed)?;
+    }
     if let Some(corrected) = &report.bias_correction {
         writeln!(out, "{}", biases(corrected.layers.len(), corrected.left_out.len(), "corrected"))?;
     }
