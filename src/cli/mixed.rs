@@ -14,13 +14,15 @@ pub(super) fn print_planned(
 ) -> std::io::Result<()> {
     for (what, budget, free) in [("weight", &plan.weights, weights), ("activation", &plan.activations, activations)] {
         let Some(BudgetPlan { widths, limit }) = budget else { continue };
-        let widths: Vec<String> = widths.iter().map(|bits| bits.to_string()).collect();
+        let narrower: Vec<String> = widths.iter().map(|bits| bits.to_string()).collect();
+        let (last, narrower) =
+            narrower.split_last().map(|(last, rest)| (last.clone(), rest.join(", "))).unwrap_or_default();
         let limit = match limit {
             Limit::Average(average) => format!("at most {average} bits on average"),
             Limit::Memory(bytes) => format!("at most {}", table::bytes(*bytes)),
         };
         let free = table::count(free, what);
-        writeln!(out, "# {free} would get {} bits each, {limit} with those whose bits are set", widths.join(" or "))?;
+        writeln!(out, "# {free} would get {narrower} or {last} bits each, {limit}, those with set bits included")?;
     }
     Ok(())
 }
