@@ -143,14 +143,9 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     }
     clock.timings.hessian = if pool.is_some() { clock.lap() } else { 0.0 };
 
-    let count = sites.weights.len() + sites.activations.len();
-    if settings.mixed.is_some() {
-        progress.stage("bits", Work::Sites(count));
-    }
-    let settings = mixed::settle(&base, (&sites, settings), &observed.statistics, &scores, &mut told, |sites| {
-        progress.advance(sites);
-    })?;
-    progress.stage("search", Work::Sites(count));
+    let given = (observed.statistics.as_slice(), &scores);
+    let settings = mixed::settle(&base, (&sites, settings), given, &mut told, progress)?;
+    progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
     let chosen = Chosen::new(&base, (sites, &settings), observed, &scores, |count| progress.advance(count))?;
     clock.timings.search = clock.lap();
     finish((&base, &comparison), plan, (chosen, hashes, told), run_dir, clock, progress)
@@ -411,6 +406,7 @@ mod tests {
                 accuracy,
                 agreement: None,
                 sqnr_db: None,
+                squared_error: None,
                 cosine: None,
                 max_abs_diff,
                 max_abs_float: max_abs_diff,

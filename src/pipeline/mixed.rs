@@ -6,10 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 use tch::Tensor;
 
-use super::Error;
 use super::base::Base;
 use super::score::{ScoresTold, SiteScores};
 use super::select::{self, Method};
+use super::{Error, Progress, Work};
 use crate::budget::{self, Site, TooLittle, Width};
 use crate::config::{BudgetPlan, Limit, MixedPlan};
 use crate::hessian::{Scored, Unusable};
@@ -27,21 +27,21 @@ const ROUNDING: f64 = 1e-12;
 /// Noise that a better choice might save, beyond which that is told.
 const TOLD: f64 = 1e-6;
 
-/// The settings with all bits chosen; what was chosen goes into what the report says. `advance` is called with 1 for each site.
+/// The settings with all bits chosen; what was chosen goes into what the report says.
 ///
 /// # Errors
 /// Where no choice is within a budget, or a threshold cannot be chosen.
 pub(super) fn settle(
     base: &Base,
     (sites, mut settings): (&Sites, Settings),
-    statistics: &[Vec<Activation>],
-    scores: &SiteScores<'_>,
+    (statistics, scores): (&[Vec<Activation>], &SiteScores<'_>),
     told: &mut ScoresTold,
-    advance: impl FnMut(usize) + Send,
+    progress: &mut dyn Progress,
 ) -> Result<Settings, Error> {
     let Some(plan) = settings.mixed.clone() else { return Ok(settings) };
-    let advance = Mutex::new(advance);
-    let done = || advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
+    progress.stage("bits", Work::Sites(sites.weights.len() + sites.activations.len()));
+    let progress = Mutex::new(progress);
+    let done = || progress.lock().unwrap_or_else(PoisonError::into_inner).advance(1);
     let weights = of_weights(&base.model, (sites, &settings.weights), scores, done)?;
     let activations = of_activations((sites, &settings.activations), statistics, &scores.activations, done)?;
     told.warnings.extend(weights.iter().chain(&activations).filter_map(Noisy::note));

@@ -8,6 +8,7 @@ use super::calibration::Calibration;
 use super::chosen::Chosen;
 use super::compare::Comparison;
 use super::device::Taken;
+use super::experiment::Silent;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
 use super::{Clock, Error, Progress, Work, hessian_batches, mixed};
 use crate::config::{HessianPlan, Plan};
@@ -116,7 +117,7 @@ impl Shared {
             _ => (SiteScores::default(), ScoresTold::default()),
         };
         drop(asking);
-        let settings = mixed::settle(&self.base, (&sites, settings), &statistics, &scores, &mut told, |_| ())?;
+        let settings = mixed::settle(&self.base, (&sites, settings), (&statistics, &scores), &mut told, &mut Silent)?;
         let observed = Observed { statistics, targets, inputs };
         Ok((Chosen::new(&self.base, (sites, &settings), observed, &scores, |_| ())?, told))
     }
