@@ -108,7 +108,7 @@ fn activations_count_by_row() {
     let (few, many) = (run("16"), run("32"));
     assert_eq!(few["mixed_precision"]["activations"]["elements"], many["mixed_precision"]["activations"]["elements"]);
     let input = sites(&few, "activation")[0];
-    assert_eq!((&input["name"], &input["elements"]), (&json!("input.x"), &json!(784.0)));
+    assert_eq!((&input["name"], &input["elements"]), (&json!("input.images"), &json!(784.0)));
     let bits: Vec<&Value> = sites(&few, "activation").into_iter().map(|site| &site["bits"]).collect();
     assert!(bits.contains(&&json!(4)) && bits.contains(&&json!(8)), "{bits:?}");
     assert!(few["mixed_precision"].get("weights").is_none());
@@ -135,7 +135,7 @@ fn memory_is_bits_by_elements() {
 #[test]
 fn overrides_set_bits_and_count() {
     let folder = Folder::new();
-    let yaml = small("small_conv", "{weights: {bits: [4, 8], average: 6}}");
+    let yaml = small("small_conv", "{weights: {bits: [4, 8], average: 7}}");
     folder.quantize(&yaml, &["overrides=[{layers: conv1, weights: {bits: 16}}]"]).succeeded();
     let report = folder.report("run");
     check(&report);
@@ -159,11 +159,11 @@ fn budgets_that_cannot_be_met_say_what_is_needed() {
     };
     let why = "which the narrowest of `bits` and what `overrides` say need, found";
     let found = line("{weights: {bits: [4, 8], average: 3.5}}", &[]);
-    assert_eq!(found, format!("53: `mixed_precision.weights.average`: expected at least 4 bits, {why} 3.5"));
+    assert_eq!(found, format!("52: `mixed_precision.weights.average`: expected at least 4 bits, {why} 3.5"));
     let found = line("{activations: {bits: [4, 8], average: 3.5}}", &[]);
-    assert_eq!(found, format!("57: `mixed_precision.activations.average`: expected at least 4 bits, {why} 3.5"));
+    assert_eq!(found, format!("56: `mixed_precision.activations.average`: expected at least 4 bits, {why} 3.5"));
     let found = line("{weights: {bits: [4, 8], memory: 10B}}", &[]);
-    assert!(found.starts_with("52: `mixed_precision.weights.memory`: expected at least "), "{found}");
+    assert!(found.starts_with("51: `mixed_precision.weights.memory`: expected at least "), "{found}");
     // The figure that is told will do.
     let least = found.split("at least ").nth(1).and_then(|rest| rest.split(',').next()).expect("a size").to_owned();
     let enough = format!("{{weights: {{bits: [4, 8], memory: {least}}}}}");
@@ -172,7 +172,7 @@ fn budgets_that_cannot_be_met_say_what_is_needed() {
     let fixed = "overrides=[{layers: input, activations: {bits: 16}}]";
     fs_err::remove_dir_all(folder.path().join("run")).unwrap();
     let found = line("{activations: {bits: [4, 8], average: 4.5}}", &[fixed]);
-    assert!(found.starts_with("57: `mixed_precision.activations.average`: expected at least "), "{found}");
+    assert!(found.starts_with("56: `mixed_precision.activations.average`: expected at least "), "{found}");
     let least = found.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect("bits").to_owned();
     let enough = format!("{{activations: {{bits: [4, 8], average: {least}}}}}");
     folder.quantize(&small("small_conv", &enough), &[fixed]).succeeded();
