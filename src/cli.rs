@@ -6,6 +6,7 @@ mod evaluate;
 mod experiment;
 mod inspect;
 mod measures;
+mod mixed;
 mod progress;
 mod provenance;
 mod quantize;

@@ -11,6 +11,7 @@ mod flags;
 mod hessian;
 mod inputs;
 mod keys;
+mod mixed_precision;
 mod not_built;
 mod overrides;
 mod plan;
@@ -29,9 +30,9 @@ pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, BiasCorrection, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan, Format,
-    HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Rounding, Transform,
-    WeightPlan,
+    ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan,
+    Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Limit, Metric, MixedPlan, OutputPlan, Plan,
+    Rounding, Transform, WeightPlan,
 };
 pub use schema::json_schema;
 pub use sweep::{Combination, Emit, Sweep};

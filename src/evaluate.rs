@@ -230,6 +230,7 @@ impl Evaluation {
             accuracy: self.quantized.accuracy(),
             agreement: (self.positions > 0.0).then(|| self.agreeing / self.positions),
             sqnr_db: Some(10.0 * (self.signal / self.noise).log10()).filter(|db| db.is_finite()),
+            squared_error: self.max_abs_diff.map(|_| self.noise / self.rows as f64).filter(|error| error.is_finite()),
             cosine: self.max_abs_diff.and_then(|_| self.cosine()),
             max_abs_diff: self.max_abs_diff,
             max_abs_float: self.max_abs_float,
@@ -287,6 +288,7 @@ mod tests {
         // The quantized first row is a tie between classes 1 and 2; libtorch's arg-max takes the first.
         assert_eq!(comparison.agreement, Some(0.5));
         assert!((comparison.sqnr_db.unwrap() - 10.0 * (30.0f64 / 2.0).log10()).abs() < 1e-12);
+        assert_eq!(comparison.squared_error, Some(1.0));
         assert!((comparison.cosine.unwrap() - 27.0 / (30.0f64 * 26.0).sqrt()).abs() < 1e-12);
         assert_eq!(comparison.max_abs_diff, Some(1.0));
     }

@@ -5,6 +5,7 @@
 //! [`correct`] takes out what that does to biases; [`emit`] writes the quantized model; [`evaluate`] compares it with the float one; [`report`] tells. [`pipeline`] holds
 //! that order. ARCHITECTURE.md is the map.
 
+pub mod budget;
 pub mod cli;
 pub mod config;
 pub mod correct;

@@ -14,6 +14,7 @@ mod files;
 mod hash;
 mod journal;
 mod kept;
+mod mixed;
 mod output_file;
 mod refine;
 mod run_dir;
@@ -120,6 +121,7 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     let (base, comparison) = Base::load_to_compare(plan, taken, (calibration, kept.as_ref()))?;
     let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
+    mixed::check(&sites, &settings)?;
     clock.timings.load = clock.lap();
 
     let observed = match &kept {
@@ -151,6 +153,8 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     }
     clock.timings.hessian = if pool.is_some() { clock.lap() } else { 0.0 };
 
+    let given = (observed.statistics.as_slice(), &scores);
+    let settings = mixed::settle(&base, (&sites, settings), given, &mut told, progress)?;
     let chosen = Chosen::new(&base, plan, (sites, &settings), observed, &scores, progress)?;
     clock.timings.search = clock.lap() - chosen.correct;
     clock.timings.correct = chosen.correct;
@@ -205,6 +209,7 @@ fn finish(
         timings_s: clock.total(),
         peak_memory_bytes: peak_memory_bytes(),
         calibration_samples: base.calibration.rows,
+        mixed_precision: scores.mixed.map(|mixed| mixed.measured(evaluation.quantized.squared_error)),
         hessian: scores.report,
         bias_correction: corrected_biases(plan, corrections),
         not_rounded: (plan.weights.rounding != Rounding::Nearest).then_some(not_rounded),
@@ -412,6 +417,7 @@ mod tests {
                 accuracy,
                 agreement: None,
                 sqnr_db: None,
+                squared_error: None,
                 cosine: None,
                 max_abs_diff,
                 max_abs_float: max_abs_diff,

@@ -10,7 +10,7 @@ mod threshold;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use bits::{Bits, BitsError};
+pub use bits::{Bits, BitsError, Widths};
 pub use params::{Levels, QuantParams, QuantParamsError};
 pub use threshold::{Range, Threshold};
 

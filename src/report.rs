@@ -2,6 +2,7 @@
 
 mod files;
 mod measures;
+mod mixed_precision;
 mod provenance;
 mod sweep;
 
@@ -16,6 +17,7 @@ use crate::threshold::{ErrorMethod, Exponent, Selection};
 
 pub use files::{Alone, FilesReport, Measures};
 pub use measures::{Accuracy, Comparison, Sqnr};
+pub use mixed_precision::{Allotted, Budget, MixedPrecision, Noise, Share, SiteNoise, Uniform, WidthNoise};
 pub use provenance::{NotQuantized, Provenance, QuantizedSite};
 pub use sweep::{Gave, SweepReport, SweepRow};
 
@@ -43,7 +45,10 @@ pub struct Report {
     pub peak_memory_bytes: Option<u64>,
     /// Calibration rows.
     pub calibration_samples: usize,
-    /// How the Hessian scores were computed; `None` where no error method asks for them.
+    /// What mixed precision chose; `None` where that was not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mixed_precision: Option<MixedPrecision>,
+    /// How the Hessian scores were computed; `None` where nothing asks for them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hessian: Option<Hessian>,
     /// How biases were corrected; `None` where that was not asked for.

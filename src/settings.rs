@@ -6,8 +6,8 @@
 mod merge;
 mod select;
 
-use crate::config::{At, Error, Plan};
-use crate::quantizer::{Granularity, Scheme};
+use crate::config::{At, Error, MixedPlan, Plan};
+use crate::quantizer::{Bits, Granularity, Scheme, Widths};
 use crate::sites::{LeftFloat, Sites};
 use crate::threshold::ErrorMethod;
 
@@ -17,14 +17,34 @@ use select::Role;
 /// The settings of one site.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SiteSettings {
-    /// Bits and grid.
+    /// Bits and grid; while bits are free, the widest.
     pub scheme: Scheme,
+    /// The widths to choose from, where mixed precision chooses and no override sets bits.
+    pub free: Option<Widths>,
     /// One threshold or one per output channel; activations have one.
     pub granularity: Granularity,
     /// How thresholds are chosen.
     pub error_method: ErrorMethod,
     /// Standard deviations beyond which values of an activation do not count.
     pub z_threshold: Option<f64>,
+}
+
+impl SiteSettings {
+    /// The widths that it may get, ascending.
+    pub fn widths(&self) -> impl DoubleEndedIterator<Item = Bits> {
+        self.free.unwrap_or(Widths::only(self.scheme.bits)).iter()
+    }
+
+    /// The fewest bits that it may get.
+    pub fn narrowest(&self) -> Bits {
+        self.free.map_or(self.scheme.bits, Widths::narrowest)
+    }
+
+    /// With these bits.
+    #[must_use]
+    pub fn with_bits(&self, bits: Bits) -> Self {
+        Self { scheme: Scheme { bits, ..self.scheme }, free: None, ..*self }
+    }
 }
 
 /// The settings of all sites.
@@ -34,6 +54,15 @@ pub struct Settings {
     pub weights: Vec<SiteSettings>,
     /// In the order of `sites.activations`.
     pub activations: Vec<SiteSettings>,
+    /// What free bits may cost.
+    pub mixed: Option<MixedPlan>,
+}
+
+impl Settings {
+    /// Whether a site with such settings, one of these, needs Hessian scores.
+    pub fn is_scored(&self, site: &SiteSettings) -> bool {
+        site.error_method == ErrorMethod::Hmse || self.mixed.is_some()
+    }
 }
 
 /// What is settled about a site.
@@ -76,7 +105,8 @@ pub fn settle(plan: &Plan, sites: Sites) -> Result<(Sites, Settings), Error> {
             .at
             .error("expected at least one site left to quantize, found that the overrides leave all float"));
     }
-    Ok(divide(sites, &weights, &activations))
+    let (sites, settings) = divide(sites, &weights, &activations);
+    Ok((sites, Settings { mixed: plan.mixed_precision.clone(), ..settings }))
 }
 
 /// Takes what stays float out of the sites.

@@ -17,6 +17,7 @@ mod measure;
 mod moments;
 mod mse;
 mod no_clipping;
+mod noise;
 mod off_diagonal;
 mod scored;
 mod search;
@@ -33,6 +34,7 @@ use crate::statistics::NotFinite;
 
 pub use channels::{Channels, ChannelsError, quantize_weights};
 pub use hmse::{select_activation_scored, select_weights_scored};
+pub use noise::{noise_of_activation, noise_of_weights};
 pub use off_diagonal::GRADIENT_SUMS_MAX_BITS;
 pub use select::{select_activation, select_weights};
 pub use selection::{CurvePoint, Note, Selection};

@@ -80,6 +80,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
             z_threshold: None,
         },
         overrides: tsquant::config::Overrides::default(),
+        mixed_precision: None,
         hessian: None,
         device: DevicePlan::Cpu,
         allow_tf32: false,

@@ -339,7 +339,10 @@ fn a_wrong_experiment_exits_with_2() {
             with("inputs: [x]", "inputs: [x], batchsize: 4"),
             &["e.yaml:2:", "unknown key `batchsize`", "did you mean `batch_size`?"],
         ),
-        (good() + "mixed_precision: {}\n", &["e.yaml:5:1: `mixed_precision` is not built yet"]),
+        (
+            good() + "mixed_precision: {}\n",
+            &["e.yaml:5:18: `mixed_precision`: expected `weights`, `activations` or both"],
+        ),
         (good() + "hessian: {probes: 0}\n", &["e.yaml:5:19: `hessian.probes`: expected a whole number from 1"]),
         (
             with("weights_error_method: NOCLIPPING", "weights: {bits: 9}, weights_error_method: KL"),

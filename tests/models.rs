@@ -331,6 +331,7 @@ fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
         },
         activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
         overrides: Overrides::default(),
+        mixed_precision: None,
         hessian: None,
         device: DevicePlan::Cpu,
         allow_tf32: false,

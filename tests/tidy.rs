@@ -5,15 +5,19 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Modules of plain data: no tensor, no module that knows one.
-const PLAIN: &[&str] = &["config", "settings", "quantizer", "statistics", "threshold", "report"];
+const PLAIN: &[&str] = &["budget", "config", "settings", "quantizer", "statistics", "threshold", "report"];
 /// Modules that know tensors, and so may not be known to plain data.
 const WITH_TENSORS: &[&str] =
     &["jit", "dataset", "feed", "observe", "simulate", "hessian", "correct", "emit", "evaluate", "pipeline", "cli"];
 /// Crates that plain data may not mention.
 const TENSOR_CRATES: &[&str] = &["tch", "cxx", "torch_sys"];
 /// The only siblings that these modules may know.
-const KNOWS_ONLY: &[(&str, &[&str])] =
-    &[("quantizer", &[]), ("statistics", &["quantizer"]), ("threshold", &["statistics", "quantizer"])];
+const KNOWS_ONLY: &[(&str, &[&str])] = &[
+    ("budget", &["quantizer"]),
+    ("quantizer", &[]),
+    ("statistics", &["quantizer"]),
+    ("threshold", &["statistics", "quantizer"]),
+];
 const MOST_LINES: usize = 700;
 
 /// A source file: its path from the root of the repository, with `/`, and its text.

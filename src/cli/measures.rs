@@ -98,8 +98,17 @@ mod tests {
         let shown_of = |sqnr_db, cosine, max_abs_diff, max_abs_float| {
             let accuracy = Accuracy::default();
             let (agreement, not_finite, rows) = (None, 0, 1);
-            let quantized =
-                Comparison { accuracy, agreement, sqnr_db, cosine, max_abs_diff, max_abs_float, not_finite, rows };
+            let quantized = Comparison {
+                accuracy,
+                agreement,
+                sqnr_db,
+                squared_error: None,
+                cosine,
+                max_abs_diff,
+                max_abs_float,
+                not_finite,
+                rows,
+            };
             let evaluation = Evaluation { data: "evaluation", float: accuracy, quantized };
             [Metric::Sqnr, Metric::Cosine, Metric::MaxAbsDiff].map(|metric| cells(metric, &evaluation).1)
         };

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::measures::{self, Sizes};
 use super::progress::Display;
-use super::{experiment_of, located, table, working_dir};
+use super::{experiment_of, located, mixed, table, working_dir};
 use crate::config::{Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
 use crate::report::{Dropped, Kind, Report, Timings, WorstSite};
@@ -77,6 +77,9 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
     if let Some([rounded, nearest]) = estimate.roundings {
         writeln!(out, "# {}", roundings(rounded, nearest, "would be rounded by gptq"))?;
     }
+    if let Some(planned) = &plan.mixed_precision {
+        mixed::print_planned(out, planned, estimate.free)?;
+    }
     let hessian = match (estimate.hessian_rows, estimate.timings.hessian) {
         (0, _) => String::new(),
         (rows, seconds) => format!("hessian {seconds:.1} ({rows} rows), "),
@@ -114,6 +117,9 @@ fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Resul
         table::count(count(Kind::Activation), "activation"),
         table::count(report.left_float.len(), "op or value")
     )?;
+    if let Some(mixed) = &report.mixed_precision {
+        mixed::print(out, mixed)?;
+    }
     if let Some(corrected) = &report.bias_correction {
         writeln!(out, "{}", biases(corrected.layers.len(), corrected.left_out.len(), "corrected"))?;
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::device::DevicePlan;
 use super::hessian::HessianKeys;
+use super::mixed_precision::MixedKeys;
 use super::overrides::OverrideKeys;
 use super::plan::{BiasCorrection, Format, InputsPlan, Layout, Metric, Rounding};
 use super::sweep::SweepKeys;
@@ -33,7 +34,10 @@ pub(super) struct Keys {
     /// Settings of single layers, in order: later ones win.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) overrides: Option<Vec<OverrideKeys>>,
-    /// How the Hessian scores of HMSE are computed.
+    /// Bits for each site under a budget.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) mixed_precision: Option<MixedKeys>,
+    /// How Hessian scores are computed, for HMSE and mixed precision.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) hessian: Option<HessianKeys>,
     /// Where the model runs.

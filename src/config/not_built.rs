@@ -10,7 +10,6 @@ use NotBuilt::{Key, Value};
 
 /// `[]` stands for every item of a list.
 const NOT_BUILT: &[NotBuilt] = &[
-    Key("mixed_precision"),
     Key("quantization.accuracy"),
     Key("output.engine"),
     Key("output.reduce_range"),

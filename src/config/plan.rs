@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::device::DevicePlan;
 use super::overrides::Overrides;
-use crate::quantizer::{Granularity, Scheme};
+use crate::quantizer::{Granularity, Scheme, Widths};
 use crate::threshold::ErrorMethod;
 
 /// Everything that one `tsquant quantize` needs to know. Serialized, it is an experiment again: the same keys as the
@@ -26,7 +26,9 @@ pub struct Plan {
     pub activations: ActivationPlan,
     /// What is different at some layers.
     pub overrides: Overrides,
-    /// How Hessian scores are computed; `None` where no error method asks for them.
+    /// Bits for each site under a budget; `None` where the bits of `weights` and `activations` hold.
+    pub mixed_precision: Option<MixedPlan>,
+    /// How Hessian scores are computed; `None` where nothing asks for them.
     pub hessian: Option<HessianPlan>,
     /// Where the model runs.
     pub device: DevicePlan,
@@ -256,6 +258,33 @@ pub struct ActivationPlan {
     /// Values farther than this many standard deviations from the mean of their site do not count when thresholds are
     /// chosen, whatever the error method; finite and above 0. `None`: all values count.
     pub z_threshold: Option<f64>,
+}
+
+/// Bits for each site under a budget, for weights, activations or both.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MixedPlan {
+    /// For weights.
+    pub weights: Option<BudgetPlan>,
+    /// For activations.
+    pub activations: Option<BudgetPlan>,
+}
+
+/// Widths and what they may cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BudgetPlan {
+    /// To choose from, at each site whose bits no override sets.
+    pub widths: Widths,
+    /// Over all quantized sites, those whose bits an override sets included.
+    pub limit: Limit,
+}
+
+/// What bits may cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// Bits on average over all elements; finite and above 0.
+    Average(f64),
+    /// Bytes of all elements together, at bits / 8 each.
+    Memory(u64),
 }
 
 /// How Hessian scores are computed and what becomes of them.

@@ -15,8 +15,8 @@ use super::keys::{
 };
 use super::overrides::Overrides;
 use super::plan::{
-    ActivationPlan, BiasCorrection, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource, InputsPlan, Metric,
-    OutputPlan, Plan, Rounding, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource,
+    InputsPlan, Metric, MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
@@ -68,14 +68,19 @@ impl Resolver<'_> {
         let calibration = self.calibration(keys.calibration.unwrap_or_default(), seed)?;
         let quantization = keys.quantization.unwrap_or_default();
         let exponent = quantization.l_p_value.map(|LpValue(p)| p).unwrap_or_default();
-        let (weights, activations) = self.quantization(quantization, exponent)?;
+        let mixed_precision = keys.mixed_precision.as_ref().map(super::mixed_precision::resolve).transpose();
+        let mixed_precision = mixed_precision.map_err(|(key, reason)| self.invalid(&key, reason))?;
+        let (weights, activations) = self.quantization(quantization, exponent, mixed_precision.as_ref())?;
         let overrides = Overrides::resolve(self.root, keys.overrides.unwrap_or_default(), exponent)?;
         let hessian = super::hessian::resolve(&keys.hessian.unwrap_or_default(), seed)
             .map_err(|(key, reason)| self.invalid(&format!("hessian.{key}"), reason))?;
         let methods = [weights.error_method, activations.error_method];
         // They are computed on the rows that weights are rounded and biases corrected on.
         let is_in_sequence = weights.rounding == Rounding::Gptq || weights.bias_correction == BiasCorrection::Weighted;
-        let is_asked = methods.contains(&ErrorMethod::Hmse) || overrides.ask_for(Method::Hmse) || is_in_sequence;
+        let is_asked = methods.contains(&ErrorMethod::Hmse)
+            || overrides.ask_for(Method::Hmse)
+            || mixed_precision.is_some()
+            || is_in_sequence;
         let hessian = is_asked.then_some(hessian);
         let (device, allow_tf32) = (keys.device.unwrap_or(DevicePlan::Auto), keys.allow_tf32.unwrap_or(false));
         let output = self.output(keys.output.unwrap_or_default())?;
@@ -108,6 +113,7 @@ impl Resolver<'_> {
             weights,
             activations,
             overrides,
+            mixed_precision,
             hessian,
             device,
             allow_tf32,
@@ -319,7 +325,12 @@ impl Resolver<'_> {
         Err(self.invalid(key, format!("expected {expected} in float32, found {number:?}")))
     }
 
-    fn quantization(&self, keys: QuantizationKeys, exponent: Exponent) -> Result<(WeightPlan, ActivationPlan), Error> {
+    fn quantization(
+        &self,
+        keys: QuantizationKeys,
+        exponent: Exponent,
+        mixed: Option<&MixedPlan>,
+    ) -> Result<(WeightPlan, ActivationPlan), Error> {
         let weights = keys.weights.unwrap_or_default();
         let activations = keys.activations.unwrap_or_default();
         if activations.granularity == Some(Granularity::PerChannel) {
@@ -339,10 +350,16 @@ impl Resolver<'_> {
             error_method: keys.activation_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
             z_threshold: keys.z_threshold.map(|Deviations(z)| z),
         };
-        if let Some(reason) = too_wide("weights", weight_plan.scheme, weight_plan.error_method) {
+        let widest = |half: Option<&BudgetPlan>, scheme: Scheme| match half {
+            Some(budget) => ("mixed_precision", budget.widths.widest()),
+            None => ("quantization", scheme.bits),
+        };
+        let bits = widest(mixed.and_then(|mixed| mixed.weights.as_ref()), weight_plan.scheme);
+        if let Some(reason) = too_wide("weights", bits, weight_plan.error_method) {
             return Err(self.invalid("quantization.weights_error_method", reason));
         }
-        if let Some(reason) = too_wide("activations", activation_plan.scheme, activation_plan.error_method) {
+        let bits = widest(mixed.and_then(|mixed| mixed.activations.as_ref()), activation_plan.scheme);
+        if let Some(reason) = too_wide("activations", bits, activation_plan.error_method) {
             return Err(self.invalid("quantization.activation_error_method", reason));
         }
         Ok((weight_plan, activation_plan))
@@ -402,13 +419,11 @@ impl Resolver<'_> {
     }
 }
 
-/// Why this method cannot choose for so many bits, where it cannot; `sites` is `weights` or `activations`.
-fn too_wide(sites: &str, scheme: Scheme, error_method: ErrorMethod) -> Option<String> {
-    let (most, found) = (ErrorMethod::KL_MAX_BITS, scheme.bits.get());
+/// Why this method cannot choose for so many bits, which a section says, where it cannot; `sites` is `weights` or `activations`.
+fn too_wide(sites: &str, (section, bits): (&str, Bits), error_method: ErrorMethod) -> Option<String> {
+    let (most, found) = (ErrorMethod::KL_MAX_BITS, bits.get());
     let wide = error_method == ErrorMethod::Kl && found > most;
-    wide.then(|| {
-        format!("{error_method} chooses for at most {most} bits, found {found} in `quantization.{sites}.bits`")
-    })
+    wide.then(|| format!("{error_method} chooses for at most {most} bits, found {found} in `{section}.{sites}.bits`"))
 }
 
 /// Whether `path` is `folder` or in it, as typed or with links followed.

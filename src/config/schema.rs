@@ -9,6 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
 use super::hessian::Tolerance;
 use super::keys::{Count, Crop, Deviations, Keys, LpValue, OutputName, Pixels};
+use super::mixed_precision::{Average, Memory};
 use super::plan::{InputSource, InputsPlan};
 use crate::quantizer::Bits;
 use crate::threshold::Exponent;
@@ -46,6 +47,10 @@ schema_of!(LpValue, "LpValue", _generator => json_schema!({
 schema_of!(Deviations, "Deviations", _generator => json_schema!({ "type": "number", "exclusiveMinimum": 0 }));
 schema_of!(Tolerance, "Tolerance", _generator => json_schema!({
     "type": "number", "exclusiveMinimum": 0, "maximum": 1,
+}));
+schema_of!(Average, "Average", _generator => json_schema!({ "type": "number", "exclusiveMinimum": 0 }));
+schema_of!(Memory, "Memory", _generator => json_schema!({
+    "type": "string", "pattern": "^[0-9.]+([eE][+-]?[0-9]+)? *(B|kB|MB|GB|KiB|MiB|GiB)$",
 }));
 schema_of!(Count, "Count", _generator => json_schema!({ "type": "integer", "minimum": 1, "maximum": u32::MAX }));
 schema_of!(Pixels, "Pixels", _generator => json_schema!({ "type": "integer", "minimum": 1, "maximum": u16::MAX }));

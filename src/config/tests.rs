@@ -392,6 +392,10 @@ quantization.weights.grid=3 => `quantization.weights.grid` must be one of `symme
 quantization.weights.rounding=gptq => `quantization.weights.rounding` is not built yet
 quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`, which is not built yet?
 quantization.activations.granularity=per_channel => `quantization.activations.granularity`: activations are quantized per tensor, expected `per_tensor`, found `per_channel`
+mixed_precision={} => `mixed_precision`: expected `weights`, `activations` or both, found neither
+mixed_precision.weights.bits=[4, 8] => `mixed_precision.weights`: expected `average` or `memory`, which bits may not exceed, found neither
+mixed_precision.weight.average=5 => unknown key `weight` in `mixed_precision`, did you mean `weights`?
+mixed_precision.weights={bits: [4, 8], averag: 5} => unknown key `averag` in `mixed_precision.weights`, did you mean `average`?
 hessian=5 => `hessian` must be a map of keys, found the number 5
 hessian.probs=5 => unknown key `probs` in `hessian`, did you mean `probes`?
 hessian.probes=0 => `hessian.probes`: expected a whole number from 1 to 4294967295, found 0
@@ -492,7 +496,7 @@ seed => expected KEY=VALUE such as `quantization.weights.bits=4`, found no `=`
 =1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a..b=1 => expected KEY=VALUE such as `quantization.weights.bits=4`, found an empty name in KEY
 a=[1 => not valid YAML: unclosed bracket '['
-a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `hessian`, `device`, `allow_tf32`, `output`, `evaluation`, `seed`, `sweep`
+a=1 => unknown key `a` in the experiment, expected one of `model`, `calibration`, `quantization`, `overrides`, `mixed_precision`, `hessian`, `device`, `allow_tf32`, `output`, `evaluation`, `seed`, `sweep`
 calibration=5 => `calibration` must be a map of keys, found the number 5
 output.dir="a\0b" => `output.dir`: expected a path, found a\0b
 a=x: y: z => not valid YAML: mapping values are not allowed in this context

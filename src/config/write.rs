@@ -78,6 +78,7 @@ impl From<&Plan> for Keys {
                 z_threshold: plan.activations.z_threshold.map(Deviations),
             }),
             overrides: Some(overrides).filter(|overrides| !overrides.is_empty()),
+            mixed_precision: plan.mixed_precision.as_ref().map(Into::into),
             hessian: plan.hessian.as_ref().map(Into::into),
             device: Some(plan.device),
             allow_tf32: Some(plan.allow_tf32),

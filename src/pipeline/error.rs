@@ -39,6 +39,22 @@ pub enum Error {
         /// Why.
         reason: hessian::Unusable,
     },
+    /// Hessian scores of a layer that are of no use, and whose bits are to be chosen by them.
+    #[error(
+        "{kind} site {site}: mixed_precision needs Hessian scores, but {reason}; `hessian: {{allow_fallback: true}}` takes its \
+         widest bits there, and `overrides` can set its bits"
+    )]
+    ScoresForBits {
+        /// `weight` or `activation`.
+        kind: &'static str,
+        /// Its name.
+        site: String,
+        /// Why.
+        reason: hessian::Unusable,
+    },
+    /// A budget that no choice of bits meets.
+    #[error("{0}")]
+    Budget(String),
     /// Float against quantized.
     #[error(transparent)]
     Evaluate(#[from] evaluate::Error),

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::base::Base;
 use super::calibration::Calibration;
 use super::score::Asking;
-use super::{Error, calibration_batches, device, hessian_batches, peak_memory_bytes, refine, run_dir};
+use super::{Error, calibration_batches, device, hessian_batches, mixed, peak_memory_bytes, refine, run_dir};
 use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan, Rounding};
 use crate::correct::{self, Steps};
 use crate::dataset::{Dataset, Shard};
@@ -59,6 +59,8 @@ pub struct Estimate {
     pub weight_elements: u64,
     /// Activation sites to quantize.
     pub activations: usize,
+    /// Weights and activations whose bits are chosen under a budget.
+    pub free: [usize; 2],
     /// Biases to correct, and those of ops with quantized weights that are not; `None` where that is not asked for.
     pub biases: Option<[usize; 2]>,
     /// Weights to round otherwise than to nearest, and ops whose weights are not; `None` where that is not asked for.
@@ -88,6 +90,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let (base, comparison) = Base::load_to_compare(plan, taken, (Calibration::open(&plan.calibration)?, None))?;
     let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = settings::settle(plan, base.sites.clone())?;
+    mixed::check(&sites, &settings)?;
     let (model, calibration) = (&base.model, base.calibration.data()?);
     let load = start.elapsed().as_secs_f64();
 
@@ -115,14 +118,24 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let elements = |shape: &[i64]| shape.iter().map(|size| size.unsigned_abs()).product::<u64>();
     let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
     let weight_elements: u64 = weights.iter().sum();
-    let search: f64 = weights.iter().zip(&settings.weights).map(|(&count, site)| count as f64 * per_weight(site)).sum();
+    // A site of mixed precision is searched at each width, and once more when its bits are chosen.
+    let searches = |site: &SiteSettings| {
+        let widths = site.widths().count() as f64;
+        if settings.mixed.is_some() { widths + 1.0 } else { 1.0 }
+    };
+    let search: f64 = weights
+        .iter()
+        .zip(&settings.weights)
+        .map(|(&count, site)| count as f64 * per_weight(site) * searches(site))
+        .sum();
+    let activations: f64 = settings.activations.iter().map(|site| SITE * searches(site)).sum();
     let evaluation_rows = comparison.rows();
     let mut timings = Timings {
         load,
         calibrate: row * calibration.rows() as f64 * CALIBRATION,
         hessian,
-        search: search + sites.activations.len() as f64 * SITE,
-        correct: row * sequence.as_ref().map_or(0.0, |sequence| sequence.forwards()),
+        search: search + activations,
+        correct: row * sequence.as_ref().map_or(0.0, InSequence::forwards),
         emit: 0.0,
         check: row * comparison.checked_rows() as f64 * EVALUATION,
         evaluate: row * evaluation_rows as f64 * EVALUATION,
@@ -149,6 +162,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         weights: sites.weights.len(),
         weight_elements,
         activations: sites.activations.len(),
+        free: [&settings.weights, &settings.activations].map(|all| all.iter().filter(|it| it.free.is_some()).count()),
         biases: is_corrected.then(|| sequence.as_ref().map_or(closed_form, InSequence::biases)),
         roundings: sequence.as_ref().and_then(InSequence::roundings),
         left_float: sites.left_float,
@@ -214,9 +228,7 @@ impl<'a> InSequence<'a> {
 
 /// Bytes of the sums of gradients by row, of the activations that have some.
 fn gradient_sums(settings: &Settings, rows: usize) -> u64 {
-    let has_some = |site: &&SiteSettings| {
-        site.error_method == ErrorMethod::Hmse && site.scheme.bits.get() <= GRADIENT_SUMS_MAX_BITS
-    };
+    let has_some = |site: &&SiteSettings| settings.is_scored(site) && site.narrowest().get() <= GRADIENT_SUMS_MAX_BITS;
     let sites = settings.activations.iter().filter(has_some).count() as u64;
     sites * rows.min(GradientSums::ENOUGH) as u64 * GradientSums::BINS as u64 * 4
 }

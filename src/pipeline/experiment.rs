@@ -249,7 +249,7 @@ impl Runs<'_> {
 }
 
 /// Says nothing.
-struct Silent;
+pub(super) struct Silent;
 
 impl Progress for Silent {
     fn stage(&mut self, _: &'static str, _: Work) {}

@@ -1,4 +1,4 @@
-//! Hessian scores for the sites whose error method needs them: computed, or those that an earlier run kept.
+//! Hessian scores for the sites that need them: computed, or those that an earlier run kept.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
@@ -21,7 +21,7 @@ use crate::sites::{ActivationSite, Sites, WeightSite};
 use crate::statistics::{Activation, ActivationScores};
 use crate::threshold::{ErrorMethod, GRADIENT_SUMS_MAX_BITS};
 
-/// Scores in the order of the sites; `None` where no error method asks for them.
+/// Scores in the order of the sites; `None` where nothing asks for them.
 #[derive(Default)]
 pub(super) struct SiteScores<'a> {
     pub(super) weights: Vec<Option<&'a Scored<Tensor>>>,
@@ -46,6 +46,8 @@ pub(super) struct Pool {
 #[derive(Default)]
 pub(super) struct ScoresTold {
     pub(super) report: Option<report::Hessian>,
+    /// What was chosen by them.
+    pub(super) mixed: Option<report::MixedPrecision>,
     pub(super) warnings: Vec<String>,
 }
 
@@ -71,7 +73,7 @@ impl Pool {
         let report = self.describe(plan, &sites);
         let mut warnings = self.warnings.clone();
         warnings.extend(missed_tolerance(&report));
-        Ok((sites, ScoresTold { report: Some(report), warnings }))
+        Ok((sites, ScoresTold { report: Some(report), mixed: None, warnings }))
     }
 
     fn describe(&self, plan: &HessianPlan, sites: &SiteScores<'_>) -> report::Hessian {
@@ -101,12 +103,25 @@ pub(super) struct Keeping<'a> {
     pub(super) dir: &'a Path,
 }
 
+/// What a site needs scores for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// Its thresholds are chosen by them.
+    Method,
+    /// Its bits are.
+    Bits,
+    /// Its noise is predicted, if that can be.
+    Noise,
+}
+
 /// The sites that need scores. A value that never ran on the calibration data stays float, whatever its method.
 pub(super) struct Asking<'a> {
     weights: Vec<&'a WeightSite>,
     activations: Vec<&'a ActivationSite>,
     /// Of those the ranges of values.
     ranges: Vec<Option<RangeInclusive<f32>>>,
+    /// What weights and activations need them for.
+    needs: [Vec<Need>; 2],
     /// Which of all sites these are.
     asks: [Vec<bool>; 2],
 }
@@ -114,7 +129,7 @@ pub(super) struct Asking<'a> {
 impl<'a> Asking<'a> {
     /// `statistics` are those of all activations, if they are known.
     pub(super) fn new(settings: &Settings, sites: &'a Sites, statistics: Option<&[Vec<Activation>]>) -> Self {
-        let asks = |settings: &SiteSettings| settings.error_method == ErrorMethod::Hmse;
+        let asks = |site: &SiteSettings| settings.is_scored(site);
         let ran = |index: usize| {
             statistics.is_none_or(|all| all.get(index).is_some_and(|site| site.iter().any(|anchor| anchor.count() > 0)))
         };
@@ -125,7 +140,7 @@ impl<'a> Asking<'a> {
             let own = settings.activations.get(index)?;
             statistics?
                 .get(index)
-                .filter(|_| own.scheme.bits.get() <= GRADIENT_SUMS_MAX_BITS)
+                .filter(|_| own.narrowest().get() <= GRADIENT_SUMS_MAX_BITS)
                 .and_then(|site| range(site))
         };
         let asking = of_activations.iter().enumerate().filter(|(_, asks)| **asks);
@@ -133,6 +148,7 @@ impl<'a> Asking<'a> {
             ranges: asking.map(|(index, _)| range(index)).collect(),
             weights: those(&sites.weights, &of_weights),
             activations: those(&sites.activations, &of_activations),
+            needs: [needs(&settings.weights, &of_weights), needs(&settings.activations, &of_activations)],
             asks: [of_weights, of_activations],
         }
     }
@@ -243,22 +259,39 @@ impl<'a> Asking<'a> {
             ranges: activations.iter().map(|site| ranges.get(site.name.as_str()).cloned().flatten()).collect(),
             weights: those(&all.weights, &of_weights),
             activations,
+            // Each run has its own.
+            needs: [Vec::new(), Vec::new()],
             asks: [of_weights, of_activations],
         }
     }
 
     /// An error for the first site whose scores are of no use.
     fn refuse_unusable(&self, scores: &SiteScores<'_>) -> Result<(), Error> {
-        let weights = self.weights.iter().zip(scores.weights.iter().flatten());
-        let weights = weights.map(|(site, scored)| ("weight", &site.name, reason(scored)));
-        let activations = self.activations.iter().zip(scores.activations.iter().flatten());
-        let activations = activations.map(|(site, scored)| ("activation", &site.name, reason(scored)));
-        let unusable = weights.chain(activations).find_map(|(kind, site, reason)| Some((kind, site, reason?)));
-        match unusable {
-            Some((kind, site, reason)) => Err(Error::Scores { kind, site: site.clone(), reason: reason.clone() }),
-            None => Ok(()),
-        }
+        let [of_weights, of_activations] = &self.needs;
+        let weights = self.weights.iter().zip(scores.weights.iter().flatten()).zip(of_weights);
+        let weights = weights.map(|((site, scored), need)| ("weight", &site.name, need, reason(scored)));
+        let activations = self.activations.iter().zip(scores.activations.iter().flatten()).zip(of_activations);
+        let activations = activations.map(|((site, scored), need)| ("activation", &site.name, need, reason(scored)));
+        let unusable = weights.chain(activations).filter_map(|(kind, site, need, reason)| {
+            let (site, reason) = (site.clone(), reason?.clone());
+            match need {
+                Need::Method => Some(Error::Scores { kind, site, reason }),
+                Need::Bits => Some(Error::ScoresForBits { kind, site, reason }),
+                Need::Noise => None,
+            }
+        });
+        unusable.into_iter().next().map_or(Ok(()), Err)
     }
+}
+
+/// What those sites that ask need scores for.
+fn needs(settings: &[SiteSettings], asks: &[bool]) -> Vec<Need> {
+    let need = |site: &SiteSettings| match site.error_method {
+        ErrorMethod::Hmse => Need::Method,
+        _ if site.free.is_some() => Need::Bits,
+        _ => Need::Noise,
+    };
+    settings.iter().zip(asks).filter(|(_, asks)| **asks).map(|(site, _)| need(site)).collect()
 }
 
 /// From the smallest to the largest value of a site.

@@ -15,7 +15,7 @@ use crate::report::{self, Kind, Quantizers, SiteReport};
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, LeftFloat, Sites, WeightSite};
 use crate::statistics::{Activation, ActivationScores, Histogram};
-use crate::threshold::{self, Channels, ErrorMethod, Note, Selection};
+use crate::threshold::{self, Channels, ChannelsError, ErrorMethod, Note, SelectError, Selection};
 
 /// Reason of a site without statistics.
 pub(super) const NEVER_RAN: &str = "never ran on the calibration data";
@@ -95,15 +95,8 @@ pub(super) fn select(
         ((&ActivationSite, &SiteSettings), &Histogram),
         &Method<'_, ActivationScores>,
     )| {
-        let SiteSettings { scheme, z_threshold, .. } = *settings;
         let seen = !site.anchors.is_empty();
-        let select = || match method.scores {
-            Some(scores) => {
-                threshold::select_activation_scored(histogram, &scores.damped(histogram), scheme, z_threshold)
-            }
-            None => threshold::select_activation(histogram, scheme, method.error_method, z_threshold),
-        };
-        let selected = seen.then(select).transpose();
+        let selected = seen.then(|| activation(settings, method, histogram)).transpose();
         advance.lock().unwrap_or_else(PoisonError::into_inner)(1);
         selected
     };
@@ -146,7 +139,7 @@ fn drop_unseen(site: &mut ActivationSite, observed: &[Activation], left_float: &
 }
 
 /// How the thresholds of one site are chosen.
-struct Method<'a, T> {
+pub(super) struct Method<'a, T> {
     /// MSE where the scores for HMSE are of no use.
     error_method: ErrorMethod,
     /// For HMSE.
@@ -155,9 +148,10 @@ struct Method<'a, T> {
 }
 
 impl<'a, T> Method<'a, T> {
-    fn new(asked: ErrorMethod, scored: Option<&'a Scored<T>>) -> Self {
+    pub(super) fn new(asked: ErrorMethod, scored: Option<&'a Scored<T>>) -> Self {
+        let scored = scored.filter(|_| asked == ErrorMethod::Hmse);
         let scores = scored.and_then(|scored| scored.scores.as_ref().ok());
-        let falls_back = asked == ErrorMethod::Hmse && scored.is_some() && scores.is_none();
+        let falls_back = scored.is_some() && scores.is_none();
         Self { error_method: if falls_back { ErrorMethod::Mse } else { asked }, scores, scored }
     }
 
@@ -180,8 +174,21 @@ impl<'a, T> Method<'a, T> {
     }
 }
 
-fn scored<'a, T>(scores: &[Option<&'a Scored<T>>], index: usize) -> Option<&'a Scored<T>> {
+pub(super) fn scored<'a, T>(scores: &[Option<&'a Scored<T>>], index: usize) -> Option<&'a Scored<T>> {
     *scores.get(index)?
+}
+
+/// The threshold of an activation with these values.
+pub(super) fn activation(
+    settings: &SiteSettings,
+    method: &Method<'_, ActivationScores>,
+    histogram: &Histogram,
+) -> Result<Selection, SelectError> {
+    let SiteSettings { scheme, z_threshold, .. } = *settings;
+    match method.scores {
+        Some(scores) => threshold::select_activation_scored(histogram, &scores.damped(histogram), scheme, z_threshold),
+        None => threshold::select_activation(histogram, scheme, method.error_method, z_threshold),
+    }
 }
 
 fn weight(
@@ -190,6 +197,20 @@ fn weight(
     model: &Clean,
     site: &WeightSite,
 ) -> Result<(Tensor, Selection), Error> {
+    let quantize = |channels: &Channels<'_>, selection: Selection| {
+        Ok((threshold::quantize_weights(channels, &selection.params)?, selection))
+    };
+    let (quantized, selection) = selected_weight(settings, method, (model, site), quantize)?;
+    Ok((Tensor::f_from_slice(&quantized)?.f_reshape(&site.shape)?, selection))
+}
+
+/// Chooses the thresholds of a weight, for `then` to use.
+pub(super) fn selected_weight<R>(
+    settings: &SiteSettings,
+    method: &Method<'_, Tensor>,
+    (model, site): (&Clean, &WeightSite),
+    then: impl FnOnce(&Channels<'_>, Selection) -> Result<R, ChannelsError>,
+) -> Result<R, Error> {
     let failed = |source| Error::Select { kind: "weight", site: site.name.clone(), source };
     let value = site.values.first().copied().unwrap_or_default();
     let tensor = model.constant(value)?.f_contiguous()?;
@@ -199,7 +220,7 @@ fn weight(
         Granularity::PerTensor => None,
     };
     let misfit = |source| Error::Channels { site: site.name.clone(), source };
-    let quantize = |values: &[f32]| -> Result<(Vec<f32>, Selection), Error> {
+    let select = |values: &[f32]| -> Result<R, Error> {
         let channels = Channels::new(values, &shape, axis).map_err(misfit)?;
         let selection = match method.scores {
             Some(scores) => jit::with_values(&scores.f_contiguous()?, |scores| {
@@ -207,11 +228,9 @@ fn weight(
             })?,
             None => threshold::select_weights(&channels, settings.scheme, method.error_method),
         };
-        let selection = selection.map_err(failed)?;
-        Ok((threshold::quantize_weights(&channels, &selection.params).map_err(misfit)?, selection))
+        then(&channels, selection.map_err(failed)?).map_err(misfit)
     };
-    let (quantized, selection) = jit::with_values(&tensor, quantize)??;
-    Ok((Tensor::f_from_slice(&quantized)?.f_reshape(&site.shape)?, selection))
+    jit::with_values(&tensor, select)?
 }
 
 /// What a site of either kind is called.

@@ -8,8 +8,9 @@ use super::calibration::Calibration;
 use super::chosen::Chosen;
 use super::compare::Comparison;
 use super::device::Taken;
+use super::experiment::Silent;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
-use super::{Clock, Error, NoProgress, Progress, Work, hessian_batches};
+use super::{Clock, Error, NoProgress, Progress, Work, hessian_batches, mixed};
 use crate::config::{HessianPlan, Plan};
 use crate::correct::Targets;
 use crate::report::Timings;
@@ -101,6 +102,7 @@ impl Shared {
     /// Where overrides do not fit the model, scores are of no use, or a threshold cannot be chosen.
     pub(super) fn choose(&mut self, number: usize, plan: &Plan) -> Result<(Chosen, ScoresTold), Error> {
         let (sites, settings) = settings::settle(plan, self.base.sites.clone())?;
+        mixed::check(&sites, &settings)?;
         let scored = self.settled.get(number).and_then(|run| run.as_ref()?.scored.clone());
         if let Some(scored) = &scored {
             self.score(scored);
@@ -109,12 +111,13 @@ impl Shared {
         let targets = self.base.targets(plan.weights.bias_correction, &sites);
         let inputs = self.observed.inputs.for_some(&self.observed.targets, &targets);
         let asking = Asking::new(&settings, &sites, Some(&statistics));
-        let (scores, told) = match (&scored, &self.pool, &plan.hessian) {
+        let (scores, mut told) = match (&scored, &self.pool, &plan.hessian) {
             (Some(_), Some((_, Ok(pool))), Some(hessian)) => pool.of(&asking, hessian)?,
             (Some(_), Some((_, Err(message))), _) => return Err(Error::SharedScores { message: message.clone() }),
             _ => (SiteScores::default(), ScoresTold::default()),
         };
         drop(asking);
+        let settings = mixed::settle(&self.base, (&sites, settings), (&statistics, &scores), &mut told, &mut Silent)?;
         let observed = Observed { statistics, targets, inputs };
         Ok((Chosen::new(&self.base, plan, (sites, &settings), observed, &scores, &mut NoProgress)?, told))
     }

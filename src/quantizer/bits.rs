@@ -1,4 +1,4 @@
-//! The width of a quantizer. It knows no grid.
+//! The width of a quantizer, and sets of widths. It knows no grid.
 
 use std::fmt;
 
@@ -54,9 +54,53 @@ impl fmt::Display for Bits {
     }
 }
 
+/// Widths to choose from: at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Widths(u32);
+
+impl Widths {
+    /// This width alone.
+    #[must_use]
+    pub fn only(bits: Bits) -> Self {
+        Self(1 << bits.0)
+    }
+
+    /// With this width too.
+    #[must_use]
+    pub fn with(self, bits: Bits) -> Self {
+        Self(self.0 | 1 << bits.0)
+    }
+
+    /// All of them, ascending.
+    pub fn iter(self) -> impl DoubleEndedIterator<Item = Bits> {
+        (Bits::MIN.0..=Bits::MAX.0).filter(move |bits| self.0 >> bits & 1 == 1).map(Bits)
+    }
+
+    /// The smallest.
+    #[must_use]
+    pub fn narrowest(self) -> Bits {
+        self.iter().next().unwrap_or(Bits::MIN)
+    }
+
+    /// The largest.
+    #[must_use]
+    pub fn widest(self) -> Bits {
+        self.iter().next_back().unwrap_or(Bits::MAX)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn widths_are_a_set() {
+        let [four, eight] = [4u64, 8].map(|bits| Bits::try_from(bits).unwrap());
+        let widths = Widths::only(eight).with(Bits::MAX).with(four).with(eight).with(Bits::MIN);
+        assert_eq!(widths.iter().map(Bits::get).collect::<Vec<_>>(), [2, 4, 8, 16]);
+        assert_eq!((widths.narrowest(), widths.widest()), (Bits::MIN, Bits::MAX));
+        assert_eq!((Widths::only(four).narrowest(), Widths::only(four).widest()), (four, four));
+    }
 
     #[test]
     fn accepts_2_to_16() {

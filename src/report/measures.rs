@@ -26,6 +26,9 @@ pub struct Comparison {
     /// 10 log10(Σ f² / Σ (f − q)²) in dB over all rows and outputs; `None` where that is infinite, where the squares are beyond
     /// an f64, and where nothing could be compared: [`Comparison::sqnr`] tells which.
     pub sqnr_db: Option<f64>,
+    /// Σ (f − q)² of all outputs, mean over rows; `None` where nothing could be compared and where it is beyond an f64.
+    #[serde(default)]
+    pub squared_error: Option<f64>,
     /// Cosine similarity of all outputs, from −1 to 1; `None` where the outputs of one model alone are all 0, where the
     /// squares are beyond an f64, and where nothing could be compared.
     pub cosine: Option<f64>,

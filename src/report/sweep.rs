@@ -192,6 +192,7 @@ mod tests {
             accuracy: Accuracy::default(),
             agreement,
             sqnr_db: None,
+            squared_error: None,
             cosine: None,
             max_abs_diff: None,
             max_abs_float: None,

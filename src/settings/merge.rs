@@ -3,8 +3,8 @@
 
 use super::select::{Numbered, Role, Told};
 use super::{Settled, SiteSettings};
-use crate::config::{Error, Fields, Located, Plan, SiteOverride};
-use crate::quantizer::{Granularity, Grid};
+use crate::config::{BudgetPlan, Error, Fields, Located, Plan, SiteOverride};
+use crate::quantizer::{Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
 
 /// Settings of all weights or of all activations, to lay others over.
@@ -23,7 +23,7 @@ struct Field {
 }
 
 const FIELDS: [Field; 5] = [
-    Field { is_said: |fields| fields.bits.is_some(), show: |site| format!("{} bits", site.scheme.bits) },
+    Field { is_said: |fields| fields.bits.is_some(), show: bits },
     Field { is_said: |fields| fields.grid.is_some(), show: |site| format!("grid {}", grid(site.scheme.grid)) },
     Field { is_said: |fields| fields.granularity.is_some(), show: |site| granularity(site.granularity).to_owned() },
     Field {
@@ -42,29 +42,39 @@ const FIELDS: [Field; 5] = [
 impl Merger {
     pub(super) fn of_weights(plan: &Plan) -> Self {
         let all = &plan.weights;
+        let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.weights.as_ref());
         Self {
             all: SiteSettings {
-                scheme: all.scheme,
+                scheme: widest(all.scheme, budget),
+                free: budget.map(|budget| budget.widths),
                 granularity: all.granularity,
                 error_method: all.error_method,
                 z_threshold: None,
             },
             exponent: plan.overrides.exponent,
-            keys: ["quantization.weights.bits", "quantization.weights_error_method"],
+            keys: [
+                if budget.is_some() { "mixed_precision.weights.bits" } else { "quantization.weights.bits" },
+                "quantization.weights_error_method",
+            ],
         }
     }
 
     pub(super) fn of_activations(plan: &Plan) -> Self {
         let all = &plan.activations;
+        let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.activations.as_ref());
         Self {
             all: SiteSettings {
-                scheme: all.scheme,
+                scheme: widest(all.scheme, budget),
+                free: budget.map(|budget| budget.widths),
                 granularity: Granularity::PerTensor,
                 error_method: all.error_method,
                 z_threshold: all.z_threshold,
             },
             exponent: plan.overrides.exponent,
-            keys: ["quantization.activations.bits", "quantization.activation_error_method"],
+            keys: [
+                if budget.is_some() { "mixed_precision.activations.bits" } else { "quantization.activations.bits" },
+                "quantization.activation_error_method",
+            ],
         }
     }
 
@@ -103,7 +113,9 @@ impl Merger {
             return Ok(Settled::Float(at));
         }
         let mut settings = self.all;
-        settings.scheme.bits = fields.bits.unwrap_or(settings.scheme.bits);
+        if let Some(bits) = fields.bits {
+            settings = settings.with_bits(bits);
+        }
         settings.scheme.grid = fields.grid.unwrap_or(settings.scheme.grid);
         settings.granularity = fields.granularity.unwrap_or(settings.granularity);
         settings.error_method = fields.method(settings.error_method, self.exponent);
@@ -131,6 +143,11 @@ impl Merger {
         let (_, typed) = later.unwrap_or(told.last);
         Err(typed.at.error(&reason))
     }
+}
+
+/// The widest of the widths that a budget is for.
+fn widest(scheme: Scheme, budget: Option<&BudgetPlan>) -> Scheme {
+    budget.map_or(scheme, |budget| Scheme { bits: budget.widths.widest(), ..scheme })
 }
 
 /// Two ways to leave a site float are one.
@@ -176,6 +193,13 @@ fn side<'a>((told, settled): (&Told<'a>, &Settled<'_>), field: Option<&Field>) -
         Role::Inputs => "an input of",
     };
     (by.unwrap_or(told.last), format!("{shown} as {role} `{}`", told.layer))
+}
+
+fn bits(site: &SiteSettings) -> String {
+    match site.free {
+        Some(_) => "the bits of `mixed_precision`".to_owned(),
+        None => format!("{} bits", site.scheme.bits),
+    }
 }
 
 fn grid(grid: Grid) -> &'static str {

@@ -125,14 +125,14 @@ fn by_masses(
 }
 
 /// Negative and positive bins, and the mass of all with that of zeros, in a unit in which no square overflows or vanishes.
-struct Masses {
-    bins: [Vec<Bin>; 2],
+pub(super) struct Masses {
+    pub(super) bins: [Vec<Bin>; 2],
     total: f64,
-    unit: f64,
+    pub(super) unit: f64,
 }
 
 impl Masses {
-    fn new(mut bins: [Vec<Bin>; 2], total: f64) -> Self {
+    pub(super) fn new(mut bins: [Vec<Bin>; 2], total: f64) -> Self {
         let [least, greatest] = [f64::MIN_EXP, f64::MAX_EXP - 1].map(f64::from);
         // A power of two, so that counting in this unit changes no digit.
         let unit = total.log2().clamp(least, greatest).floor().exp2();
