@@ -91,6 +91,6 @@ impl RowSums {
         for batch in &self.batches {
             sums.extend(read::<f32>(batch)?);
         }
-        GradientSums::from_parts(lo..=hi, sums).ok_or_else(|| Error::Libtorch("expected whole rows".to_owned()))
+        GradientSums::from_parts(lo..=hi, &sums).ok_or_else(|| Error::Libtorch("expected whole rows".to_owned()))
     }
 }

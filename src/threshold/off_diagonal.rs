@@ -49,7 +49,7 @@ impl OffDiagonal {
         let all = values(sums, counted);
         let kept: Vec<usize> = (0..all.len()).filter(|&bin| range.contains(&all[bin])).collect();
         let values: Vec<f32> = kept.iter().map(|&bin| all[bin]).collect();
-        let row = |sums: &[f32]| {
+        let row = |sums: Box<[f32; GradientSums::BINS]>| {
             let mut row = vec![[0.0; LANES]; kept.len().div_ceil(LANES)];
             for (place, sum) in row.as_flattened_mut().iter_mut().zip(kept.iter().map(|&bin| sums[bin])) {
                 *place = sum;
