@@ -40,11 +40,12 @@ struct Settled {
 }
 
 /// What scores are computed for: runs whose requests are equal share them. With a tolerance the number of probes depends on
-/// the layers that are scored.
+/// the layers that are scored; sums by row are of the values that a `z_threshold` leaves.
 #[derive(Debug, Clone, PartialEq)]
 struct Scored {
     plan: HessianPlan,
     layers: Option<BTreeSet<String>>,
+    limits: BTreeMap<String, f64>,
 }
 
 impl Shared {
@@ -147,7 +148,7 @@ impl Scored {
         let plan = plan.hessian.clone().filter(|_| !asking.is_empty())?;
         let layers = plan.request.tolerance.is_some().then(|| asking.names());
         // Whether MSE may stand in is each run's own business.
-        Some(Self { plan: HessianPlan { allow_fallback: false, ..plan }, layers })
+        Some(Self { plan: HessianPlan { allow_fallback: false, ..plan }, layers, limits: asking.limits() })
     }
 }
 

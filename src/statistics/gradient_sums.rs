@@ -11,7 +11,7 @@ use super::channels::locked;
 
 const BINS: usize = GradientSums::BINS;
 
-/// Places for the gradients of zeros, which are not kept: several, because sums in one place would wait for each other.
+/// Places for the gradients of zeros and of what lies outside, which are not kept: several, because sums in one place would wait for each other.
 const ZEROS: usize = 8;
 
 /// Values whose bins are found before their gradients are added.
@@ -33,7 +33,8 @@ impl GradientSums {
     /// Rows that are enough.
     pub const ENOUGH: usize = 256;
 
-    /// For values in this range; those outside belong to its ends. Without a range nothing is kept.
+    /// For values in this range. Those that lie outside by less than a bin, as rounding may have it, belong to its ends, and all
+    /// others do not count. Without a range nothing is kept.
     pub fn new(range: Option<RangeInclusive<f32>>) -> Self {
         let range = range
             .map(RangeInclusive::into_inner)
@@ -198,6 +199,13 @@ fn bin_of(x: f32, lo: f32, per_unit: f32) -> u16 {
     ((place.floor() + (1u32 << 23) as f32).to_bits() as usize % BINS) as u16
 }
 
+/// By a bin and more. NaN is not.
+#[inline(always)]
+fn is_outside(x: f32, lo: f32, per_unit: f32) -> bool {
+    let place = (x - lo) * per_unit;
+    (place <= -1.0) | (place >= (BINS + 1) as f32)
+}
+
 /// How a batch lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Divided {
@@ -227,7 +235,8 @@ impl pulp::NullaryFnOnce for &mut Add<'_> {
         for (values, gradients) in self.values.chunks(BLOCK).zip(self.gradients.chunks(BLOCK)) {
             for (place, (bin, &x)) in bins.iter_mut().zip(values).enumerate() {
                 let inside = bin_of(x, self.lo, self.per_unit);
-                *bin = if x.abs() < f32::MIN_POSITIVE { (BINS + place % ZEROS) as u16 } else { inside };
+                let is_left_out = x.abs() < f32::MIN_POSITIVE || is_outside(x, self.lo, self.per_unit);
+                *bin = if is_left_out { (BINS + place % ZEROS) as u16 } else { inside };
             }
             for (&bin, &gradient) in bins.iter().zip(gradients) {
                 if let Some(sum) = sums.get_mut(usize::from(bin)) {
@@ -285,10 +294,11 @@ mod tests {
     }
 
     #[test]
-    fn values_outside_belong_to_the_ends() {
+    fn values_just_outside_belong_to_the_ends_and_others_to_nothing() {
         let mut sums = GradientSums::new(Some(-1.0..=1.0));
         sums.begin(1);
-        sums.observe(&[-5.0, -1.0, 1.0, 9.0, f32::NAN], &[1.0, 2.0, 3.0, 4.0, 8.0], Divided::ByRow, in_turn);
+        let values = [-1.0002, -1.0, 1.0, 1.0002, f32::NAN, 1.001, -1.001, 9.0, f32::NEG_INFINITY];
+        sums.observe(&values, &[1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 16.0, 16.0, 16.0], Divided::ByRow, in_turn);
         assert_eq!(row(&sums, 0), [(-1.0, 11.0), (1.0, 7.0)]);
     }
 

@@ -110,7 +110,10 @@ pub(in crate::pipeline) fn read(path: &Path, request: &str, layers: Layers<'_>) 
             return Ok(Found::Useless(format!("those in {path} are of another model, data or request")));
         }
         let found = decode(&tensors, &description.scores)?.of(layers);
-        Ok(found.map_or_else(|| Found::Useless(format!("those in {path} are of other layers or bits")), Found::Scores))
+        Ok(found.map_or_else(
+            || Found::Useless(format!("those in {path} are of other layers, bits or z_threshold")),
+            Found::Scores,
+        ))
     });
     parsed.unwrap_or_else(|reason| Found::Useless(format!("{path} is damaged: {reason}")))
 }
