@@ -135,7 +135,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     })
 }
 
-/// Bytes of the sums of gradients by row, of the activations that have some.
+/// Bytes that the sums of gradients by row take at most, of the activations that have some.
 fn gradient_sums(settings: &Settings, rows: usize) -> u64 {
     let has_some = |site: &&SiteSettings| {
         site.error_method == ErrorMethod::Hmse && site.scheme.bits.get() <= GRADIENT_SUMS_MAX_BITS

@@ -157,11 +157,11 @@ impl GradientSums {
 struct Row {
     /// A bit for each bin, set where it has a sum.
     filled: [u64; BINS / 64],
-    sums: Box<[f32]>,
+    sums: Vec<f32>,
 }
 
 impl Row {
-    const EMPTY: Self = Self { filled: [0; BINS / 64], sums: Box::new([]) };
+    const EMPTY: Self = Self { filled: [0; BINS / 64], sums: Vec::new() };
 
     fn of(all: &[f32; BINS]) -> Self {
         let is_filled = |sum: &f32| sum.to_bits() != 0;
@@ -171,7 +171,7 @@ impl Row {
         }
         let mut sums = Vec::with_capacity(filled.iter().map(|word| word.count_ones() as usize).sum());
         sums.extend(all.iter().copied().filter(is_filled));
-        Self { filled, sums: sums.into_boxed_slice() }
+        Self { filled, sums }
     }
 
     fn sums(&self) -> Box<[f32; BINS]> {
