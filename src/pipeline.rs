@@ -72,15 +72,6 @@ pub trait Progress: Send {
     fn advance(&mut self, count: usize);
 }
 
-/// Nobody is told.
-pub(crate) struct NoProgress;
-
-impl Progress for NoProgress {
-    fn stage(&mut self, _: &'static str, _: Work) {}
-
-    fn advance(&mut self, _: usize) {}
-}
-
 /// What a stage has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {

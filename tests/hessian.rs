@@ -13,7 +13,7 @@ use tsquant::dataset::Dataset;
 use tsquant::hessian::{self, Error, Layers, Scored, Scores, Unusable};
 use tsquant::jit::{Clean, Module};
 use tsquant::sites::{self, Sites};
-use tsquant::statistics::{ActivationScores, Counter, Histogram, WeightedHistogram};
+use tsquant::statistics::{ActivationScores, Counter, GradientSums, Histogram, WeightedHistogram};
 
 use common::{Model, model, models_folder};
 
@@ -359,7 +359,7 @@ fn gradients_by_row_do_not_depend_on_the_batch_size() {
             let of_site = |scored: &Scored<ActivationScores>| {
                 let sums = &scored.scores.as_ref().unwrap().sums;
                 let values = sums.values();
-                let of_row = |row: &[f32]| {
+                let of_row = |row: Box<[f32; GradientSums::BINS]>| {
                     row.iter().zip(&values).filter(|(sum, _)| **sum != 0.0).map(|(sum, x)| sum * x.signum()).sum()
                 };
                 sums.rows().map(of_row).collect()
@@ -386,7 +386,7 @@ fn squares_of_sums_are_scores() {
     let ranges = vec![Some(-4.0..=4.0f32); subject.sites.activations.len()];
     let scores = subject.try_score_in(&request(1, 4), &ranges).unwrap();
     let ActivationScores { by_value, sums } = scores.activations[0].scores.as_ref().unwrap();
-    let squares: f64 = sums.rows().flatten().map(|sum| f64::from(*sum).powi(2)).sum();
+    let squares: f64 = sums.rows().flat_map(|row| *row).map(|sum| f64::from(sum).powi(2)).sum();
     let total = by_value.total() * sums.rows().len() as f64;
     assert!((squares - total).abs() < 1e-5 * total, "{squares} {total}");
 }

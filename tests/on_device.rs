@@ -100,7 +100,7 @@ fn scores_of_activations_are_the_same_but_for_rounding() {
                 assert_eq!(tensors.sums.rows().len(), 8, "{name}");
                 for (found, expected) in tensors.sums.rows().zip(slices.sums.rows()) {
                     let size = expected.iter().map(|sum| sum.abs()).fold(0.0, f32::max);
-                    let are_near = found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-4 * size);
+                    let are_near = found.iter().zip(expected.iter()).all(|(a, b)| (a - b).abs() <= 1e-4 * size);
                     assert!(are_near, "{name}");
                 }
                 let (tensors, slices) = (&tensors.by_value, &slices.by_value);

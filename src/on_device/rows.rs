@@ -63,10 +63,12 @@ impl RowSums {
             let length = PIECE.min(count - start);
             let (x, gradients) = (values.f_narrow(0, start, length)?, gradients.f_narrow(0, start, length)?);
             let places = x.f_sub_scalar(f64::from(lo))?.f_mul_scalar(f64::from(per_unit))?;
+            let are_outside = places.f_le(-1.0)?.f_logical_or(&places.f_ge((BINS + 1) as f64)?)?;
             let places = places.f_nan_to_num(0.0, None::<f64>, None::<f64>)?;
             let bins = places.f_clamp(0.0, (BINS - 1) as f64)?.f_to_kind(Kind::Int64)?;
             let are_zero = x.f_abs()?.f_lt(f64::from(f32::MIN_POSITIVE))?;
-            let gradients = gradients.f_masked_fill(&are_zero, 0.0)?;
+            let are_left_out = are_zero.f_logical_or(&are_outside)?;
+            let gradients = gradients.f_masked_fill(&are_left_out, 0.0)?;
             let bins = match row_length {
                 None => bins,
                 Some(row_length) => {
@@ -91,6 +93,6 @@ impl RowSums {
         for batch in &self.batches {
             sums.extend(read::<f32>(batch)?);
         }
-        GradientSums::from_parts(lo..=hi, sums).ok_or_else(|| Error::Libtorch("expected whole rows".to_owned()))
+        GradientSums::from_parts(lo..=hi, &sums).ok_or_else(|| Error::Libtorch("expected whole rows".to_owned()))
     }
 }

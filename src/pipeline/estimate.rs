@@ -226,7 +226,7 @@ impl<'a> InSequence<'a> {
     }
 }
 
-/// Bytes of the sums of gradients by row, of the activations that have some.
+/// Bytes that the sums of gradients by row take at most, of the activations that have some.
 fn gradient_sums(settings: &Settings, rows: usize) -> u64 {
     let has_some = |site: &&SiteSettings| settings.is_scored(site) && site.narrowest().get() <= GRADIENT_SUMS_MAX_BITS;
     let sites = settings.activations.iter().filter(has_some).count() as u64;

@@ -18,7 +18,7 @@ use crate::observe::Summing;
 use crate::report;
 use crate::settings::{Settings, SiteSettings};
 use crate::sites::{ActivationSite, Sites, WeightSite};
-use crate::statistics::{Activation, ActivationScores};
+use crate::statistics::{Activation, ActivationScores, Histogram};
 use crate::threshold::{ErrorMethod, GRADIENT_SUMS_MAX_BITS};
 
 /// Scores in the order of the sites; `None` where nothing asks for them.
@@ -118,10 +118,12 @@ enum Need {
 pub(super) struct Asking<'a> {
     weights: Vec<&'a WeightSite>,
     activations: Vec<&'a ActivationSite>,
-    /// Of those the ranges of values.
+    /// Of those the ranges of the values that count.
     ranges: Vec<Option<RangeInclusive<f32>>>,
     /// What weights and activations need them for.
     needs: [Vec<Need>; 2],
+    /// Of those with a range what makes values outliers, which do not count.
+    limits: Vec<Option<f64>>,
     /// Which of all sites these are.
     asks: [Vec<bool>; 2],
 }
@@ -136,16 +138,16 @@ impl<'a> Asking<'a> {
         let of_weights: Vec<bool> = settings.weights.iter().map(asks).collect();
         let of_activations = settings.activations.iter().enumerate();
         let of_activations: Vec<bool> = of_activations.map(|(index, own)| asks(own) && ran(index)).collect();
-        let range = |index: usize| {
+        let summed = |index: usize| {
             let own = settings.activations.get(index)?;
-            statistics?
-                .get(index)
-                .filter(|_| own.narrowest().get() <= GRADIENT_SUMS_MAX_BITS)
-                .and_then(|site| range(site))
+            let site = statistics?.get(index).filter(|_| own.narrowest().get() <= GRADIENT_SUMS_MAX_BITS)?;
+            Some((range(site, own.z_threshold), own.z_threshold))
         };
         let asking = of_activations.iter().enumerate().filter(|(_, asks)| **asks);
+        let (ranges, limits) = asking.map(|(index, _)| summed(index).unwrap_or_default()).unzip();
         Self {
-            ranges: asking.map(|(index, _)| range(index)).collect(),
+            ranges,
+            limits,
             weights: those(&sites.weights, &of_weights),
             activations: those(&sites.activations, &of_activations),
             needs: [needs(&settings.weights, &of_weights), needs(&settings.activations, &of_activations)],
@@ -156,6 +158,12 @@ impl<'a> Asking<'a> {
     /// Whether no site needs scores.
     pub(super) fn is_empty(&self) -> bool {
         self.weights.is_empty() && self.activations.is_empty()
+    }
+
+    /// The sites whose range leaves outliers out, each with what makes them outliers.
+    pub(super) fn limits(&self) -> BTreeMap<String, f64> {
+        let sites = self.activations.iter().zip(&self.limits);
+        sites.filter_map(|(site, limit)| Some((site.name.clone(), (*limit)?))).collect()
     }
 
     /// The names of all of them.
@@ -241,22 +249,27 @@ impl<'a> Asking<'a> {
         Pool { scores, names: scores::names(self.layers()), reused: false, warnings: Vec::new() }
     }
 
-    /// The sites among `all` that any of these ask for.
+    /// The sites among `all` that any of these ask for; their [`limits`](Self::limits) are the same.
     pub(super) fn union(all: &'a Sites, several: &[&Asking<'_>]) -> Self {
         let names = |names: &mut dyn Iterator<Item = &str>| names.map(str::to_owned).collect::<BTreeSet<String>>();
         let of_weights = names(&mut several.iter().flat_map(|it| it.weights.iter().map(|site| site.name.as_str())));
-        let activations = several.iter().flat_map(|it| it.activations.iter().zip(&it.ranges));
+        let activations = several.iter().flat_map(|it| it.activations.iter().zip(it.ranges.iter().zip(&it.limits)));
         let mut ranges = BTreeMap::new();
-        for (site, range) in activations {
-            let known: &mut Option<RangeInclusive<f32>> = ranges.entry(site.name.as_str()).or_default();
-            *known = known.take().or_else(|| range.clone());
+        for (site, (range, limit)) in activations {
+            let known: &mut (Option<RangeInclusive<f32>>, Option<f64>) = ranges.entry(site.name.as_str()).or_default();
+            if known.0.is_none() {
+                *known = (range.clone(), *limit);
+            }
         }
         let of_weights: Vec<bool> = all.weights.iter().map(|site| of_weights.contains(&site.name)).collect();
         let of_activations: Vec<bool> =
             all.activations.iter().map(|site| ranges.contains_key(site.name.as_str())).collect();
         let activations = those(&all.activations, &of_activations);
+        let known = activations.iter().map(|site| ranges.remove(site.name.as_str()).unwrap_or_default());
+        let (ranges, limits) = known.unzip();
         Self {
-            ranges: activations.iter().map(|site| ranges.get(site.name.as_str()).cloned().flatten()).collect(),
+            ranges,
+            limits,
             weights: those(&all.weights, &of_weights),
             activations,
             // Each run has its own.
@@ -294,8 +307,14 @@ fn needs(settings: &[SiteSettings], asks: &[bool]) -> Vec<Need> {
     settings.iter().zip(asks).filter(|(_, asks)| **asks).map(|(site, _)| need(site)).collect()
 }
 
-/// From the smallest to the largest value of a site.
-fn range(site: &[Activation]) -> Option<RangeInclusive<f32>> {
+/// From the smallest to the largest value of a site, outliers left out as where its threshold is chosen.
+fn range(site: &[Activation], z_threshold: Option<f64>) -> Option<RangeInclusive<f32>> {
+    if let Some(deviations) = z_threshold {
+        let mut all = Histogram::new();
+        site.iter().for_each(|anchor| all.merge(&anchor.histogram));
+        let counted = all.without_outliers(deviations).observed().ok()??;
+        return Some(counted.min()..=counted.max());
+    }
     let observed = site.iter().filter_map(|anchor| anchor.observed().ok().flatten());
     let ranges = observed.map(|observed| (observed.min(), observed.max()));
     ranges.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).map(|(lo, hi)| lo..=hi)

@@ -10,7 +10,7 @@ use super::compare::Comparison;
 use super::device::Taken;
 use super::experiment::Silent;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
-use super::{Clock, Error, NoProgress, Progress, Work, hessian_batches, mixed};
+use super::{Clock, Error, Progress, Work, hessian_batches, mixed};
 use crate::config::{HessianPlan, Plan};
 use crate::correct::Targets;
 use crate::report::Timings;
@@ -41,11 +41,12 @@ struct Settled {
 }
 
 /// What scores are computed for: runs whose requests are equal share them. With a tolerance the number of probes depends on
-/// the layers that are scored.
+/// the layers that are scored; sums by row are of the values that a `z_threshold` leaves.
 #[derive(Debug, Clone, PartialEq)]
 struct Scored {
     plan: HessianPlan,
     layers: Option<BTreeSet<String>>,
+    limits: BTreeMap<String, f64>,
 }
 
 impl Shared {
@@ -119,7 +120,7 @@ impl Shared {
         drop(asking);
         let settings = mixed::settle(&self.base, (&sites, settings), (&statistics, &scores), &mut told, &mut Silent)?;
         let observed = Observed { statistics, targets, inputs };
-        Ok((Chosen::new(&self.base, plan, (sites, &settings), observed, &scores, &mut NoProgress)?, told))
+        Ok((Chosen::new(&self.base, plan, (sites, &settings), observed, &scores, &mut Silent)?, told))
     }
 
     /// Computes the scores of all runs with this request, unless they are there.
@@ -150,7 +151,7 @@ impl Scored {
         let plan = plan.hessian.clone().filter(|_| !asking.is_empty())?;
         let layers = plan.request.tolerance.is_some().then(|| asking.names());
         // Whether MSE may stand in is each run's own business.
-        Some(Self { plan: HessianPlan { allow_fallback: false, ..plan }, layers })
+        Some(Self { plan: HessianPlan { allow_fallback: false, ..plan }, layers, limits: asking.limits() })
     }
 }
 

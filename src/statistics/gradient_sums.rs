@@ -1,7 +1,8 @@
 //! Sums of gradients by value, with their sign and apart for each row: they show whether the errors that a quantizer makes in
 //! one row add up or cancel. It knows pairs of a value and a gradient, and no quantizer.
 //!
-//! Bins are of one width, that of the range that is to be quantized by their number.
+//! Bins are of one width, that of the range that is to be quantized by their number. Most of them stay empty where a few values
+//! stretch the range, and take one bit then.
 
 use std::ops::RangeInclusive;
 use std::sync::Mutex;
@@ -10,7 +11,7 @@ use super::channels::locked;
 
 const BINS: usize = GradientSums::BINS;
 
-/// Places for the gradients of zeros, which are not kept: several, because sums in one place would wait for each other.
+/// Places for the gradients of zeros and of what lies outside, which are not kept: several, because sums in one place would wait for each other.
 const ZEROS: usize = 8;
 
 /// Values whose bins are found before their gradients are added.
@@ -20,8 +21,7 @@ const BLOCK: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct GradientSums {
     range: Option<(f32, f32)>,
-    /// One row after the other.
-    sums: Vec<f32>,
+    rows: Vec<Row>,
     /// Rows of the batch under way, which are the last ones.
     open: usize,
 }
@@ -33,7 +33,8 @@ impl GradientSums {
     /// Rows that are enough.
     pub const ENOUGH: usize = 256;
 
-    /// For values in this range; those outside belong to its ends. Without a range nothing is kept.
+    /// For values in this range. Those that lie outside by less than a bin, as rounding may have it, belong to its ends, and all
+    /// others do not count. Without a range nothing is kept.
     pub fn new(range: Option<RangeInclusive<f32>>) -> Self {
         let range = range
             .map(RangeInclusive::into_inner)
@@ -42,10 +43,11 @@ impl GradientSums {
     }
 
     /// What has these rows, as [`range`](Self::range) and [`rows`](Self::rows) tell of them; `None` where they do not fit.
-    pub fn from_parts(range: RangeInclusive<f32>, sums: Vec<f32>) -> Option<Self> {
+    pub fn from_parts(range: RangeInclusive<f32>, sums: &[f32]) -> Option<Self> {
         let empty = Self::new(Some(range));
-        let fits = empty.range.is_some() && sums.len().is_multiple_of(BINS);
-        fits.then_some(Self { sums, ..empty })
+        let (rows, rest) = sums.as_chunks();
+        let fits = empty.range.is_some() && rest.is_empty();
+        fits.then(|| Self { rows: rows.iter().map(Row::of).collect(), ..empty })
     }
 
     /// The range that bins divide; `None` if nothing is kept.
@@ -74,20 +76,20 @@ impl GradientSums {
     }
 
     /// The sums of each row by bin.
-    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
-        self.sums.chunks_exact(BINS)
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = Box<[f32; BINS]>> {
+        self.rows.iter().map(Row::sums)
     }
 
     /// Whether no sum is NaN or infinite.
     pub fn is_finite(&self) -> bool {
         // One sum, as NaN and infinities stay.
-        self.sums.iter().map(|sum| sum * 0.0).sum::<f32>() == 0.0
+        self.rows.iter().flat_map(|row| &row.sums).map(|sum| sum * 0.0).sum::<f32>() == 0.0
     }
 
     /// Begins a batch of so many rows. It keeps nothing of them if there are enough.
     pub fn begin(&mut self, rows: usize) {
-        self.open = if self.range.is_none() || self.sums.len() / BINS >= Self::ENOUGH { 0 } else { rows };
-        self.sums.resize(self.sums.len() + self.open * BINS, 0.0);
+        self.open = if self.range.is_none() || self.rows.len() >= Self::ENOUGH { 0 } else { rows };
+        self.rows.resize(self.rows.len() + self.open, Row::EMPTY);
     }
 
     /// Ends the batch: what is observed until the next one begins is not kept.
@@ -101,20 +103,20 @@ impl GradientSums {
         if self.range != other.range {
             return;
         }
-        for batch in other.sums.chunks(batch_rows.max(1).saturating_mul(BINS)) {
-            if self.sums.len() / BINS >= Self::ENOUGH {
+        for batch in other.rows.chunks(batch_rows.max(1)) {
+            if self.rows.len() >= Self::ENOUGH {
                 break;
             }
-            self.sums.extend_from_slice(batch);
+            self.rows.extend_from_slice(batch);
         }
     }
 
     /// Adds so many rows without gradients, as [`append`](Self::append) would.
     pub fn append_zeros(&mut self, rows: usize, batch_rows: usize) {
         let mut left = rows;
-        while left > 0 && self.range.is_some() && self.sums.len() / BINS < Self::ENOUGH {
+        while left > 0 && self.range.is_some() && self.rows.len() < Self::ENOUGH {
             let batch = left.min(batch_rows.max(1));
-            self.sums.resize(self.sums.len() + batch * BINS, 0.0);
+            self.rows.resize(self.rows.len() + batch, Row::EMPTY);
             left -= batch;
         }
     }
@@ -136,10 +138,10 @@ impl GradientSums {
             Divided::ByRow => values.len() / self.open,
             Divided::Not => values.len(),
         };
-        let first = self.sums.len() - self.open * BINS;
+        let first = self.rows.len() - self.open;
         let rows = values.chunks(length.max(1)).zip(gradients.chunks(length.max(1)));
-        let parts = rows.zip(self.sums[first..].chunks_exact_mut(BINS)).map(|((values, gradients), sums)| {
-            Mutex::new(Add { values, gradients, lo, per_unit: Self::bins_per_unit(lo, hi), sums })
+        let parts = rows.zip(&mut self.rows[first..]).map(|((values, gradients), row)| {
+            Mutex::new(Add { values, gradients, lo, per_unit: Self::bins_per_unit(lo, hi), row })
         });
         let parts: Vec<Mutex<Add<'_>>> = parts.collect();
         in_parallel(parts.len(), &|number| {
@@ -150,6 +152,44 @@ impl GradientSums {
     }
 }
 
+/// The sums of a row, without those that are zero.
+#[derive(Debug, Clone, PartialEq)]
+struct Row {
+    /// A bit for each bin, set where it has a sum.
+    filled: [u64; BINS / 64],
+    sums: Vec<f32>,
+}
+
+impl Row {
+    const EMPTY: Self = Self { filled: [0; BINS / 64], sums: Vec::new() };
+
+    fn of(all: &[f32; BINS]) -> Self {
+        let is_filled = |sum: &f32| sum.to_bits() != 0;
+        let mut filled = [0; BINS / 64];
+        for (word, sums) in filled.iter_mut().zip(all.chunks(64)) {
+            *word = sums.iter().rev().fold(0, |word, sum| word << 1 | u64::from(is_filled(sum)));
+        }
+        let mut sums = Vec::with_capacity(filled.iter().map(|word| word.count_ones() as usize).sum());
+        sums.extend(all.iter().copied().filter(is_filled));
+        Self { filled, sums }
+    }
+
+    fn sums(&self) -> Box<[f32; BINS]> {
+        let mut all = Box::new([0.0; BINS]);
+        let mut own = self.sums.iter();
+        for (&word, sums) in self.filled.iter().zip(all.chunks_mut(64)) {
+            let mut left = word;
+            while left != 0 {
+                if let (Some(place), Some(sum)) = (sums.get_mut(left.trailing_zeros() as usize), own.next()) {
+                    *place = *sum;
+                }
+                left &= left - 1;
+            }
+        }
+        all
+    }
+}
+
 /// Too small and too large become the ends, and NaN the first bin.
 #[inline(always)]
 fn bin_of(x: f32, lo: f32, per_unit: f32) -> u16 {
@@ -157,6 +197,13 @@ fn bin_of(x: f32, lo: f32, per_unit: f32) -> u16 {
     let place = ((x - lo) * per_unit).max(0.0).min((BINS - 1) as f32);
     // The last bits of a sum with 2^23 are the integer; a cast would be compiled to one value after the other.
     ((place.floor() + (1u32 << 23) as f32).to_bits() as usize % BINS) as u16
+}
+
+/// By a bin and more. NaN is not.
+#[inline(always)]
+fn is_outside(x: f32, lo: f32, per_unit: f32) -> bool {
+    let place = (x - lo) * per_unit;
+    (place <= -1.0) | (place >= (BINS + 1) as f32)
 }
 
 /// How a batch lies in memory.
@@ -175,7 +222,7 @@ struct Add<'a> {
     gradients: &'a [f32],
     lo: f32,
     per_unit: f32,
-    sums: &'a mut [f32],
+    row: &'a mut Row,
 }
 
 impl pulp::NullaryFnOnce for &mut Add<'_> {
@@ -188,7 +235,8 @@ impl pulp::NullaryFnOnce for &mut Add<'_> {
         for (values, gradients) in self.values.chunks(BLOCK).zip(self.gradients.chunks(BLOCK)) {
             for (place, (bin, &x)) in bins.iter_mut().zip(values).enumerate() {
                 let inside = bin_of(x, self.lo, self.per_unit);
-                *bin = if x.abs() < f32::MIN_POSITIVE { (BINS + place % ZEROS) as u16 } else { inside };
+                let is_left_out = x.abs() < f32::MIN_POSITIVE || is_outside(x, self.lo, self.per_unit);
+                *bin = if is_left_out { (BINS + place % ZEROS) as u16 } else { inside };
             }
             for (&bin, &gradient) in bins.iter().zip(gradients) {
                 if let Some(sum) = sums.get_mut(usize::from(bin)) {
@@ -196,9 +244,11 @@ impl pulp::NullaryFnOnce for &mut Add<'_> {
                 }
             }
         }
-        for (sum, own) in self.sums.iter_mut().zip(sums) {
+        let mut all = self.row.sums();
+        for (sum, own) in all.iter_mut().zip(sums) {
             *sum += own;
         }
+        *self.row = Row::of(&all);
     }
 }
 
@@ -215,7 +265,7 @@ mod tests {
         let row = sums.rows().nth(row).expect("a row");
         let near = |x: f32| (x * 100.0).round() / 100.0;
         let values = sums.values().into_iter().map(near);
-        values.zip(row.iter().copied()).filter(|(_, sum)| *sum != 0.0).collect()
+        values.zip(*row).filter(|(_, sum)| *sum != 0.0).collect()
     }
 
     #[test]
@@ -244,10 +294,11 @@ mod tests {
     }
 
     #[test]
-    fn values_outside_belong_to_the_ends() {
+    fn values_just_outside_belong_to_the_ends_and_others_to_nothing() {
         let mut sums = GradientSums::new(Some(-1.0..=1.0));
         sums.begin(1);
-        sums.observe(&[-5.0, -1.0, 1.0, 9.0, f32::NAN], &[1.0, 2.0, 3.0, 4.0, 8.0], Divided::ByRow, in_turn);
+        let values = [-1.0002, -1.0, 1.0, 1.0002, f32::NAN, 1.001, -1.001, 9.0, f32::NEG_INFINITY];
+        sums.observe(&values, &[1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 16.0, 16.0, 16.0], Divided::ByRow, in_turn);
         assert_eq!(row(&sums, 0), [(-1.0, 11.0), (1.0, 7.0)]);
     }
 
@@ -261,7 +312,7 @@ mod tests {
         let mut sums = GradientSums::new(Some(-0.7..=2.9));
         sums.begin(1);
         sums.observe(&values, &vec![1.0; BINS], Divided::ByRow, in_turn);
-        assert!(sums.rows().flatten().all(|sum| *sum == 1.0));
+        assert!(sums.rows().all(|row| row.iter().all(|sum| *sum == 1.0)));
     }
 
     #[test]
@@ -300,10 +351,10 @@ mod tests {
         sums.begin(2);
         sums.observe(&[0.5, -0.5], &[1.0, 2.0], Divided::ByRow, in_turn);
         sums.end();
-        let stored: Vec<f32> = sums.rows().flatten().copied().collect();
-        let read = GradientSums::from_parts(-1.0..=1.0, stored.clone()).expect("sums");
+        let stored: Vec<f32> = sums.rows().flat_map(|row| *row).collect();
+        let read = GradientSums::from_parts(-1.0..=1.0, &stored).expect("sums");
         assert_eq!((row(&read, 0), row(&read, 1)), (row(&sums, 0), row(&sums, 1)));
-        assert_eq!(GradientSums::from_parts(-1.0..=1.0, stored[1..].to_vec()), None);
-        assert_eq!(GradientSums::from_parts(1.0..=1.0, stored), None);
+        assert_eq!(GradientSums::from_parts(-1.0..=1.0, &stored[1..]), None);
+        assert_eq!(GradientSums::from_parts(1.0..=1.0, &stored), None);
     }
 }

@@ -80,7 +80,16 @@ pub fn select_activation_scored(
     if is_without_scores {
         selection.notes.push(Note::ZeroScores { channels: vec![0], count: 1 });
     } else if let Some(off_diagonal) = OffDiagonal::new(sums, histogram, scheme.bits) {
-        let of = |params: &QuantParams| off_diagonal.squared_error(params).mean / (squared_error * unit) - 1.0;
+        // Sums may be of what `z_threshold` leaves alone.
+        let summed = sums.range().filter(|_| z_threshold.is_some()).map(|range| by_value.within(range));
+        let diagonal = |params: &QuantParams| match &summed {
+            None => squared_error * unit,
+            Some(summed) => {
+                let Masses { bins, unit, .. } = Masses::new(histogram.weighted_bins(summed), summed.total());
+                squared_error_of_bins(&bins, params) * unit
+            }
+        };
+        let of = |params: &QuantParams| off_diagonal.squared_error(params).mean / diagonal(params) - 1.0;
         let told = selection.params.first().filter(|params| off_diagonal.tells_levels_of(params));
         selection.off_diagonal = told.map(of).filter(|share| share.is_finite());
     }

@@ -25,8 +25,11 @@ pub(super) struct OffDiagonal {
     /// Of a bin.
     width: f64,
     values: Vec<f32>,
-    /// Of a whole number of lanes each.
+    /// What errors are counted in.
+    unit: f32,
+    /// In their unit, of a whole number of lanes each.
     rows: Vec<Vec<[f32; LANES]>>,
+    sum_unit: f32,
 }
 
 /// An estimate from independent rows.
@@ -49,15 +52,16 @@ impl OffDiagonal {
         let all = values(sums, counted);
         let kept: Vec<usize> = (0..all.len()).filter(|&bin| range.contains(&all[bin])).collect();
         let values: Vec<f32> = kept.iter().map(|&bin| all[bin]).collect();
-        let row = |sums: &[f32]| {
+        let sum_unit = unit(sums.rows().flat_map(|row| *row));
+        let row = |sums: Box<[f32; GradientSums::BINS]>| {
             let mut row = vec![[0.0; LANES]; kept.len().div_ceil(LANES)];
             for (place, sum) in row.as_flattened_mut().iter_mut().zip(kept.iter().map(|&bin| sums[bin])) {
-                *place = sum;
+                *place = sum / sum_unit;
             }
             row
         };
         let rows = sums.rows().map(row).collect();
-        Some(Self { width, values, rows })
+        Some(Self { width, unit: unit(values.iter().copied()), values, rows, sum_unit })
     }
 
     /// Whether bins are narrow enough beside the levels of a quantizer: one value stands for each bin.
@@ -71,9 +75,10 @@ impl OffDiagonal {
         let images = errors.as_flattened_mut();
         params.fake_quantize_slice(&self.values, &mut images[..self.values.len()]);
         for (image, x) in images.iter_mut().zip(&self.values) {
-            *image -= x;
+            *image = (*image - x) / self.unit;
         }
-        let squares: Vec<f64> = self.rows.iter().map(|row| dot(row, &errors).powi(2)).collect();
+        let unit = f64::from(self.unit) * f64::from(self.sum_unit);
+        let squares: Vec<f64> = self.rows.iter().map(|row| (dot(row, &errors) * unit).powi(2)).collect();
         let count = squares.len() as f64;
         let mean = squares.iter().sum::<f64>() / count;
         let variance = squares.iter().map(|square| (square - mean).powi(2)).sum::<f64>() / (count - 1.0);
@@ -113,6 +118,13 @@ fn values(sums: &GradientSums, counted: &Histogram) -> Vec<f32> {
         *value = if *mass > 0.0 { (sum / mass) as f32 } else { *value };
     }
     values
+}
+
+/// The largest power of two not above all magnitudes, give or take what keeps its inverse a normal number: products in such units
+/// neither vanish nor overflow, and counting in them changes no digit.
+fn unit(numbers: impl Iterator<Item = f32>) -> f32 {
+    let largest = numbers.map(f32::abs).fold(0.0, f32::max);
+    f32::from_bits(largest.to_bits() & f32::INFINITY.to_bits()).clamp(f32::MIN_POSITIVE, 1.0 / f32::MIN_POSITIVE)
 }
 
 fn dot(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> f64 {

@@ -18,6 +18,8 @@ namespace tsquant {
 struct Gradients {
   std::mutex mutex;
   Visitor *visitor = nullptr;
+  // Whether another walk back will follow.
+  bool keep = false;
 };
 
 namespace {
@@ -35,15 +37,16 @@ public:
 
 class Listening {
 public:
-  Listening(Gradients &gradients, Visitor &visitor) : gradients_(gradients) { set(&visitor); }
-  ~Listening() { set(nullptr); }
+  Listening(Gradients &gradients, Visitor &visitor, bool keep) : gradients_(gradients) { set(&visitor, keep); }
+  ~Listening() { set(nullptr, true); }
   Listening(const Listening &) = delete;
   Listening &operator=(const Listening &) = delete;
 
 private:
-  void set(Visitor *visitor) {
+  void set(Visitor *visitor, bool keep) {
     const std::lock_guard<std::mutex> lock(gradients_.mutex);
     gradients_.visitor = visitor;
+    gradients_.keep = keep;
   }
 
   Gradients &gradients_;
@@ -136,11 +139,15 @@ void tap_gradient(torch::jit::Stack &stack) {
   }
   TORCH_CHECK(current_recording != nullptr, "a graph with taps on gradients was run without a recording");
   auto tapped = own_path(*current_recording, value);
-  // The value itself would keep its history, and this hook with it, for ever.
-  tapped.register_hook([gradients = current_recording->gradients, site, held = value.detach()](const at::Tensor &gradient) {
+  // The value itself would keep its history, and this hook with it, for ever. Nobody needs it behind the last walk back, while
+  // libtorch lets go of what it kept too; hooks are copied, and share what they hold.
+  const auto held = std::make_shared<at::Tensor>(value.detach());
+  tapped.register_hook([gradients = current_recording->gradients, site, held](const at::Tensor &gradient) {
     const std::lock_guard<std::mutex> lock(gradients->mutex);
     if (gradients->visitor != nullptr && gradient.defined())
-      gradients->visitor->gradient(site, held, gradient);
+      gradients->visitor->gradient(site, *held, gradient);
+    if (!gradients->keep)
+      held->reset();
   });
   torch::jit::push(stack, std::move(tapped));
 }
@@ -190,7 +197,7 @@ std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const
 std::unique_ptr<Value> recorded_output(const Recording &r) { return std::make_unique<Value>(Value{r.output}); }
 
 void backward(const Recording &r, const Tensors &outputs, const Tensors &directions, bool keep, Visitor &visitor) {
-  const Listening listens(*r.gradients, visitor);
+  const Listening listens(*r.gradients, visitor, keep);
   const Deterministic same_sums;
   torch::autograd::grad(outputs.inner, r.leaves, directions.inner, keep, false, true);
 }

@@ -110,7 +110,10 @@ pub(in crate::pipeline) fn read(path: &Path, request: &str, layers: Layers<'_>) 
             return Ok(Found::Useless(format!("those in {path} are of another model, data or request")));
         }
         let found = decode(&tensors, &description.scores)?.of(layers);
-        Ok(found.map_or_else(|| Found::Useless(format!("those in {path} are of other layers or bits")), Found::Scores))
+        Ok(found.map_or_else(
+            || Found::Useless(format!("those in {path} are of other layers, bits or z_threshold")),
+            Found::Scores,
+        ))
     });
     parsed.unwrap_or_else(|reason| Found::Useless(format!("{path} is damaged: {reason}")))
 }
@@ -178,7 +181,7 @@ fn activation(site: &str, by_value: &WeightedHistogram, sums: &GradientSums) -> 
     let mut tensors = vec![(bins_of(site), Stored::list(&bins)), (scores_of(site), Stored::list(&scores))];
     if sums.range().is_some() {
         let shape = vec![sums.rows().len(), GradientSums::BINS];
-        tensors.push((gradients_of(site), Stored::new(shape, sums.rows().flatten().copied())));
+        tensors.push((gradients_of(site), Stored::new(shape, sums.rows().flat_map(|row| *row))));
     }
     tensors
 }
@@ -226,8 +229,8 @@ fn activation_in(tensors: &Tensors<'_>, site: &str, described: &Site) -> Result<
     let by_value =
         histogram.ok_or_else(|| format!("expected a score for each bin of {site}, none negative, found others"))?;
     let Some([lo, hi]) = described.range else { return Ok(by_value.into()) };
-    let gradients = tensors.numbers(&gradients_of(site))?;
-    let sums = GradientSums::from_parts(lo..=hi, gradients).filter(GradientSums::is_finite);
+    let gradients = tensors.numbers::<f32>(&gradients_of(site))?;
+    let sums = GradientSums::from_parts(lo..=hi, &gradients).filter(GradientSums::is_finite);
     let sums = sums.ok_or_else(|| format!("expected whole rows of finite sums for {site}, found others"))?;
     Ok(ActivationScores { by_value, sums })
 }

@@ -301,7 +301,7 @@ impl Kept {
         let found = if is_other { None } else { kept.named.of(layers) };
         Ok(match found {
             Some(scores) => Found::Scores(scores),
-            None => Found::Useless(format!("those in {path} are of other layers or bits")),
+            None => Found::Useless(format!("those in {path} are of other layers, bits or z_threshold")),
         })
     }
 

@@ -1,5 +1,7 @@
 //! What errors of one row cost together, against direct sums, and what a threshold makes of it.
 
+use std::ops::RangeInclusive;
+
 use super::data::{Kind, Random, histogram};
 use super::quality::{GRIDS, scheme};
 use crate::quantizer::{Grid, QuantParams};
@@ -22,11 +24,16 @@ impl Rows {
     }
 
     fn scores(&self) -> ActivationScores {
+        let values = || self.values.iter().flatten().copied();
+        self.scores_in(values().fold(f32::MAX, f32::min)..=values().fold(f32::MIN, f32::max))
+    }
+
+    /// With sums over this range.
+    fn scores_in(&self, range: RangeInclusive<f32>) -> ActivationScores {
         let (values, gradients) = (self.values.concat(), self.gradients.concat());
         let mut by_value = WeightedHistogram::new();
         by_value.observe(&values, &gradients, &mut [WeightedCounter::new()], in_turn);
         by_value.scale(1.0 / self.values.len() as f64);
-        let range = values.iter().fold(f32::MAX, |lo, x| lo.min(*x))..=values.iter().fold(f32::MIN, |hi, x| hi.max(*x));
         let mut sums = GradientSums::new(Some(range));
         sums.begin(self.values.len());
         sums.observe(&values, &gradients, Divided::ByRow, in_turn);
@@ -114,6 +121,25 @@ fn what_is_told_is_the_direct_sum() {
     }
 }
 
+/// Gradients so small, or so large, that an f32 does not hold their products with errors.
+#[test]
+fn units_of_values_and_gradients_change_nothing() {
+    let rows = constants_among_others();
+    let times = |all: &[Vec<f32>], factor: f32| -> Vec<Vec<f32>> {
+        all.iter().map(|row| row.iter().map(|x| x * factor).collect()).collect()
+    };
+    let find = |rows: &Rows| {
+        let found = rows.select(&rows.scores(), Grid::Uniform, 4);
+        (found.params[0].scale(), found.params[0].zero_point(), found.off_diagonal)
+    };
+    let (scale, zero_point, share) = find(&rows);
+    for [value, gradient] in [[-60, -95], [60, 95], [-60, 95], [60, -95]] {
+        let [value, gradient] = [value, gradient].map(|power| 2f32.powi(power));
+        let scaled = Rows { values: times(&rows.values, value), gradients: times(&rows.gradients, gradient) };
+        assert_eq!(find(&scaled), (scale * value, zero_point, share), "{value:e} {gradient:e}");
+    }
+}
+
 /// Clipped values err to one side: they cost more where their gradients are of one sign in each row.
 #[test]
 fn clipping_with_gradients_of_one_sign_is_dear() {
@@ -179,6 +205,30 @@ fn gradients_of_outliers_do_not_count() {
     assert!(limited.params[0].scale() < 0.3 * unlimited.params[0].scale());
     // Errors in the report are of all values.
     assert!(limited.weighted_error > unlimited.weighted_error);
+}
+
+/// Sums over the values that a limit on outliers leaves tell of them what they would if there were no others.
+#[test]
+fn sums_may_be_of_what_a_limit_leaves() {
+    let constants = constants_among_others();
+    let and_one = |rows: &[Vec<f32>], last: f32| -> Vec<Vec<f32>> {
+        rows.iter().map(|row| row.iter().copied().chain([last]).collect()).collect()
+    };
+    let rows = Rows { values: and_one(&constants.values, 5000.0), gradients: and_one(&constants.gradients, 5.0) };
+    let all = histogram(&rows.values.concat());
+    let counted = all.without_outliers(8.0).observed().unwrap().unwrap();
+    assert!(counted.max() < 10.0);
+    let narrow = rows.scores_in(counted.min()..=counted.max());
+    let find = |scores| select_activation_scored(&all, scores, scheme(4, Grid::Uniform), Some(8.0)).unwrap();
+    let found = find(&narrow);
+    let expected = constants.select(&constants.scores(), Grid::Uniform, 4);
+    let [together, apart] = constants.errors(&found.params[0]);
+    let [least, _] = constants.errors(&expected.params[0]);
+    assert!(together < 1.05 * least, "{together} {least}");
+    let (told, direct) = (found.off_diagonal.expect("a share"), together / apart - 1.0);
+    assert!((told - direct).abs() < 0.15 * (1.0 + direct), "{told} {direct}");
+    // Bins of the range of all values are wider than any level.
+    assert_eq!(find(&rows.scores()).off_diagonal, None);
 }
 
 #[test]
