@@ -13,7 +13,7 @@ fn main() {
     check_version(&torch);
 
     let sources =
-        ["module.cc", "bounds.cc", "listing.cc", "clean.cc", "run.cc", "gradients.cc", "emit.cc", "device.cc"];
+        ["module.cc", "bounds.cc", "listing.cc", "clean.cc", "run.cc", "gradients.cc", "emit.cc", "edit.cc", "device.cc"];
     let mut build = cxx_build::bridge("src/jit/ffi.rs");
     for source in sources {
         build.file(format!("src/jit/cpp/{source}"));

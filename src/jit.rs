@@ -5,6 +5,8 @@
 
 mod clean;
 mod device;
+mod edit;
+mod engine;
 mod error;
 mod ffi;
 mod file;
@@ -21,6 +23,8 @@ pub use device::{
     Flat, NoCuda, cuda, device_name, flat, flat_pair, in_any_order, peak_device_memory, prepare, synchronize,
     take_unordered, upload,
 };
+pub use edit::{Attribute, Edits, Insertion, Makes, Operand, Position, Reader, Rewiring};
+pub use engine::{engine, engines, set_engine};
 pub use error::Error;
 pub(crate) use error::one_line;
 pub use file::extra_file;

@@ -14,6 +14,7 @@ pub mod evaluate;
 pub mod feed;
 pub mod hessian;
 pub mod jit;
+pub mod lower;
 pub mod names;
 pub mod observe;
 pub mod on_device;
