@@ -1,5 +1,6 @@
 //! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
 
+mod bench;
 mod calibrate;
 mod completions;
 mod evaluate;
@@ -53,6 +54,8 @@ enum Command {
     Experiment(experiment::Sweep),
     /// Run model files on data and compare a quantized one with the float one.
     Evaluate(evaluate::Evaluate),
+    /// Time model files side by side on the same rows.
+    Bench(bench::Bench),
     /// Explain a TorchScript file: signature, layers, what would be quantized and what not; or a file of statistics.
     Inspect(inspect::Inspect),
     /// Print a JSON schema of the experiment file, for editors.
@@ -73,6 +76,7 @@ pub fn main() -> ExitCode {
         Command::Merge(command) => command.run(),
         Command::Experiment(command) => command.run(),
         Command::Evaluate(command) => command.run(),
+        Command::Bench(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Schema(command) => command.run(),
         Command::Completions(command) => command.run(),

@@ -29,8 +29,9 @@ pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, BiasCorrection, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan, Format,
-    HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Metric, OutputPlan, Plan, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, ComparisonPlan, Constant, DataPlan, Distribution, EnginePlan, EvaluationPlan,
+    Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Int8Plan, Layout, Metric, OutputPlan, Plan,
+    Transform, WeightPlan,
 };
 pub use schema::json_schema;
 pub use sweep::{Combination, Emit, Sweep};

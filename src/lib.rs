@@ -25,5 +25,6 @@ pub mod report;
 pub mod settings;
 pub mod simulate;
 pub mod sites;
+pub mod speed;
 pub mod statistics;
 pub mod threshold;

@@ -4,6 +4,7 @@
 //! The one place that knows quantized dtypes and kernels. It decides which ops run on quantized tensors and says which do not and
 //! why; it refuses to know how quantizers were chosen.
 
+pub mod engine;
 mod graph;
 mod kernels;
 mod layers;
@@ -24,6 +25,8 @@ use crate::quantizer::{Bits, Grid, QuantParams};
 use crate::report::{Kind, SiteReport};
 use crate::sites::{LeftFloat, Sites};
 
+use engine::Task;
+
 pub use verify::{LayerDifference, Verification};
 
 /// What was chosen for a graph whose sites were found for 8-bit kernels.
@@ -36,6 +39,8 @@ pub struct Given<'a> {
     pub weights: Vec<Weight<'a>>,
     /// Corrected biases.
     pub biases: &'a [Bias],
+    /// What the engine computes wrong on this machine: as good as without a kernel.
+    pub wrong: Vec<Task>,
 }
 
 /// A quantized weight.
@@ -71,7 +76,7 @@ pub struct Lowering {
 impl<'a> Given<'a> {
     /// What was chosen, with the weights as the reports have them: weights first, in the order of the sites.
     #[must_use]
-    pub fn new(emission: &Emission<'a>, reports: &'a [SiteReport]) -> Self {
+    pub fn new(emission: &Emission<'a>, reports: &'a [SiteReport], wrong: &[Task]) -> Self {
         let reports = reports.iter().filter(|report| report.kind == Kind::Weight);
         let sites = emission.sites.weights.iter().zip(emission.weights);
         let weights = sites.zip(reports).map(|((site, image), report)| Weight {
@@ -83,7 +88,7 @@ impl<'a> Given<'a> {
             zero_point: &report.quantizers.zero_point,
         });
         let (sites, activations, biases) = (emission.sites, emission.activations, emission.biases);
-        Self { sites, activations, weights: weights.collect(), biases }
+        Self { sites, activations, weights: weights.collect(), biases, wrong: wrong.to_vec() }
     }
 
     /// Sites whose quantizer no kernel takes, each with the reason.
@@ -159,11 +164,7 @@ impl Lowering {
 }
 
 /// What stays a parameter or buffer: all constants but weights that are kept in 8 bits.
-fn parameters(
-    model: &Clean,
-    given: &Given<'_>,
-    emission: &Emission<'_>,
-) -> Result<Vec<jit::Parameter>, jit::Error> {
+fn parameters(model: &Clean, given: &Given<'_>, emission: &Emission<'_>) -> Result<Vec<jit::Parameter>, jit::Error> {
     let weights = given.sites.weights.iter().zip(&given.weights).filter(|(_, weight)| weight.fits_a_byte());
     let weights: BTreeSet<_> = weights.flat_map(|(site, _)| site.values.iter().copied()).collect();
     let mut parameters = emit::parameters(model, emission)?;

@@ -1,8 +1,10 @@
 //! What one run did, as plain data, and its JSON form. It computes nothing.
 
 mod files;
+mod int8;
 mod measures;
 mod provenance;
+mod speed;
 mod sweep;
 
 use std::path::PathBuf;
@@ -15,8 +17,10 @@ use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
 
 pub use files::{Alone, FilesReport, Measures};
+pub use int8::{FLOAT, INT8, Int8, Layer as Int8Layer, OPTIMIZED};
 pub use measures::{Accuracy, Comparison, Sqnr};
 pub use provenance::{NotQuantized, Provenance, QuantizedSite};
+pub use speed::{Bench, Latency, Race};
 pub use sweep::{Gave, SweepReport, SweepRow};
 
 /// Version of the report's form; grows when a field changes its meaning or goes.
@@ -49,6 +53,9 @@ pub struct Report {
     /// How biases were corrected; `None` where that was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bias_correction: Option<CorrectedBiases>,
+    /// The 8-bit model; `None` where no format asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub int8: Option<Int8>,
     /// What was quantized, weights first, in graph order.
     pub sites: Vec<SiteReport>,
     /// The sites that lose most, worst first.

@@ -13,11 +13,8 @@ const NOT_BUILT: &[NotBuilt] = &[
     Key("mixed_precision"),
     Key("quantization.weights.rounding"),
     Key("quantization.accuracy"),
-    Key("output.engine"),
     Key("output.reduce_range"),
-    Key("output.strict"),
     Value("quantization.weights_bias_correction", "weighted"),
-    Value("output.format", "int8"),
 ];
 
 /// Whether the key with this full path is yet to be built.

@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use super::ffi::bridge;
 use super::listing::{BlockId, NodeId, ValueId};
+use super::{Error, tensor};
 
 /// What an inserted op reads, or an attribute is made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -111,11 +112,7 @@ pub struct Edits {
 
 impl Edits {
     pub(super) fn rows(&self) -> bridge::EditRows {
-        let attributes = self.attributes.iter().map(|attribute| bridge::AttributeOfOp {
-            name: attribute.name.clone(),
-            op: attribute.op.unwrap_or_default().to_owned(),
-            operands: operands(&attribute.operands),
-        });
+        let attributes = self.attributes.iter().map(attribute);
         let insertions = self.insertions.iter().map(|insertion| {
             let (place, index) = match insertion.position {
                 Position::Start(block) => (bridge::Where::Start, block),
@@ -162,5 +159,40 @@ fn operand(operand: &Operand) -> bridge::OperandRow {
         Operand::Int(number) => bridge::OperandRow { number: *number, ..row(OperandKind::Int) },
         Operand::Float(real) => bridge::OperandRow { real: *real, ..row(OperandKind::Float) },
         Operand::Ints(numbers) => bridge::OperandRow { numbers: numbers.clone(), ..row(OperandKind::Ints) },
+    }
+}
+
+/// What a kernel writes, and how often it runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KernelRun {
+    /// Scale of its result.
+    pub scale: f64,
+    /// Zero point of its result.
+    pub zero_point: i64,
+    /// At least once.
+    pub runs: usize,
+}
+
+/// Packs a weight as an attribute of an edited graph would be, and runs `op` with it on a quantized tensor.
+///
+/// # Errors
+/// Where the engine that is set refuses one of them.
+pub fn pack_and_run(
+    pack: &Attribute,
+    made_of: &[Tensor],
+    op: &str,
+    (x, run): (&Tensor, KernelRun),
+) -> Result<Tensor, Error> {
+    let made_of = tensor::list(made_of.iter());
+    let run = bridge::ResultRow { scale: run.scale, zero_point: run.zero_point, runs: run.runs.max(1) };
+    let result = bridge::pack_and_run(&attribute(pack), &made_of, op, tensor::as_bridge(x), &run)?;
+    Ok(tensor::from_unique(result))
+}
+
+fn attribute(attribute: &Attribute) -> bridge::AttributeOfOp {
+    bridge::AttributeOfOp {
+        name: attribute.name.clone(),
+        op: attribute.op.unwrap_or_default().to_owned(),
+        operands: operands(&attribute.operands),
     }
 }

@@ -171,6 +171,12 @@ pub(super) mod bridge {
         operands: Vec<OperandRow>,
     }
 
+    struct ResultRow {
+        scale: f64,
+        zero_point: i64,
+        runs: usize,
+    }
+
     struct EditRows {
         attributes: Vec<AttributeOfOp>,
         insertions: Vec<InsertionRow>,
@@ -347,6 +353,16 @@ pub(super) mod bridge {
             places: &[PlaceRow],
             tensors: &Tensors,
         ) -> Result<UniquePtr<Executable>>;
+
+        fn pack_and_run(
+            pack: &AttributeOfOp,
+            made_of: &Tensors,
+            op: &str,
+            x: &Tensor,
+            result: &ResultRow,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn freeze_for_inference(m: &Module, optimized: bool) -> Result<UniquePtr<Module>>;
+        fn call_as_it_is(m: &Module, a: &Arguments) -> Result<UniquePtr<Value>>;
 
         fn quantized_engine() -> String;
         fn quantized_engines() -> Vec<String>;

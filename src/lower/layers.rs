@@ -1,5 +1,6 @@
 //! Convolutions, linear layers and products with a constant matrix as 8-bit kernels. It knows no other ops.
 
+use super::engine::Task;
 use super::kernels::Convolution;
 use super::recipe::{BiasOf, Recipe};
 use super::walk::{Eight, Lowered, Stay, Walk};
@@ -32,6 +33,7 @@ impl Walk<'_> {
         }
         let target = self.target(id)?;
         let numbers = self.geometry(node, slots, spatial)?;
+        self.check_engine(self.task(weight, &numbers))?;
         let (pack, names) = match spatial {
             1 => ("quantized::conv1d_prepack", ["quantized::conv1d", "quantized::conv1d_relu"]),
             2 => ("quantized::conv2d_prepack", ["quantized::conv2d", "quantized::conv2d_relu"]),
@@ -42,6 +44,26 @@ impl Walk<'_> {
         let packed = self.recipe(Recipe::Packed { layer, op: pack, weight, transposed: false, bias, numbers });
         let quantized = self.quantized(node.inputs[0], &input);
         self.put(id, names, vec![quantized, packed], (target, vec![(id, 0, node.inputs[0])]));
+        Ok(())
+    }
+
+    /// What an engine has to be right in for a convolution.
+    fn task(&self, weight: usize, numbers: &[Operand]) -> Task {
+        let shape = self.given.weights[weight].image.size();
+        let is_grouped = !matches!(numbers.last(), Some(Operand::Int(1)));
+        if is_grouped && shape.get(1) == Some(&1) {
+            Task::Depthwise
+        } else if shape.iter().skip(2).all(|&taps| taps == 1) {
+            Task::Pointwise
+        } else {
+            Task::Window
+        }
+    }
+
+    fn check_engine(&self, task: Task) -> Result<(), Stay> {
+        if self.given.wrong.contains(&task) {
+            return Err(Stay::Because(format!("the engine computes {} wrong on this machine", task.name())));
+        }
         Ok(())
     }
 
@@ -81,6 +103,7 @@ impl Walk<'_> {
         if self.given.weights[weight].image.dim() != 2 {
             return Err("its 8-bit kernel takes weights of two axes".into());
         }
+        self.check_engine(Task::Linear)?;
         let bias = self.bias(node, rows)?;
         let layer = self.name(id).to_owned();
         let op = "quantized::linear_prepack";
@@ -241,7 +264,16 @@ impl Walk<'_> {
             self.merge(last);
         }
         let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
-        self.add_kernel(Lowered { name, op, kernel, value, result: result.clone(), eight: Some(eight), reads, quantized: Vec::new() });
+        self.add_kernel(Lowered {
+            name,
+            op,
+            kernel,
+            value,
+            result: result.clone(),
+            eight: Some(eight),
+            reads,
+            quantized: Vec::new(),
+        });
         self.make_quantized(value, (result, eight), position);
     }
 }

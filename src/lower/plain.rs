@@ -8,12 +8,7 @@ use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
 const NOT_BOTH: &str = "not all of its operands have an 8-bit quantizer";
 
 impl Walk<'_> {
-    pub(super) fn binary(
-        &mut self,
-        id: NodeId,
-        names: [&'static str; 2],
-        factor: Option<usize>,
-    ) -> Result<(), Stay> {
+    pub(super) fn binary(&mut self, id: NodeId, names: [&'static str; 2], factor: Option<usize>) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let operands = [node.inputs[0], node.inputs[1]];
         if !operands.iter().any(|&value| self.native(value).is_some()) {
@@ -82,7 +77,16 @@ impl Walk<'_> {
         let inputs = [quantized].into_iter().chain(eight.operands()).chain(further);
         let result = self.insert(position, kernel, inputs.collect());
         let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
-        self.add_kernel(Lowered { name, op, kernel, value, result: result.clone(), eight: Some(eight), reads, quantized: Vec::new() });
+        self.add_kernel(Lowered {
+            name,
+            op,
+            kernel,
+            value,
+            result: result.clone(),
+            eight: Some(eight),
+            reads,
+            quantized: Vec::new(),
+        });
         self.make_quantized(value, (result, eight), position);
     }
 

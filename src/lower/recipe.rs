@@ -4,8 +4,8 @@
 use tch::{Kind, Tensor};
 
 use super::{Given, Weight};
-use crate::quantizer::Grid;
 use crate::jit::{self, Attribute, Clean, Operand, ValueId};
+use crate::quantizer::Grid;
 
 /// An attribute to be made.
 #[derive(Debug, Clone, PartialEq)]

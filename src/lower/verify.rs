@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use super::walk::Lowered;
 use super::{Given, Lowering};
 use crate::jit::{
-    Arguments, BoxError, Clean, Edits, Error, Insertion, Instrumented, Makes, Operand, Place, Position, Reader,
+    Arguments, BoxError, Clean, Edits, Error, Insertion, Instrumented, Makes, Operand, Output, Place, Position, Reader,
     Rewiring, Visit,
 };
 
@@ -21,6 +21,8 @@ pub struct LayerDifference {
     pub op: String,
     /// The kernel that it is.
     pub kernel: &'static str,
+    /// It writes float numbers, not levels.
+    pub is_float: bool,
     /// Values that were compared.
     pub values: u64,
     /// Values of another level; those on the border between two levels, up to rounding, count as either.
@@ -93,6 +95,7 @@ impl<'a> Found<'a> {
             name: lowered.name.clone(),
             op: lowered.op.clone(),
             kernel: lowered.kernel,
+            is_float: lowered.eight.is_none(),
             values: 0,
             different: 0,
             largest: 0.0,
@@ -103,13 +106,12 @@ impl<'a> Found<'a> {
 }
 
 impl Verification<'_> {
-    /// Compares on these arguments, beside those before.
+    /// Compares on these arguments, beside those before. Returns what the model gives in 8 bits.
     ///
     /// # Errors
     /// Where the model fails.
-    pub fn run(&mut self, arguments: &Arguments) -> Result<(), Error> {
-        self.instrumented.run(arguments, &mut self.found)?;
-        Ok(())
+    pub fn run(&mut self, arguments: &Arguments) -> Result<Output, Error> {
+        self.instrumented.run(arguments, &mut self.found)
     }
 
     /// What was found, in graph order.

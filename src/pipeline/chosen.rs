@@ -59,11 +59,19 @@ impl Chosen {
         Ok(Self { sites, selections, corrections, worst_sites })
     }
 
-    /// Writes the model file.
+    /// Writes the model file in fake-quantize form.
     ///
     /// # Errors
     /// Where it cannot be written.
     pub(super) fn emit(&self, base: &Base, plan: &Plan, hashes: &Hashes, file: &Path) -> Result<(), Error> {
+        Ok(emit::fake_quant(&base.model, &self.emission(base, plan, hashes)?, file)?)
+    }
+
+    /// What a model file is made of.
+    ///
+    /// # Errors
+    /// None that a plan can cause.
+    pub(super) fn emission(&self, base: &Base, plan: &Plan, hashes: &Hashes) -> Result<Emission<'_>, Error> {
         let description = serde_json::to_string(&Description {
             schema: report::SCHEMA,
             versions: &base.versions,
@@ -72,14 +80,13 @@ impl Chosen {
             sites: &self.selections.reports,
             left_float: &self.sites.left_float,
         })?;
-        let emission = Emission {
+        Ok(Emission {
             sites: &self.sites,
             activations: &self.selections.activations,
             weights: &self.selections.weights,
             biases: &self.corrections.biases,
             description,
-        };
-        Ok(emit::fake_quant(&base.model, &emission, file)?)
+        })
     }
 
     /// The quantized model as it would be emitted.

@@ -12,7 +12,7 @@ use crate::config::Plan;
 use crate::dataset::Dataset;
 use crate::evaluate::Evaluation;
 use crate::feed;
-use crate::jit::{Clean, NoVisit, Output};
+use crate::jit::{self, Arguments, Clean, NoVisit, Output};
 use crate::report;
 
 /// What the models are compared on.
@@ -90,21 +90,68 @@ impl Comparison {
         simulation: &Simulation,
         mut advance: impl FnMut(usize),
     ) -> Result<report::Evaluation, Error> {
-        let float = model.instrument(&[], &[])?;
         let mut evaluation = Evaluation::new(self.output.clone());
+        let float = model.instrument(&[], &[])?;
+        self.each_batch(model, |arguments, rows, labels| {
+            let expected = float.run(arguments, &mut NoVisit)?.on_cpu()?;
+            let found = simulation.run(arguments)?.on_cpu()?;
+            evaluation.add(rows, &expected, &found, labels).map_err(blame::measured)?;
+            advance(rows);
+            Ok(())
+        })?;
+        let (float, quantized) = evaluation.finish();
+        Ok(report::Evaluation { data: self.section, float, quantized })
+    }
+
+    /// As [`run`](Self::run), with the 8-bit model beside.
+    pub(super) fn run_beside(
+        &self,
+        model: &Clean,
+        simulation: &Simulation,
+        int8: impl Fn(&Arguments) -> Result<Output, jit::Error>,
+        mut advance: impl FnMut(usize),
+    ) -> Result<Measured, Error> {
+        let float = model.instrument(&[], &[])?;
+        let mut evaluations = [(); 3].map(|()| Evaluation::new(self.output.clone()));
+        self.each_batch(model, |arguments, rows, labels| {
+            let expected = float.run(arguments, &mut NoVisit)?;
+            let (simulated, found) = (simulation.run(arguments)?, int8(arguments)?);
+            let pairs = [(&expected, &simulated), (&expected, &found), (&simulated, &found)];
+            for (evaluation, (a, b)) in evaluations.iter_mut().zip(pairs) {
+                evaluation.add(rows, a, b, labels).map_err(blame::measured)?;
+            }
+            advance(rows);
+            Ok(())
+        })?;
+        let [(float, simulated), (_, int8), (_, between)] = evaluations.map(|evaluation| evaluation.finish());
+        let of = |quantized| report::Evaluation { data: self.section, float, quantized };
+        Ok(Measured { simulated: of(simulated), int8: of(int8), between })
+    }
+
+    fn each_batch(
+        &self,
+        model: &Clean,
+        mut visit: impl FnMut(&Arguments, usize, Option<&Tensor>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         for batch in self.dataset.batches() {
             let batch = batch?;
             let (first, rows) = (batch.first_row, batch.rows);
             let arguments = feed::bind(model.module(), batch)?;
-            let expected = float.run(&arguments, &mut NoVisit)?.on_cpu()?;
-            let found = simulation.run(&arguments)?.on_cpu()?;
             let labels = self.labels.as_ref().map(|labels| rows_of(labels, first, rows)).transpose()?;
-            evaluation.add(rows, &expected, &found, labels.as_ref()).map_err(blame::measured)?;
-            advance(rows);
+            visit(&arguments, rows, labels.as_ref())?;
         }
-        let (float, quantized) = evaluation.finish();
-        Ok(report::Evaluation { data: self.section, float, quantized })
+        Ok(())
     }
+}
+
+/// What a run with an 8-bit model measures.
+pub(super) struct Measured {
+    /// The simulation against the float model.
+    pub(super) simulated: report::Evaluation,
+    /// The 8-bit model against the float model.
+    pub(super) int8: report::Evaluation,
+    /// The 8-bit model against the simulation.
+    pub(super) between: report::Comparison,
 }
 
 #[allow(clippy::cast_possible_wrap)]

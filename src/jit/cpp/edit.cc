@@ -7,6 +7,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/ir/constants.h>
 #include <torch/csrc/jit/passes/dead_code_elimination.h>
 
@@ -213,6 +214,37 @@ std::unique_ptr<Executable> edited(const Frozen &f, const EditRows &edits, const
   }
   prepare(*executable, module);
   return executable;
+}
+
+std::unique_ptr<at::Tensor> pack_and_run(const AttributeOfOp &pack, const Tensors &made_of, rust::Str op,
+                                         const at::Tensor &x, const ResultRow &result) {
+  at::NoGradGuard no_grad;
+  const auto packed = make(pack, made_of);
+  const std::string name(op.data(), op.size());
+  // Kernels of convolutions have an older overload beside the one that packed weights are for.
+  const auto newer = c10::Dispatcher::singleton().findSchema({name, "new"});
+  const auto handle = newer ? *newer : c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+  torch::jit::Stack stack;
+  for (std::size_t i = 0; i < result.runs; ++i) {
+    stack = {x, packed, result.scale, result.zero_point};
+    handle.callBoxed(&stack);
+  }
+  return std::make_unique<at::Tensor>(stack.at(0).toTensor());
+}
+
+std::unique_ptr<Module> freeze_for_inference(const Module &m, bool optimized) {
+  auto module = m.inner.clone();
+  module.eval();
+  auto frozen = std::make_unique<Module>(Module{torch::jit::freeze(module)});
+  if (optimized)
+    frozen->inner = torch::jit::optimize_for_inference(frozen->inner);
+  return frozen;
+}
+
+std::unique_ptr<Value> call_as_it_is(const Module &m, const Arguments &a) {
+  at::NoGradGuard no_grad;
+  auto module = m.inner;
+  return std::make_unique<Value>(Value{module.forward(a.positional)});
 }
 
 rust::String quantized_engine() {

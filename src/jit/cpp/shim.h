@@ -50,6 +50,8 @@ struct ParameterRow;
 struct ExtraFile;
 struct OperandRow;
 struct EditRows;
+struct AttributeOfOp;
+struct ResultRow;
 enum class Pass : std::uint8_t;
 enum class ValueKind : std::uint8_t;
 
@@ -205,6 +207,16 @@ void emit_edited(const Frozen &f, const EditRows &edits, const Tensors &made_of,
 // The same to run, with everything that it had before: taps may be among the inserted ops.
 std::unique_ptr<Executable> edited(const Frozen &f, const EditRows &edits, const Tensors &made_of,
                                    rust::Slice<const PlaceRow> places, const Tensors &tensors);
+
+// Packs a weight by one op and runs another on it, once or more often; that takes x, the packed weight, scale and zero point of
+// its result.
+std::unique_ptr<at::Tensor> pack_and_run(const AttributeOfOp &pack, const Tensors &made_of, rust::Str op,
+                                         const at::Tensor &x, const ResultRow &result);
+
+// A frozen copy, as users make one to run it; optimized, it is fit for nothing but inference on this machine.
+std::unique_ptr<Module> freeze_for_inference(const Module &m, bool optimized);
+// By libtorch's own executor and without a copy of the module: it has to be without state.
+std::unique_ptr<Value> call_as_it_is(const Module &m, const Arguments &a);
 
 // The library that 8-bit kernels run on, and those that this libtorch has; each process has one.
 rust::String quantized_engine();
