@@ -6,6 +6,7 @@ mod completions;
 mod evaluate;
 mod experiment;
 mod inspect;
+mod int8;
 mod measures;
 mod progress;
 mod provenance;

@@ -120,7 +120,23 @@ impl Lowering {
     /// # Errors
     /// Where libtorch fails on a weight.
     pub fn new(model: &Clean, given: &Given<'_>, emission: &Emission<'_>) -> Result<Self, jit::Error> {
-        let found = walk::Walk::new(model.listing(), given).run();
+        Self::of(model, (given, emission), walk::Walk::new(model.listing(), given).run())
+    }
+
+    /// The graph in float, with its weights as levels and scales: in 8 bits, or in 4 where that is enough. What has more than 8
+    /// bits stays as it is. No activation may have a quantizer.
+    ///
+    /// # Errors
+    /// Where libtorch fails on a weight.
+    pub fn of_weights(model: &Clean, given: &Given<'_>, emission: &Emission<'_>) -> Result<Self, jit::Error> {
+        Self::of(model, (given, emission), walk::Walk::new(model.listing(), given).store_weights())
+    }
+
+    fn of(
+        model: &Clean,
+        (given, emission): (&Given<'_>, &Emission<'_>),
+        found: walk::Found,
+    ) -> Result<Self, jit::Error> {
         let mut taken: BTreeSet<String> = model.attributes()?.into_iter().collect();
         taken.extend(parameters(model, given, emission)?.into_iter().map(|parameter| parameter.name));
         let mut edits = Edits { insertions: found.insertions, rewirings: found.rewirings, ..Edits::default() };

@@ -167,6 +167,7 @@ fn finish(
     if let Some(file) = &files.fake_quant {
         chosen.emit(base, plan, &hashes, file)?;
     }
+    let weights = files.int8_weights.as_ref().map(|file| chosen.emit_weights(base, plan, &hashes, file)).transpose()?;
     let emission = chosen.emission(base, plan, &hashes)?;
     let reports = &chosen.selections.reports;
     let int8 = files.int8.as_ref().zip(plan.output.int8);
@@ -176,7 +177,8 @@ fn finish(
 
     progress.stage("check", Work::Rows(comparison.checked_rows()));
     let simulation = chosen.simulation(base)?;
-    if let Some(file) = &files.fake_quant {
+    let floats = [(files.fake_quant.as_ref(), Some(&simulation)), (files.int8_weights.as_ref(), weights.as_ref())];
+    for (file, simulation) in floats.into_iter().filter_map(|(file, simulation)| file.zip(simulation)) {
         let emitted = Module::load_onto(file, base.taken.device).map_err(device::blame_weights)?;
         let checked = simulation.check_against(&emitted, comparison.dataset(), |rows| progress.advance(rows));
         checked.map_err(comparison.batches().blame())?;
@@ -188,14 +190,20 @@ fn finish(
     let mut int8_warnings = Vec::new();
     let (evaluation, int8) = match int8 {
         None => {
-            let evaluation = comparison.run(model, &simulation, |rows| progress.advance(rows));
+            let first = weights.as_ref().filter(|_| plan.output.format == Format::Int8Weights).unwrap_or(&simulation);
+            let evaluation = comparison.run(model, first, |rows| progress.advance(rows));
             (evaluation.map_err(comparison.batches().blame())?, None)
         }
         Some(written) => {
             let evaluated = written.evaluate(model, &simulation, comparison, |rows| progress.advance(rows))?;
             int8_warnings = evaluated.warnings;
-            let (measured, is_first) = (evaluated.measured, plan.output.format == Format::Int8);
-            (if is_first { measured.int8 } else { measured.simulated }, Some(evaluated.report))
+            let measured = evaluated.measured;
+            let first = match plan.output.format {
+                Format::Int8 => measured.int8,
+                Format::FakeQuant => measured.simulated,
+                Format::Int8Weights => comparison.run(model, weights.as_ref().unwrap_or(&simulation), |_| ())?,
+            };
+            (first, Some(evaluated.report))
         }
     };
     clock.timings.evaluate = clock.lap();
@@ -243,6 +251,7 @@ struct ModelFiles {
     first: PathBuf,
     fake_quant: Option<PathBuf>,
     int8: Option<PathBuf>,
+    int8_weights: Option<PathBuf>,
 }
 
 impl ModelFiles {
@@ -252,7 +261,12 @@ impl ModelFiles {
             other => dir.join(format!("quantized_{}.pt", other.name())),
         };
         let wanted = |format| plan.output.formats().any(|other| other == format).then(|| path(format));
-        Self { first: path(plan.output.format), fake_quant: wanted(Format::FakeQuant), int8: wanted(Format::Int8) }
+        Self {
+            first: path(plan.output.format),
+            fake_quant: wanted(Format::FakeQuant),
+            int8: wanted(Format::Int8),
+            int8_weights: wanted(Format::Int8Weights),
+        }
     }
 }
 

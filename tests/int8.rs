@@ -16,7 +16,7 @@ use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
 use tsquant::report::Int8;
 use tsquant::threshold::ErrorMethod;
 
-use common::Model;
+use common::{MNIST, Model};
 
 struct Silent;
 
@@ -106,4 +106,81 @@ fn each_shipped_model_in_8_bits() {
         );
     }
     insta::assert_snapshot!(text);
+}
+
+/// The ops that read what kernels make, and those that they stand for, agree within a level.
+#[test]
+fn the_shipped_net_is_as_good_as_its_simulation() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plan = plan(MNIST, &folder.path().join("run"));
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Auto, strict: true });
+    let outcome = quantize(&plan).expect("a run");
+    let int8 = int8_of(&outcome);
+    assert!(int8.against_simulation.sqnr_db.expect("a number") > 30.0, "{:?}", int8.against_simulation);
+    assert!(int8.against_simulation.agreement.expect("classes") >= 0.99, "{:?}", int8.against_simulation);
+    for layer in &int8.layers {
+        assert!(layer.values > 0 && layer.largest <= 1.0, "{layer:?}");
+        assert!(layer.different as f64 <= 1e-3 * layer.values as f64, "{layer:?}");
+    }
+    let report = &outcome.report;
+    assert!(int8.bytes == report.files.quantized_bytes && int8.bytes * 2 < report.files.float_bytes, "{}", int8.bytes);
+    // A rerun of the resolved experiment takes the same engine.
+    let written = fs_err::read_to_string(outcome.dir.join("experiment.yaml")).expect("an experiment");
+    assert!(written.contains(&format!("engine: {}", int8.engine)), "{written}");
+    assert_eq!(int8.set_engine, format!("torch.backends.quantized.engine = '{}'", int8.engine));
+}
+
+#[test]
+fn what_no_kernel_takes_is_refused_or_simulated() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plan = plan(MNIST, &folder.path().join("run"));
+    plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
+    let error = quantize(&plan).expect_err("a refusal").to_string();
+    assert!(error.contains("8-bit kernels take activations of 256 levels, found 64"), "{error}");
+    assert!(error.starts_with("input.images: ") && error.contains("strict: false"), "{error}");
+    plan.activations.scheme.bits = Bits::try_from(8).expect("a width");
+    plan.weights.scheme.grid = Grid::Uniform;
+    let error = quantize(&plan).expect_err("a refusal").to_string();
+    assert!(error.starts_with("conv1.weight: 8-bit kernels take weights of 8 bits around zero"), "{error}");
+
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: false });
+    plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
+    let outcome = quantize(&plan).expect("a run");
+    let int8 = int8_of(&outcome);
+    assert_eq!(int8.kernels, BTreeMap::new());
+    assert_eq!(int8.simulated.len(), outcome.report.sites.len());
+    assert!(int8.against_simulation.sqnr_db.is_none_or(|db| db > 60.0), "{:?}", int8.against_simulation);
+}
+
+#[test]
+fn both_forms_beside_each_other() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plan = plan(MNIST, &folder.path().join("run"));
+    plan.output.format = Format::FakeQuant;
+    plan.output.further = vec![Format::Int8, Format::Int8Weights];
+    let outcome = quantize(&plan).expect("a run");
+    for file in ["quantized.pt", "quantized_int8.pt", "quantized_int8_weights.pt"] {
+        Module::load(&outcome.dir.join(file)).expect("a model");
+    }
+    assert_eq!(int8_of(&outcome).file, "quantized_int8.pt");
+    assert_eq!(quantized_ops(&outcome.dir.join(MODEL_FILE)), BTreeMap::new());
+}
+
+/// The run itself checks that each file gives what the quantized weights give in float, bit for bit.
+#[test]
+fn weights_in_8_and_4_bits_with_float_compute() {
+    for model in common::all_models() {
+        for (bits, grid) in [(8, Grid::Symmetric), (4, Grid::Symmetric), (4, Grid::Uniform), (3, Grid::Symmetric)] {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let mut plan = plan(model, &folder.path().join("run"));
+            plan.output = OutputPlan { format: Format::Int8Weights, int8: None, ..plan.output };
+            plan.weights.scheme = Scheme { bits: Bits::try_from(bits).expect("a width"), grid };
+            let outcome = quantize(&plan).unwrap_or_else(|error| panic!("{}: {error}", model.name));
+            if model.name == MNIST.name {
+                let files = outcome.report.files;
+                let most = if bits == 8 { 0.36 } else { 0.24 };
+                assert!(files.quantized_bytes as f64 <= most * files.float_bytes as f64, "{bits}: {files:?}");
+            }
+        }
+    }
 }

@@ -350,6 +350,8 @@ pub enum Format {
     FakeQuant,
     /// libtorch's 8-bit kernels for the processor, weights in 8 bits.
     Int8,
+    /// Float kernels; weights in the file in 8 bits, or two to a byte with at most 4.
+    Int8Weights,
 }
 
 impl Format {
@@ -359,6 +361,7 @@ impl Format {
         match self {
             Self::FakeQuant => "fake_quant",
             Self::Int8 => "int8",
+            Self::Int8Weights => "int8_weights",
         }
     }
 }

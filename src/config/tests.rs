@@ -440,7 +440,7 @@ allow_tf32=yes => `allow_tf32` must be true or false, found the text `yes`
 output.format=[fake_quant, fake_quant] => `output.format[1]`: expected each format once, found fake_quant twice
 output.format=[] => `output.format`: expected the name of a format, found an empty list
 output.format={} => `output.format` must be the name of a format, or a list of names of formats, found a map
-output.format=fakequant => `output.format` must be one of `fake_quant`, `int8`, found `fakequant`, did you mean `fake_quant`?
+output.format=fakequant => `output.format` must be one of `fake_quant`, `int8`, `int8_weights`, found `fakequant`, did you mean `fake_quant`?
 output.strict=true => `output.strict`: it is for the format int8, which `output.format` does not ask for
 output.engine=oneDNN => `output.engine` must be one of `auto`, `x86`, `onednn`, `fbgemm`, `qnnpack`, found `oneDNN`, did you mean `onednn`?
 evaluation.output=-1 => `evaluation.output`: expected the index of an output, 0 or more, found -1

@@ -30,6 +30,11 @@ pub(super) enum Recipe {
         /// Index of the weight.
         weight: usize,
     },
+    /// The levels of a weight of at most 4 bits, two to a byte: the first in the low half, moved up to begin at 0.
+    Nibbles {
+        /// Index of the weight.
+        weight: usize,
+    },
     /// The scales of a weight, in a shape that multiplies it.
     Scales {
         /// Index of the weight.
@@ -83,7 +88,7 @@ impl Recipe {
         let site = |weight: &usize| &given.sites.weights[*weight].name;
         match self {
             Self::Packed { layer, .. } => format!("{layer}._packed_params"),
-            Self::Levels { weight } => site(weight).clone(),
+            Self::Levels { weight } | Self::Nibbles { weight } => site(weight).clone(),
             Self::Scales { weight } => format!("{}_scale", site(weight)),
             Self::ZeroPoints { weight } => format!("{}_zero_point", site(weight)),
             Self::Range { layer, .. } => format!("{layer}.input_range"),
@@ -113,6 +118,7 @@ impl Recipe {
                 let weight = &given.weights[*weight];
                 (None, vec![add(weight.levels(weight.stored_kind())?)])
             }
+            Self::Nibbles { weight } => (None, vec![add(given.weights[*weight].nibbles()?)]),
             Self::Scales { weight } => {
                 let weight = &given.weights[*weight];
                 (None, vec![add(weight.per_channel(weight.scale)?)])
@@ -152,6 +158,24 @@ impl Weight<'_> {
 
     pub(super) fn has_zero_points(&self) -> bool {
         self.zero_point.iter().any(|&zero| zero != 0)
+    }
+
+    /// Whether two of its levels fit into 8 bits.
+    pub(super) fn fits_a_nibble(&self) -> bool {
+        self.bits.get() <= 4
+    }
+
+    /// What is added to a level for it to begin at 0.
+    pub(super) fn nibble_offset(&self) -> i32 {
+        if self.grid == Grid::Uniform { 0 } else { self.bits.level_count() / 2 }
+    }
+
+    fn nibbles(&self) -> Result<Tensor, tch::TchError> {
+        let levels = self.levels(Kind::Int)?.f_add_scalar(i64::from(self.nibble_offset()))?.f_flatten(0, -1)?;
+        let odd = i64::from(levels.numel() % 2 == 1);
+        let pairs = levels.f_constant_pad_nd([0, odd])?.f_reshape([-1, 2])?;
+        let high = pairs.f_select(1, 1)?.f_mul_scalar(16)?;
+        pairs.f_select(1, 0)?.f_add(&high)?.f_to_kind(Kind::Uint8)
     }
 
     fn stored_kind(&self) -> Kind {

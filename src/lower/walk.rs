@@ -153,6 +153,21 @@ impl<'a> Walk<'a> {
         for id in 0..self.graph.listing.nodes.len() {
             self.visit(id);
         }
+        self.feed_returns()
+    }
+
+    /// Walks the whole graph and leaves it in float; only its weights are stored in another way.
+    pub(super) fn store_weights(mut self) -> Found {
+        for id in 0..self.graph.listing.nodes.len() {
+            let is_embedding = self.graph.node(id).op == "aten::embedding";
+            if !is_embedding || self.embedding(id).is_err() {
+                self.feed_float(id);
+            }
+        }
+        self.feed_returns()
+    }
+
+    fn feed_returns(mut self) -> Found {
         for (block, returns) in self.graph.listing.blocks.iter().map(|block| &block.returns).enumerate() {
             for (slot, &value) in returns.iter().enumerate() {
                 let operand = if block == 0 { self.returned(value) } else { self.float(value) };
@@ -362,17 +377,46 @@ impl<'a> Walk<'a> {
 
     /// A weight that an op reads in float, out of what the file holds of it.
     fn stored_weight(&mut self, weight: usize, value: ValueId) -> Operand {
-        if !self.given.weights[weight].fits_a_byte() {
+        let given = self.given;
+        let chosen = &given.weights[weight];
+        if !chosen.fits_a_byte() {
             return Operand::Value(value);
         }
         if let Some(operand) = self.stored.get(&weight) {
             return operand.clone();
         }
-        let levels = self.recipe(Recipe::Levels { weight });
-        let float = self.to_float(Position::Start(0), levels);
-        let operand = self.scaled(Position::Start(0), float, weight, |recipe| recipe);
+        let at_start = Position::Start(0);
+        let levels =
+            if chosen.fits_a_nibble() { self.unpacked(weight) } else { self.recipe(Recipe::Levels { weight }) };
+        let mut operand = self.to_float(at_start, levels);
+        if chosen.fits_a_nibble() && chosen.nibble_offset() != 0 {
+            let offset = Operand::Float(f64::from(chosen.nibble_offset()));
+            operand = self.insert(at_start, "aten::sub", vec![operand, offset, Operand::Int(1)]);
+        }
+        if chosen.has_zero_points() {
+            let zero_points = self.recipe(Recipe::ZeroPoints { weight });
+            operand = self.insert(at_start, "aten::sub", vec![operand, zero_points, Operand::Int(1)]);
+        }
+        let scales = self.recipe(Recipe::Scales { weight });
+        let operand = self.insert(at_start, "aten::mul", vec![operand, scales]);
         self.stored.insert(weight, operand.clone());
         operand
+    }
+
+    /// Levels that are two to a byte, in the shape of their weight.
+    fn unpacked(&mut self, weight: usize) -> Operand {
+        let position = Position::Start(0);
+        let shape = self.given.weights[weight].image.size();
+        let count = shape.iter().product();
+        let bytes = self.recipe(Recipe::Nibbles { weight });
+        let low = self.insert(position, "aten::bitwise_and", vec![bytes.clone(), Operand::Int(15)]);
+        let high = self.insert(position, "aten::__rshift__", vec![bytes, Operand::Int(4)]);
+        let list = self.insert_making(position, "prim::ListConstruct", vec![low, high], Makes::Tensors);
+        let pairs = self.insert(position, "aten::stack", vec![list, Operand::Int(1)]);
+        let flat = self.insert(position, "aten::flatten", vec![pairs, Operand::Int(0), Operand::Int(-1)]);
+        let ends = [Operand::Int(0), Operand::Int(0), Operand::Int(count), Operand::Int(1)];
+        let levels = self.insert(position, "aten::slice", [flat].into_iter().chain(ends).collect());
+        self.insert(position, "aten::reshape", vec![levels, Operand::Ints(shape)])
     }
 
     /// Levels as float numbers.
@@ -382,28 +426,14 @@ impl<'a> Walk<'a> {
         self.insert(position, "aten::to", inputs.collect())
     }
 
-    /// Levels less zero point, times scale; `row` makes operands of the attributes that hold these.
-    fn scaled(
-        &mut self,
-        position: Position,
-        levels: Operand,
-        weight: usize,
-        row: impl Fn(Operand) -> Operand,
-    ) -> Operand {
-        let mut operand = levels;
-        if self.given.weights[weight].has_zero_points() {
-            let zero_points = row(self.recipe(Recipe::ZeroPoints { weight }));
-            operand = self.insert(position, "aten::sub", vec![operand, zero_points, Operand::Int(1)]);
-        }
-        let scales = row(self.recipe(Recipe::Scales { weight }));
-        self.insert(position, "aten::mul", vec![operand, scales])
-    }
-
     /// Rows of a table in 8 bits, looked up and then scaled.
     fn embedding(&mut self, id: NodeId) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let (table, output) = (node.inputs[0], node.outputs[0]);
-        let weight = self.weight(table).filter(|&weight| self.given.weights[weight].fits_a_byte());
+        let weight = self.weight(table).filter(|&weight| {
+            let weight = &self.given.weights[weight];
+            weight.fits_a_byte() && !weight.fits_a_nibble()
+        });
         let weight = weight.ok_or(Stay::AsItIs)?;
         let position = Position::Before(id);
         let look_up = |walk: &mut Self, table: Operand| {

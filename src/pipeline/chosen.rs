@@ -12,7 +12,8 @@ use super::{Error, device, worst};
 use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
-use crate::report::{self, Hashes, SiteReport, WorstSite};
+use crate::lower::{self, Lowering};
+use crate::report::{self, Hashes, Kind, SiteReport, WorstSite};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites};
 
@@ -72,12 +73,23 @@ impl Chosen {
     /// # Errors
     /// None that a plan can cause.
     pub(super) fn emission(&self, base: &Base, plan: &Plan, hashes: &Hashes) -> Result<Emission<'_>, Error> {
+        self.emission_of(&self.selections.reports, base, plan, hashes)
+    }
+
+    /// With a table of these sites.
+    fn emission_of(
+        &self,
+        reports: &[SiteReport],
+        base: &Base,
+        plan: &Plan,
+        hashes: &Hashes,
+    ) -> Result<Emission<'_>, Error> {
         let description = serde_json::to_string(&Description {
             schema: report::SCHEMA,
             versions: &base.versions,
             hashes,
             seed: plan.seed,
-            sites: &self.selections.reports,
+            sites: reports,
             left_float: &self.sites.left_float,
         })?;
         Ok(Emission {
@@ -87,6 +99,27 @@ impl Chosen {
             biases: &self.corrections.biases,
             description,
         })
+    }
+
+    /// Writes the model file in float with weights in few bits, and gives its simulation.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub(super) fn emit_weights(
+        &self,
+        base: &Base,
+        plan: &Plan,
+        hashes: &Hashes,
+        file: &Path,
+    ) -> Result<Simulation, Error> {
+        let reports: Vec<_> =
+            self.selections.reports.iter().filter(|site| site.kind == Kind::Weight).cloned().collect();
+        let none = vec![None; self.sites.activations.len()];
+        let emission = Emission { activations: &none, ..self.emission_of(&reports, base, plan, hashes)? };
+        let given = lower::Given::new(&emission, &reports, &[]);
+        Lowering::of_weights(&base.model, &given, &emission)?.emit(&base.model, (&given, &emission), file)?;
+        Simulation::of_weights(&base.model, &self.sites, &self.selections, &self.corrections)
+            .map_err(device::blame_weights)
     }
 
     /// The quantized model as it would be emitted.

@@ -15,6 +15,9 @@ use crate::feed;
 use crate::jit::{self, Arguments, Clean, NoVisit, Output};
 use crate::report;
 
+/// Rows that tell how much rounding alone makes of a difference.
+const NOISE_ROWS: usize = 64;
+
 /// What the models are compared on.
 pub(super) struct Comparison {
     dataset: Rc<Dataset>,
@@ -125,7 +128,32 @@ impl Comparison {
         })?;
         let [(float, simulated), (_, int8), (_, between)] = evaluations.map(|evaluation| evaluation.finish());
         let of = |quantized| report::Evaluation { data: self.section, float, quantized };
-        Ok(Measured { simulated: of(simulated), int8: of(int8), between })
+        Ok(Measured { simulated: of(simulated), int8: of(int8), between, noise: self.noise(model, simulation)? })
+    }
+
+    /// The simulation row by row against the same in batches, on a few rows: how much rounding alone makes of a difference. `None`
+    /// where rows cannot be told apart.
+    fn noise(&self, model: &Clean, simulation: &Simulation) -> Result<Option<report::Comparison>, Error> {
+        let mut evaluation = Evaluation::new(self.output.clone());
+        let mut left = NOISE_ROWS;
+        for batch in self.dataset.batches() {
+            let batch = batch?;
+            let together = simulation.run(&feed::bind(model.module(), batch.share())?)?;
+            for index in 0..batch.rows.min(left) {
+                let Some(expected) = together.row(index, batch.rows)? else { return Ok(None) };
+                let alone = feed::bind(model.module(), batch.row(index)?)?;
+                // A model that was traced for one batch size takes no single rows.
+                let Ok(found) = simulation.run(&alone) else { return Ok(None) };
+                if evaluation.add(1, &expected, &found, None).is_err() {
+                    return Ok(None);
+                }
+            }
+            left = left.saturating_sub(batch.rows);
+            if left == 0 {
+                break;
+            }
+        }
+        Ok(Some(evaluation.finish().1))
     }
 
     fn each_batch(
@@ -152,6 +180,8 @@ pub(super) struct Measured {
     pub(super) int8: report::Evaluation,
     /// The 8-bit model against the simulation.
     pub(super) between: report::Comparison,
+    /// The simulation against itself, row by row.
+    pub(super) noise: Option<report::Comparison>,
 }
 
 #[allow(clippy::cast_possible_wrap)]

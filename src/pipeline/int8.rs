@@ -73,6 +73,7 @@ pub(super) fn write(
         evaluation: report::Comparison::NOTHING,
         simulation: report::Comparison::NOTHING,
         against_simulation: report::Comparison::NOTHING,
+        noise_floor: None,
         threads: jit::thread_count(),
         speed: Vec::new(),
     };
@@ -190,6 +191,7 @@ impl Written {
             evaluation: measured.int8.quantized,
             simulation: measured.simulated.quantized,
             against_simulation: measured.between,
+            noise_floor: measured.noise,
             speed,
             ..self.report
         };

@@ -22,9 +22,28 @@ impl Simulation {
         selections: &select::Selections,
         corrections: &Corrections,
     ) -> Result<Self, Error> {
+        Self::with_activations(model, (sites, &selections.activations), selections, corrections)
+    }
+
+    /// As [`new`](Self::new), with activations in float.
+    pub(super) fn of_weights(
+        model: &Clean,
+        sites: &Sites,
+        selections: &select::Selections,
+        corrections: &Corrections,
+    ) -> Result<Self, Error> {
+        Self::with_activations(model, (sites, &[]), selections, corrections)
+    }
+
+    fn with_activations(
+        model: &Clean,
+        (sites, activations): (&Sites, &[Option<QuantParams>]),
+        selections: &select::Selections,
+        corrections: &Corrections,
+    ) -> Result<Self, Error> {
         let mut params = Vec::new();
         let mut taps = Vec::new();
-        for (site, quantizer) in sites.activations.iter().zip(&selections.activations) {
+        for (site, quantizer) in sites.activations.iter().zip(activations) {
             let Some(quantizer) = quantizer else { continue };
             let number = params.len();
             params.push(*quantizer);

@@ -32,6 +32,9 @@ pub struct Int8 {
     pub simulation: Comparison,
     /// The file against that simulation.
     pub against_simulation: Comparison,
+    /// The simulation, row by row against itself in batches, on at most 64 rows: what rounding alone makes of a difference. `None`
+    /// where the model takes no single rows.
+    pub noise_floor: Option<Comparison>,
     /// Threads of libtorch's kernels while times were taken.
     pub threads: usize,
     /// Times of the frozen models [`FLOAT`], [`OPTIMIZED`] and [`INT8`]; none where the model does not run on such batches.

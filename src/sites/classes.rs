@@ -46,7 +46,7 @@ impl<'a> Classes<'a> {
         }
         for node in &listing.nodes {
             classes.join_node(node);
-            if kernels == Kernels::Int8 && ops::keeps_quantizer(&node.op) {
+            if kernels == Kernels::Int8 && (ops::keeps_quantizer(&node.op) || classes.is_lone_relu(node)) {
                 classes.join_results(node);
             }
         }
@@ -200,6 +200,17 @@ impl<'a> Classes<'a> {
             let leaves_block = self.returned[list] && !forward.is_some_and(|block| block.returns.contains(&list));
             leaves_block || self.users(list).iter().any(unpacks)
         })
+    }
+
+    /// A ReLU that no layer or sum takes in: its kernel writes with the quantizer of what it reads.
+    fn is_lone_relu(&self, node: &Node) -> bool {
+        let Some(&input) = node.inputs.first().filter(|_| node.op == "aten::relu") else { return false };
+        let maker = self.maker(input).map(|id| &self.listing.nodes[id]);
+        let takes_it_in = maker.is_some_and(|maker| {
+            matches!(ops::role(&maker.op), Some(Role::Weighted(_) | Role::Product(_) | Role::Quantized(_)))
+                && !ops::keeps_quantizer(&maker.op)
+        });
+        !takes_it_in || self.users(input).len() > 1 || self.is_returned(input)
     }
 
     /// Joins what is made of numbers with them, though it is no longer the same numbers.
