@@ -27,6 +27,8 @@ use crate::sites::{LeftFloat, Sites};
 
 use engine::Task;
 
+use recipe::Larder;
+
 pub use verify::{LayerDifference, Verification};
 
 /// What was chosen for a graph whose sites were found for 8-bit kernels.
@@ -140,9 +142,10 @@ impl Lowering {
         let mut taken: BTreeSet<String> = model.attributes()?.into_iter().collect();
         taken.extend(parameters(model, given, emission)?.into_iter().map(|parameter| parameter.name));
         let mut edits = Edits { insertions: found.insertions, rewirings: found.rewirings, ..Edits::default() };
+        let larder = Larder::new(model, given)?;
         for recipe in &found.recipes {
             let name = emit::free_name(&recipe.name(given), &mut taken);
-            edits.attributes.push(recipe.cook((model, given), name, &mut edits.tensors)?);
+            edits.attributes.push(recipe.cook(&larder, name, &mut edits.tensors)?);
         }
         Ok(Self { edits, kernels: found.kernels, in_float: found.in_float })
     }

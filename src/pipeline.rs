@@ -168,7 +168,7 @@ fn finish(
         chosen.emit(base, plan, &hashes, file)?;
     }
     let weights = files.int8_weights.as_ref().map(|file| chosen.emit_weights(base, plan, &hashes, file)).transpose()?;
-    let emission = chosen.emission(base, plan, &hashes)?;
+    let emission = chosen.emission_in_levels(base, plan, &hashes)?;
     let reports = &chosen.selections.reports;
     let int8 = files.int8.as_ref().zip(plan.output.int8);
     let int8 = int8.map(|(file, int8)| int8::write((model, &emission, reports), int8, comparison, file)).transpose()?;

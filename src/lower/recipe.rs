@@ -67,6 +67,23 @@ pub(super) enum BiasOf {
     Corrected(usize),
 }
 
+/// What recipes draw on.
+pub(super) struct Larder<'a> {
+    model: &'a Clean,
+    given: &'a Given<'a>,
+    /// As many as the longest weight has channels: zero points of all weights, which the file then holds once.
+    zeros: Tensor,
+}
+
+impl<'a> Larder<'a> {
+    pub(super) fn new(model: &'a Clean, given: &'a Given<'a>) -> Result<Self, tch::TchError> {
+        let longest = given.weights.iter().map(|weight| weight.scale.len()).max().unwrap_or(0);
+        // A number of tensors in memory fits an i64.
+        let zeros = Tensor::f_zeros([longest as i64], (Kind::Int64, tch::Device::Cpu))?;
+        Ok(Self { model, given, zeros })
+    }
+}
+
 impl Recipe {
     /// Whether one attribute serves both: layers that are called twice share it.
     pub(super) fn is_same(&self, other: &Self) -> bool {
@@ -83,22 +100,23 @@ impl Recipe {
         self
     }
 
-    /// What it is best called.
+    /// What it is best called. No path of modules: each module would be a file of code in the archive.
     pub(super) fn name(&self, given: &Given<'_>) -> String {
         let site = |weight: &usize| &given.sites.weights[*weight].name;
-        match self {
-            Self::Packed { layer, .. } => format!("{layer}._packed_params"),
+        let name = match self {
+            Self::Packed { layer, .. } => format!("{layer}.packed_params"),
             Self::Levels { weight } | Self::Nibbles { weight } => site(weight).clone(),
-            Self::Scales { weight } => format!("{}_scale", site(weight)),
-            Self::ZeroPoints { weight } => format!("{}_zero_point", site(weight)),
+            Self::Scales { weight } => format!("{}.scale", site(weight)),
+            Self::ZeroPoints { weight } => format!("{}.zero_point", site(weight)),
             Self::Range { layer, .. } => format!("{layer}.input_range"),
-        }
+        };
+        name.replace('.', "_")
     }
 
     /// Makes the attribute; the tensors that it is made of go to the end of `tensors`.
     pub(super) fn cook(
         &self,
-        (model, given): (&Clean, &Given<'_>),
+        Larder { model, given, zeros }: &Larder<'_>,
         name: String,
         tensors: &mut Vec<Tensor>,
     ) -> Result<Attribute, jit::Error> {
@@ -108,7 +126,7 @@ impl Recipe {
         };
         let (op, operands) = match self {
             Self::Packed { op, weight, transposed, bias, numbers, .. } => {
-                let quantized = given.weights[*weight].quantized(*transposed)?;
+                let quantized = given.weights[*weight].quantized(*transposed, zeros)?;
                 let bias = bias.map(|bias| bias.tensor(model, given)).transpose()?;
                 let mut operands = vec![add(quantized), bias.map_or(Operand::None, &mut add)];
                 operands.extend(numbers.iter().cloned());
@@ -209,14 +227,14 @@ impl Weight<'_> {
     }
 
     /// As a quantized tensor whose output channels come first.
-    fn quantized(&self, transposed: bool) -> Result<Tensor, tch::TchError> {
+    fn quantized(&self, transposed: bool, zeros: &Tensor) -> Result<Tensor, tch::TchError> {
         let levels = self.levels(Kind::Int8)?;
         let levels = if transposed { levels.f_transpose(0, 1)?.f_contiguous()? } else { levels };
         if let [scale] = *self.scale {
             return levels.f_internal_make_per_tensor_quantized_tensor(f64::from(scale), 0);
         }
         let scales = Tensor::f_from_slice(self.scale)?.f_to_kind(Kind::Double)?;
-        let zero_points = scales.f_zeros_like()?.f_to_kind(Kind::Int64)?;
+        let zero_points = zeros.f_narrow(0, 0, scales.size1()?)?;
         levels.f_internal_make_per_channel_quantized_tensor(&scales, &zero_points, 0)
     }
 }

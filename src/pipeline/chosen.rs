@@ -13,7 +13,7 @@ use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
 use crate::lower::{self, Lowering};
-use crate::report::{self, Hashes, Kind, SiteReport, WorstSite};
+use crate::report::{self, Hashes, Kind, SiteReport, Thresholds, WorstSite};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites};
 
@@ -65,15 +65,17 @@ impl Chosen {
     /// # Errors
     /// Where it cannot be written.
     pub(super) fn emit(&self, base: &Base, plan: &Plan, hashes: &Hashes, file: &Path) -> Result<(), Error> {
-        Ok(emit::fake_quant(&base.model, &self.emission(base, plan, hashes)?, file)?)
+        let emission = self.emission_of(&self.selections.reports, base, plan, hashes)?;
+        Ok(emit::fake_quant(&base.model, &emission, file)?)
     }
 
-    /// What a model file is made of.
+    /// What a model file is made of that holds the levels and scales of its weights.
     ///
     /// # Errors
     /// None that a plan can cause.
-    pub(super) fn emission(&self, base: &Base, plan: &Plan, hashes: &Hashes) -> Result<Emission<'_>, Error> {
-        self.emission_of(&self.selections.reports, base, plan, hashes)
+    pub(super) fn emission_in_levels(&self, base: &Base, plan: &Plan, hashes: &Hashes) -> Result<Emission<'_>, Error> {
+        let reports: Vec<_> = self.selections.reports.iter().map(without_scales).collect();
+        self.emission_of(&reports, base, plan, hashes)
     }
 
     /// With a table of these sites.
@@ -129,4 +131,15 @@ impl Chosen {
     pub(super) fn simulation(&self, base: &Base) -> Result<Simulation, Error> {
         Simulation::new(&base.model, &self.sites, &self.selections, &self.corrections).map_err(device::blame_weights)
     }
+}
+
+/// A site as the table of a file has it whose weights are levels and scales: as text these would be as large as the weights.
+fn without_scales(site: &SiteReport) -> SiteReport {
+    let mut site = site.clone();
+    if site.kind == Kind::Weight {
+        site.quantizers.thresholds = Thresholds::Threshold(Vec::new());
+        site.quantizers.scale.clear();
+        site.quantizers.zero_point.clear();
+    }
+    site
 }
