@@ -31,6 +31,8 @@ pub(super) enum Kernel {
     Keep,
     /// The same, for tensors of so many axes.
     KeepOf(usize),
+    /// As [`Keep`](Self::Keep), over axes that are named and without another dtype.
+    Mean,
     /// As [`Keep`](Self::Keep), by `aten::reshape`: kernels lay tensors out in memory in an order of their own.
     Reshape,
     /// Asks for shapes alone.
@@ -75,7 +77,7 @@ const TABLE: &[(&str, Kernel)] = &[
     ("aten::sigmoid", Kernel::Function(Function::Plain("quantized::sigmoid"))),
     ("aten::leaky_relu", Kernel::Function(Function::LeakyRelu)), ("aten::elu", Kernel::Function(Function::Elu)),
 
-    ("aten::relu", Kernel::Keep),
+    ("aten::relu", Kernel::Keep), ("aten::mean", Kernel::Mean),
     ("aten::max_pool1d", Kernel::KeepOf(3)), ("aten::max_pool2d", IMAGES),
     ("aten::max_pool3d", VOLUMES), ("aten::avg_pool2d", IMAGES), ("aten::avg_pool3d", VOLUMES),
     ("aten::adaptive_avg_pool2d", IMAGES), ("aten::adaptive_avg_pool3d", VOLUMES),

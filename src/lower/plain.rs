@@ -114,6 +114,17 @@ impl Walk<'_> {
         Ok(())
     }
 
+    pub(super) fn mean(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let is_plain = node.inputs.len() == 4
+            && self.graph.constant(node, 1).is_some_and(|axes| axes.text.starts_with('['))
+            && self.graph.constant(node, 3).is_some_and(|dtype| dtype.text == "None");
+        if !is_plain && self.native(node.inputs[0]).is_some() {
+            return Err("its 8-bit kernel takes constant axes, and no dtype".into());
+        }
+        self.keep(id, None)
+    }
+
     /// A view, which kernels' layout in memory may not allow.
     pub(super) fn reshape(&mut self, id: NodeId) -> Result<(), Stay> {
         let node = self.graph.node(id);

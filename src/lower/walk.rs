@@ -209,6 +209,7 @@ impl<'a> Walk<'a> {
             Kernel::Function(function) => self.function(id, function),
             Kernel::Keep => self.keep(id, None),
             Kernel::KeepOf(rank) => self.keep(id, Some(rank)),
+            Kernel::Mean => self.mean(id),
             Kernel::Reshape => self.reshape(id),
             Kernel::Shape => Ok(()),
         }
@@ -388,7 +389,7 @@ impl<'a> Walk<'a> {
         let at_start = Position::Start(0);
         let levels =
             if chosen.fits_a_nibble() { self.unpacked(weight) } else { self.recipe(Recipe::Levels { weight }) };
-        let mut operand = self.to_float(at_start, levels);
+        let mut operand = self.numbers(at_start, levels);
         if chosen.fits_a_nibble() && chosen.nibble_offset() != 0 {
             let offset = Operand::Float(f64::from(chosen.nibble_offset()));
             operand = self.insert(at_start, "aten::sub", vec![operand, offset, Operand::Int(1)]);
@@ -419,8 +420,8 @@ impl<'a> Walk<'a> {
         self.insert(position, "aten::reshape", vec![levels, Operand::Ints(shape)])
     }
 
-    /// Levels as float numbers.
-    pub(super) fn to_float(&mut self, position: Position, levels: Operand) -> Operand {
+    /// Levels as float numbers, still to be scaled.
+    pub(super) fn numbers(&mut self, position: Position, levels: Operand) -> Operand {
         let flags = [Operand::Bool(false), Operand::Bool(false), Operand::None];
         let inputs = [levels, Operand::Int(FLOAT)].into_iter().chain(flags);
         self.insert(position, "aten::to", inputs.collect())
@@ -442,7 +443,7 @@ impl<'a> Walk<'a> {
         };
         let levels = self.recipe(Recipe::Levels { weight });
         let rows = look_up(self, levels);
-        let mut operand = self.to_float(position, rows);
+        let mut operand = self.numbers(position, rows);
         let is_per_row = self.given.weights[weight].scale.len() > 1;
         if self.given.weights[weight].has_zero_points() {
             let mut zero_points = self.recipe(Recipe::ZeroPoints { weight });

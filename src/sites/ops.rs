@@ -188,6 +188,7 @@ pub(super) fn keeps_quantizer(op: &str) -> bool {
         "aten::avg_pool3d",
         "aten::adaptive_avg_pool2d",
         "aten::adaptive_avg_pool3d",
+        "aten::mean",
         "aten::upsample_bilinear2d",
     ];
     OPS.contains(&op)
