@@ -1,6 +1,7 @@
 //! What is emitted in 8 bits for every shipped model: which ops run on quantized tensors, that each kernel computes what it stands
 //! for, and that the whole is as good as its simulation.
 
+mod binary;
 mod common;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
 use tsquant::report::Int8;
 use tsquant::threshold::ErrorMethod;
 
+use binary::{Folder, experiment, test_data, test_model, tsquant};
 use common::{MNIST, Model};
 
 struct Silent;
@@ -177,4 +179,36 @@ fn weights_in_8_and_4_bits_with_float_compute() {
             }
         }
     }
+}
+
+#[test]
+fn the_command_line_shows_kernels_and_times() {
+    let folder = Folder::new();
+    folder.write("e.yaml", experiment(&test_model("small_conv"), &test_data("small_conv"), "[x]"));
+    let verify = ["quantize", "e.yaml", "--verify", "layers"];
+    let ran = tsquant(folder.path(), verify.into_iter().chain(["--set", "output.format=int8"])).succeeded();
+    for text in ["quantized::conv2d_relu", "torch.backends.quantized.engine = '", "batches of 8: ", "of another level"]
+    {
+        assert!(ran.stdout.contains(text), "{text} is not in {}", ran.stdout);
+    }
+    assert!(folder.report("run")["int8"]["speed"].as_array().is_some_and(|races| races.len() == 2));
+    let refusal = tsquant(folder.path(), verify);
+    assert!(refusal.refused(2).contains("expected int8 in `output.format`"), "{}", refusal.stderr);
+
+    let model = test_model("small_conv");
+    let data = test_data("small_conv");
+    let [model, data] = [&model, &data].map(|path| path.to_str().expect("UTF-8"));
+    let emitted = folder.path().join("run/quantized.pt");
+    let emitted = emitted.to_str().expect("UTF-8");
+    let bench = ["bench", model, emitted, "--data", data, "--inputs", "x", "--seconds", "0.1", "--json"];
+    let ran = tsquant(folder.path(), bench).succeeded();
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+    let races = report["races"].as_array().expect("races");
+    assert_eq!(races.iter().map(|race| race["batch_size"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(8)]);
+    assert!(races.iter().all(|race| race["models"].as_array().is_some_and(|models| models.len() == 2)), "{report}");
+
+    let too_many = ["bench", model, "--data", data, "--inputs", "x", "--quiet", "--batch-sizes", "17"];
+    assert!(tsquant(folder.path(), too_many).refused(1).contains("at least 17 rows for a batch, found 16"));
+    let engine = ["bench", model, "--data", data, "--inputs", "x", "--quiet", "--engine", "mkl"];
+    assert!(tsquant(folder.path(), engine).refused(2).contains("expected auto, x86, onednn"));
 }
