@@ -12,8 +12,17 @@ fn main() {
     let torch = library_dir.parent().expect("libtorch's lib folder has a parent").to_path_buf();
     check_version(&torch);
 
-    let sources =
-        ["module.cc", "bounds.cc", "listing.cc", "clean.cc", "run.cc", "gradients.cc", "emit.cc", "device.cc"];
+    let sources = [
+        "module.cc",
+        "bounds.cc",
+        "listing.cc",
+        "clean.cc",
+        "run.cc",
+        "gradients.cc",
+        "emit.cc",
+        "edit.cc",
+        "device.cc",
+    ];
     let mut build = cxx_build::bridge("src/jit/ffi.rs");
     for source in sources {
         build.file(format!("src/jit/cpp/{source}"));

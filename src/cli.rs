@@ -1,10 +1,12 @@
 //! The command line: parse, run one command, print an error once, exit code. Everything that draws on a terminal is here.
 
+mod bench;
 mod calibrate;
 mod completions;
 mod evaluate;
 mod experiment;
 mod inspect;
+mod int8;
 mod measures;
 mod mixed;
 mod progress;
@@ -54,6 +56,8 @@ enum Command {
     Experiment(experiment::Sweep),
     /// Run model files on data and compare a quantized one with the float one.
     Evaluate(evaluate::Evaluate),
+    /// Time model files side by side on the same rows.
+    Bench(bench::Bench),
     /// Explain a TorchScript file: signature, layers, what would be quantized and what not; or a file of statistics.
     Inspect(inspect::Inspect),
     /// Print a JSON schema of the experiment file, for editors.
@@ -74,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Merge(command) => command.run(),
         Command::Experiment(command) => command.run(),
         Command::Evaluate(command) => command.run(),
+        Command::Bench(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Schema(command) => command.run(),
         Command::Completions(command) => command.run(),

@@ -30,9 +30,9 @@ pub use hessian::MOST_PROBES;
 pub use keys::Method;
 pub use overrides::{At, Fields, LayerPattern, Located, OpName, Override, Overrides, SiteOverride};
 pub use plan::{
-    ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, Constant, DataPlan, Distribution, EvaluationPlan,
-    Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Layout, Limit, Metric, MixedPlan, OutputPlan, Plan,
-    Rounding, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, Constant, DataPlan, Distribution, EnginePlan,
+    EvaluationPlan, Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Int8Plan, Layout, Limit, Metric,
+    MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
 pub use schema::json_schema;
 pub use sweep::{Combination, Emit, Sweep};

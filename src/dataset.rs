@@ -71,6 +71,23 @@ impl Batch {
         let inputs = self.inputs.iter().map(|(name, input)| (name.clone(), share(input)));
         Self { inputs: inputs.collect(), rows: self.rows, first_row: self.first_row }
     }
+
+    /// One of the rows by itself.
+    ///
+    /// # Errors
+    /// Where there is no such row.
+    pub fn row(&self, index: usize) -> Result<Self, tch::TchError> {
+        let narrow = |input: &Input| -> Result<Input, tch::TchError> {
+            Ok(match input {
+                // A place in memory fits an i64.
+                Input::Tensor(tensor) => Input::Tensor(tensor.f_narrow(0, index as i64, 1)?),
+                Input::Const(constant) => Input::Const(*constant),
+            })
+        };
+        let inputs = self.inputs.iter().map(|(name, input)| Ok((name.clone(), narrow(input)?)));
+        let inputs = inputs.collect::<Result<_, tch::TchError>>()?;
+        Ok(Self { inputs, rows: 1, first_row: self.first_row + index })
+    }
 }
 
 /// An argument of `forward`.

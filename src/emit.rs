@@ -9,7 +9,7 @@ use std::path::Path;
 use tch::Tensor;
 
 use crate::correct::Bias;
-use crate::jit::{self, Clean, ExtraFile, Quantizer, ValueId};
+use crate::jit::{self, Clean, ExtraFile, Parameter, Quantizer, ValueId};
 use crate::quantizer::QuantParams;
 use crate::sites::Sites;
 
@@ -45,6 +45,13 @@ pub fn fake_quant(model: &Clean, emission: &Emission, path: &Path) -> Result<(),
     let file = ExtraFile { name: EXTRA_FILE.to_owned(), text: emission.description.clone() };
     model.emit(path, &quantizers, &parameters, &[file])
 }
+
+/// All tensors of the graph that have to move with the model, under the names that the emitted model has them by.
+pub(crate) fn parameters(model: &Clean, emission: &Emission<'_>) -> Result<Vec<Parameter>, jit::Error> {
+    parameters::collect(model, emission)
+}
+
+pub(crate) use parameters::free_name;
 
 fn quantizer(value: ValueId, params: &QuantParams) -> Quantizer {
     Quantizer {

@@ -578,6 +578,7 @@ mod tests {
             op: String::new(),
             channel_axis: ChannelAxis::Second,
             anchors: vec![Anchor { value, name: String::new() }],
+            members: vec![value],
             makers: Vec::new(),
             readers: Vec::new(),
         };

@@ -5,9 +5,12 @@
 
 mod clean;
 mod device;
+mod edit;
+mod engine;
 mod error;
 mod ffi;
 mod file;
+mod frozen;
 mod gradients;
 mod listing;
 mod module;
@@ -22,9 +25,12 @@ pub use device::{
     Flat, NoCuda, cuda, device_name, flat, flat_pair, in_any_order, peak_device_memory, prepare, synchronize,
     take_unordered, upload,
 };
+pub use edit::{Attribute, Edits, Insertion, KernelRun, Makes, Operand, Position, Reader, Rewiring, pack_and_run};
+pub use engine::{engine, engines, set_engine};
 pub use error::Error;
 pub(crate) use error::one_line;
 pub use file::extra_file;
+pub use frozen::Frozen;
 pub use gradients::{Differentiable, Recording};
 pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};

@@ -1,6 +1,7 @@
 //! The order of the stages, and nothing else that a stage could do itself.
 
 mod base;
+mod bench;
 mod blame;
 mod calibrate;
 mod calibration;
@@ -12,6 +13,7 @@ mod estimate;
 mod experiment;
 mod files;
 mod hash;
+mod int8;
 mod journal;
 mod kept;
 mod mixed;
@@ -38,7 +40,7 @@ use self::device::Batches;
 pub use self::kept::statistics::Kept;
 use self::run_dir::RunDir;
 use self::score::{Asking, Keeping, ScoresTold};
-use crate::config::{BiasCorrection, DataPlan, HessianPlan, Plan, Rounding};
+use crate::config::{BiasCorrection, DataPlan, Format, HessianPlan, Plan, Rounding};
 use crate::correct::Corrections;
 use crate::dataset::Dataset;
 use crate::jit::{self, Arguments, Clean, Module};
@@ -46,6 +48,7 @@ use crate::report::{self, Report, SiteReport, Sqnr, Timings};
 use crate::settings;
 use crate::sites::{LeftFloat, Sites};
 
+pub use bench::{BenchRequest, bench};
 pub use calibrate::{Calibrated, Request, calibrate, merge};
 pub use error::Error;
 pub use estimate::{Estimate, estimate};
@@ -101,6 +104,7 @@ pub struct Outcome {
 /// Whatever goes wrong in a stage; nothing is left behind then.
 pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progress) -> Result<Outcome, Error> {
     let mut clock = Clock::start();
+    let plan = &int8::settled(plan)?;
     let run_dir = RunDir::open(&plan.output.dir)?;
     let kept = statistics.map(Kept::read).transpose()?;
     let taken = device::take(plan.device)?;
@@ -162,27 +166,56 @@ fn finish(
     progress: &mut dyn Progress,
 ) -> Result<Outcome, Error> {
     let model = &base.model;
+    let plan = &int8::settled(plan)?;
     progress.stage("emit", Work::Uncounted);
-    let file = run_dir.path().join(MODEL_FILE);
-    chosen.emit(base, plan, &hashes, &file)?;
+    let files = ModelFiles::of(plan, run_dir.path());
+    if let Some(file) = &files.fake_quant {
+        chosen.emit(base, plan, &hashes, file)?;
+    }
+    let weights = files.int8_weights.as_ref().map(|file| chosen.emit_weights(base, plan, &hashes, file)).transpose()?;
+    let emission = chosen.emission_in_levels(base, plan, &hashes)?;
+    let reports = &chosen.selections.reports;
+    let int8 = files.int8.as_ref().zip(plan.output.int8);
+    let int8 = int8.map(|(file, int8)| int8::write((model, &emission, reports), int8, comparison, file)).transpose()?;
+    drop(emission);
     clock.timings.emit = clock.lap();
 
     progress.stage("check", Work::Rows(comparison.checked_rows()));
     let simulation = chosen.simulation(base)?;
-    let emitted = Module::load_onto(&file, base.taken.device).map_err(device::blame_weights)?;
-    let checked = simulation.check_against(&emitted, comparison.dataset(), |rows| progress.advance(rows));
-    checked.map_err(comparison.batches().blame())?;
-    let dropped = dropped(model.module(), &emitted)?;
-    drop(emitted);
+    let floats = [(files.fake_quant.as_ref(), Some(&simulation)), (files.int8_weights.as_ref(), weights.as_ref())];
+    for (file, simulation) in floats.into_iter().filter_map(|(file, simulation)| file.zip(simulation)) {
+        let emitted = Module::load_onto(file, base.taken.device).map_err(device::blame_weights)?;
+        let checked = simulation.check_against(&emitted, comparison.dataset(), |rows| progress.advance(rows));
+        checked.map_err(comparison.batches().blame())?;
+    }
+    let dropped = dropped(model.module(), &Module::load(&files.first)?)?;
     clock.timings.check = clock.lap();
 
     progress.stage("evaluate", Work::Rows(comparison.rows()));
-    let evaluation =
-        comparison.run(model, &simulation, |rows| progress.advance(rows)).map_err(comparison.batches().blame())?;
+    let mut int8_warnings = Vec::new();
+    let (evaluation, int8) = match int8 {
+        None => {
+            let first = weights.as_ref().filter(|_| plan.output.format == Format::Int8Weights).unwrap_or(&simulation);
+            let evaluation = comparison.run(model, first, |rows| progress.advance(rows));
+            (evaluation.map_err(comparison.batches().blame())?, None)
+        }
+        Some(written) => {
+            let evaluated = written.evaluate(model, &simulation, comparison, |rows| progress.advance(rows))?;
+            int8_warnings = evaluated.warnings;
+            let measured = evaluated.measured;
+            let first = match plan.output.format {
+                Format::Int8 => measured.int8,
+                Format::FakeQuant => measured.simulated,
+                Format::Int8Weights => comparison.run(model, weights.as_ref().unwrap_or(&simulation), |_| ())?,
+            };
+            (first, Some(evaluated.report))
+        }
+    };
     clock.timings.evaluate = clock.lap();
 
     let Chosen { sites, selections, corrections, worst_sites, not_rounded, correct: _ } = chosen;
-    let mut warnings = warnings(model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation);
+    let mut warnings = int8_warnings;
+    warnings.extend(notes(model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation));
     warnings.extend(scores.warnings);
     warnings.extend(base.taken.warning.clone());
     warnings.extend(
@@ -204,18 +237,44 @@ fn finish(
         hessian: scores.report,
         bias_correction: corrected_biases(plan, corrections),
         not_rounded: (plan.weights.rounding != Rounding::Nearest).then_some(not_rounded),
+        int8,
         warnings,
         sites: selections.reports,
         worst_sites,
         left_float: sites.left_float,
         dropped,
         evaluation,
-        files: report::Files { float_bytes: size(&plan.model)?, quantized_bytes: size(&file)? },
+        files: report::Files { float_bytes: size(&plan.model)?, quantized_bytes: size(&files.first)? },
     };
     run_dir.write("report.json", &report.to_json()?)?;
     run_dir.write(EXPERIMENT_FILE, &plan.to_yaml()?)?;
     let dir = run_dir.keep()?;
     Ok(Outcome { report, dir })
+}
+
+/// The model files of a run.
+struct ModelFiles {
+    /// That of the first format.
+    first: PathBuf,
+    fake_quant: Option<PathBuf>,
+    int8: Option<PathBuf>,
+    int8_weights: Option<PathBuf>,
+}
+
+impl ModelFiles {
+    fn of(plan: &Plan, dir: &Path) -> Self {
+        let path = |format: Format| match format {
+            first if first == plan.output.format => dir.join(MODEL_FILE),
+            other => dir.join(format!("quantized_{}.pt", other.name())),
+        };
+        let wanted = |format| plan.output.formats().any(|other| other == format).then(|| path(format));
+        Self {
+            first: path(plan.output.format),
+            fake_quant: wanted(Format::FakeQuant),
+            int8: wanted(Format::Int8),
+            int8_weights: wanted(Format::Int8Weights),
+        }
+    }
 }
 
 /// A word on where statistics come from.
@@ -306,7 +365,7 @@ fn dropped(float: &Module, emitted: &Module) -> Result<Vec<report::Dropped>, Err
     Ok(methods.chain(attributes).collect())
 }
 
-fn warnings(
+fn notes(
     model: &Clean,
     other_methods: &[String],
     sites: &Sites,

@@ -1,9 +1,11 @@
 //! What one run did, as plain data, and its JSON form. It computes nothing.
 
 mod files;
+mod int8;
 mod measures;
 mod mixed_precision;
 mod provenance;
+mod speed;
 mod sweep;
 
 use std::path::PathBuf;
@@ -16,9 +18,11 @@ use crate::sites::LeftFloat;
 use crate::threshold::{ErrorMethod, Exponent, Selection};
 
 pub use files::{Alone, FilesReport, Measures};
+pub use int8::{FLOAT, INT8, Int8, Layer as Int8Layer, OPTIMIZED};
 pub use measures::{Accuracy, Comparison, Sqnr};
 pub use mixed_precision::{Allotted, Budget, MixedPrecision, Noise, Share, SiteNoise, Uniform, WidthNoise};
 pub use provenance::{NotQuantized, Provenance, QuantizedSite};
+pub use speed::{Bench, Latency, Race};
 pub use sweep::{Gave, SweepReport, SweepRow};
 
 /// Version of the report's form; grows when a field changes its meaning or goes.
@@ -57,6 +61,9 @@ pub struct Report {
     /// Weights that are rounded to nearest though more was asked for, each with the reason; `None` where it was not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_rounded: Option<Vec<LeftFloat>>,
+    /// The 8-bit model; `None` where no format asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub int8: Option<Int8>,
     /// What was quantized, weights first, in graph order.
     pub sites: Vec<SiteReport>,
     /// The sites that lose most, worst first.

@@ -94,6 +94,9 @@ pub struct ActivationSite {
     /// Where the quantizer goes: the values that are made, not moved. More than one where branches or loops meet.
     #[serde(skip)]
     pub anchors: Vec<Anchor>,
+    /// All values that are these numbers, made or moved.
+    #[serde(skip)]
+    pub members: Vec<ValueId>,
     /// The ops whose results it is; a fused activation function counts as the op that it joins.
     #[serde(skip)]
     pub makers: Vec<OpId>,
@@ -131,16 +134,44 @@ pub struct LeftFloat {
     pub reason: String,
 }
 
-/// Finds all sites of a graph.
+/// What will compute with the quantized numbers; that decides what they have to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kernels {
+    /// Float kernels: layers take any activation function in, so that their one site is behind it.
+    #[default]
+    Float,
+    /// libtorch's 8-bit kernels: a layer takes in clamps alone, and pooling by mean writes with the quantizer of what it reads.
+    Int8,
+}
+
+/// Finds all sites of a graph, for float kernels.
 #[must_use]
 pub fn find(listing: &Listing) -> Sites {
-    find::find(listing)
+    find_for(listing, Kernels::Float)
+}
+
+/// Finds all sites of a graph.
+#[must_use]
+pub fn find_for(listing: &Listing, kernels: Kernels) -> Sites {
+    find::find(listing, kernels)
+}
+
+/// The name of each node of a graph, as in the names of its sites.
+#[must_use]
+pub fn names_of_nodes(listing: &Listing) -> Vec<String> {
+    names::of_nodes(listing)
+}
+
+/// Whether a layer may compute this activation function along with its own.
+#[must_use]
+pub fn is_clamp(op: &str) -> bool {
+    ops::is_clamp(op)
 }
 
 /// Arguments of `forward` whose dtype nothing tells: not seen in a run, and no op that takes only integers.
 #[must_use]
 pub fn arguments_of_unknown_dtype(listing: &Listing) -> Vec<String> {
-    let classes = classes::Classes::new(listing);
+    let classes = classes::Classes::new(listing, Kernels::Float);
     let arguments = listing.arguments().iter().map(|&id| (id, &listing.values[id]));
     let unknown = arguments.filter(|&(id, value)| value.is_tensor && classes.dtype(id) == classes::Dtype::Unknown);
     unknown.map(|(_, value)| find::trim_suffix(&value.name).to_owned()).collect()

@@ -84,7 +84,7 @@ fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
         hessian: None,
         device: DevicePlan::Cpu,
         allow_tf32: false,
-        output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant },
+        output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant, further: Vec::new(), int8: None },
         evaluation: None,
         seed: 5,
     };

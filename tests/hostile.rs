@@ -351,7 +351,7 @@ fn a_wrong_experiment_exits_with_2() {
                 "found 9 in `quantization.weights.bits`",
             ],
         ),
-        (with("dir: run", "dir: run, format: int8"), &["`output.format: int8` is not built yet"]),
+        (with("dir: run", "dir: run, strict: false"), &["`output.strict`: it is for the format int8"]),
         (good() + "device: gpu\n", &["`device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `gpu`"]),
         (good() + "seed: -1\n", &["`seed` must be a whole number"]),
         (with(", inputs: [x]", ""), &["`calibration.inputs` is missing"]),

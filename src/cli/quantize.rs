@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::measures::{self, Sizes};
 use super::progress::Display;
-use super::{experiment_of, located, mixed, table, working_dir};
+use super::{UsageError, experiment_of, located, mixed, table, working_dir};
 use crate::config::{Metric, Plan};
 use crate::pipeline::{self, Estimate, Outcome};
 use crate::report::{Dropped, Kind, Report, Timings, WorstSite};
@@ -30,9 +30,19 @@ pub(super) struct Quantize {
     /// Load model and data, run one batch, print the plan and what a run would cost; write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Print how each 8-bit kernel differs from the op that it stands for, on the same input.
+    #[arg(long, value_name = "WHAT", conflicts_with = "dry_run")]
+    verify: Option<Verify>,
     /// Print nothing but errors; of a dry run, which then only checks, the exit code is left.
     #[arg(long, short)]
     quiet: bool,
+}
+
+/// What is shown beside the result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Verify {
+    /// Layer by layer.
+    Layers,
 }
 
 impl Quantize {
@@ -48,13 +58,21 @@ impl Quantize {
             }
             return print_estimate(&mut std::io::stdout().lock(), &plan, &estimate);
         }
+        if self.verify.is_some() && plan.output.int8.is_none() {
+            let reason = "--verify layers: expected int8 in `output.format`, found no format with 8-bit kernels";
+            return Err(UsageError(reason.to_owned()).into());
+        }
         let statistics = self.statistics.map(|path| folder.join(path));
         let mut display = Display::new(self.quiet);
         let outcome = pipeline::quantize(&plan, statistics.as_deref(), &mut display);
         display.finish();
         let outcome = outcome.map_err(|error| located(&experiment, error))?;
+        let out = &mut std::io::stdout().lock();
         if !self.quiet {
-            print(&mut std::io::stdout().lock(), &plan, &outcome)?;
+            print(out, &plan, &outcome)?;
+        }
+        if let (Some(Verify::Layers), Some(int8)) = (self.verify, &outcome.report.int8) {
+            super::int8::print_layers(out, int8)?;
         }
         Ok(())
     }
@@ -109,6 +127,9 @@ fn print_estimate(out: &mut impl Write, plan: &Plan, estimate: &Estimate) -> any
 fn print(out: &mut impl Write, plan: &Plan, outcome: &Outcome) -> std::io::Result<()> {
     let report = &outcome.report;
     writeln!(out, "{}", result_table(plan, report))?;
+    if let Some(int8) = &report.int8 {
+        super::int8::print(out, int8)?;
+    }
     let count = |kind| report.sites.iter().filter(|site| site.kind == kind).count();
     writeln!(
         out,

@@ -108,10 +108,7 @@ fn unknown_key(parent: &str, name: &str, valid: &[&str]) -> Problem {
 }
 
 fn unknown_value(key: String, name: &str, valid: &[&str]) -> Problem {
-    if not_built::value(&key, name) {
-        return Problem::NotBuilt { what: format!("{key}: {}", shortened(name)) };
-    }
-    let hint = did_you_mean(name, valid, &not_built::values(&key));
+    let hint = did_you_mean(name, valid, &[]);
     Problem::UnknownValue { key, expected: one_of(valid), found: shortened(name), hint }
 }
 

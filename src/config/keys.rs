@@ -16,7 +16,7 @@ use super::device::DevicePlan;
 use super::hessian::HessianKeys;
 use super::mixed_precision::MixedKeys;
 use super::overrides::OverrideKeys;
-use super::plan::{BiasCorrection, Format, InputsPlan, Layout, Metric, Rounding};
+use super::plan::{BiasCorrection, EnginePlan, Format, InputsPlan, Layout, Metric, Rounding};
 use super::sweep::SweepKeys;
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent, ExponentError};
@@ -181,6 +181,12 @@ pub(super) struct OutputKeys {
     pub(super) dir: Option<PathBuf>,
     /// Form of the emitted model.
     pub(super) format: Option<OneOrMany<Format>>,
+    /// What the 8-bit kernels of int8 run on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) engine: Option<EnginePlan>,
+    /// Whether a site that int8 has no kernel for is an error; else it is simulated in float.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) strict: Option<bool>,
 }
 
 /// The name of an error method; its parameters are other keys.

@@ -332,6 +332,59 @@ pub struct OutputPlan {
     pub dir: PathBuf,
     /// Form of the emitted model.
     pub format: Format,
+    /// Further forms that it is emitted in, each in a file of its own.
+    pub further: Vec<Format>,
+    /// How it is emitted in 8 bits; `None` where no form asks for that.
+    pub int8: Option<Int8Plan>,
+}
+
+impl OutputPlan {
+    /// All forms, in the order of their files.
+    pub fn formats(&self) -> impl Iterator<Item = Format> + '_ {
+        [self.format].into_iter().chain(self.further.iter().copied())
+    }
+}
+
+/// How a model is emitted in 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Int8Plan {
+    /// What its kernels run on.
+    pub engine: EnginePlan,
+    /// A site whose quantizer no kernel takes is an error; else it is simulated in float.
+    pub strict: bool,
+}
+
+/// The library that 8-bit kernels run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EnginePlan {
+    /// The fastest one on this machine that computes right.
+    Auto,
+    /// libtorch's mixture of FBGEMM and oneDNN.
+    X86,
+    /// oneDNN.
+    Onednn,
+    /// FBGEMM.
+    Fbgemm,
+    /// QNNPACK.
+    Qnnpack,
+}
+
+impl EnginePlan {
+    /// All that libtorch has names for.
+    pub const NAMED: [Self; 4] = [Self::Onednn, Self::X86, Self::Fbgemm, Self::Qnnpack];
+
+    /// libtorch's name of it, or `auto`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::X86 => "x86",
+            Self::Onednn => "onednn",
+            Self::Fbgemm => "fbgemm",
+            Self::Qnnpack => "qnnpack",
+        }
+    }
 }
 
 /// Form of an emitted model.
@@ -340,4 +393,20 @@ pub struct OutputPlan {
 pub enum Format {
     /// Float kernels, weights on their grid, fake-quantize nodes at the sites.
     FakeQuant,
+    /// libtorch's 8-bit kernels for the processor, weights in 8 bits.
+    Int8,
+    /// Float kernels; weights in the file in 8 bits, or two to a byte with at most 4.
+    Int8Weights,
+}
+
+impl Format {
+    /// The name in YAML and in names of files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FakeQuant => "fake_quant",
+            Self::Int8 => "int8",
+            Self::Int8Weights => "int8_weights",
+        }
+    }
 }

@@ -15,8 +15,8 @@ use super::keys::{
 };
 use super::overrides::Overrides;
 use super::plan::{
-    ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, DataPlan, EvaluationPlan, Format, InputSource,
-    InputsPlan, Metric, MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
+    ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, DataPlan, EnginePlan, EvaluationPlan, Format,
+    InputSource, InputsPlan, Int8Plan, Metric, MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
@@ -84,6 +84,7 @@ impl Resolver<'_> {
         let hessian = is_asked.then_some(hessian);
         let (device, allow_tf32) = (keys.device.unwrap_or(DevicePlan::Auto), keys.allow_tf32.unwrap_or(false));
         let output = self.output(keys.output.unwrap_or_default())?;
+        let device = self.device_for(device, &output)?;
         let evaluation = keys.evaluation.map(|keys| {
             let data = self.required_data("evaluation.data", keys.data.as_deref())?;
             self.evaluation(keys, data, Fallback::from(&calibration), seed)
@@ -373,22 +374,45 @@ impl Resolver<'_> {
         Ok(Scheme { bits, grid: grid.unwrap_or(default) })
     }
 
+    /// Where 8-bit kernels compute: they are the processor's.
+    fn device_for(&self, device: DevicePlan, output: &OutputPlan) -> Result<DevicePlan, Error> {
+        match (device, &output.int8) {
+            (DevicePlan::Cuda(_), Some(_)) => {
+                let reason = format!("the format int8 computes on the processor: expected cpu, found {device}");
+                Err(self.invalid("device", reason))
+            }
+            (_, Some(_)) => Ok(DevicePlan::Cpu),
+            (device, None) => Ok(device),
+        }
+    }
+
     fn output(&self, keys: OutputKeys) -> Result<OutputPlan, Error> {
         let dir = keys.dir.unwrap_or_else(|| Path::new("runs").join(self.name));
         let dir = self.absolute("output.dir", &dir)?;
-        let format = match keys.format {
-            None => Format::FakeQuant,
-            Some(OneOrMany::One(only)) => only,
-            Some(OneOrMany::Many(formats)) => match formats.as_slice() {
-                [only] => *only,
-                [] => return Err(self.invalid("output.format", "expected the name of a format, found an empty list")),
-                _ => {
-                    let what = "output.format: a list of several".to_owned();
-                    return Err(self.error("output.format", Problem::NotBuilt { what }));
-                }
-            },
+        let formats = match keys.format {
+            None => vec![Format::FakeQuant],
+            Some(OneOrMany::One(only)) => vec![only],
+            Some(OneOrMany::Many(formats)) => formats,
         };
-        Ok(OutputPlan { dir, format })
+        let Some((&format, further)) = formats.split_first() else {
+            return Err(self.invalid("output.format", "expected the name of a format, found an empty list"));
+        };
+        for (i, format) in formats.iter().enumerate() {
+            if formats.iter().take(i).any(|earlier| earlier == format) {
+                let reason = format!("expected each format once, found {} twice", format.name());
+                return Err(self.invalid(&format!("output.format[{i}]"), reason));
+            }
+        }
+        let is_int8 = formats.contains(&Format::Int8);
+        for (key, is_typed) in [("engine", keys.engine.is_some()), ("strict", keys.strict.is_some())] {
+            if is_typed && !is_int8 {
+                let reason = "it is for the format int8, which `output.format` does not ask for";
+                return Err(self.invalid(&format!("output.{key}"), reason));
+            }
+        }
+        let engine = keys.engine.unwrap_or(EnginePlan::Auto);
+        let int8 = is_int8.then_some(Int8Plan { engine, strict: keys.strict.unwrap_or(true) });
+        Ok(OutputPlan { dir, format, further: further.to_vec(), int8 })
     }
 
     fn existing(&self, key: &str, typed: &Path) -> Result<PathBuf, Error> {

@@ -323,7 +323,10 @@ fn names_file_line_column_and_key() {
             ":2:44: `calibration.inputs[1]` must be the name of a tensor (in quotes where it reads as a number) or \
              {const: VALUE}, found the number 1",
         ),
-        (format!("{SHORTEST}output: {{format: int8}}"), ":3:18: `output.format: int8` is not built yet"),
+        (
+            format!("{SHORTEST}output: {{format: int8}}\ndevice: cuda"),
+            ":4:9: `device`: the format int8 computes on the processor: expected cpu, found cuda:0",
+        ),
         (
             format!("{SHORTEST}quantization: {{l_p_value: 65}}"),
             ":3:27: `quantization.l_p_value`: expected a whole number from 1 to 64, found 65",
@@ -438,13 +441,12 @@ device=cuda:99999999999 => `device`: expected the number of a GPU, 0 to 127, fou
 device=gpu => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found `gpu`, did you mean `cpu`?
 device=1 => `device` must be one of `auto`, `cpu`, `cuda`, `cuda:N`, found the number 1
 allow_tf32=yes => `allow_tf32` must be true or false, found the text `yes`
-output.format=int8 => `output.format: int8` is not built yet
-output.format=[fake_quant, int8] => `output.format[1]: int8` is not built yet
-output.format=[fake_quant, fake_quant] => `output.format: a list of several` is not built yet
+output.format=[fake_quant, fake_quant] => `output.format[1]`: expected each format once, found fake_quant twice
 output.format=[] => `output.format`: expected the name of a format, found an empty list
 output.format={} => `output.format` must be the name of a format, or a list of names of formats, found a map
-output.format=fakequant => `output.format` must be `fake_quant`, found `fakequant`, did you mean `fake_quant`?
-output.strict=true => `output.strict` is not built yet
+output.format=fakequant => `output.format` must be one of `fake_quant`, `int8`, `int8_weights`, found `fakequant`, did you mean `fake_quant`?
+output.strict=true => `output.strict`: it is for the format int8, which `output.format` does not ask for
+output.engine=oneDNN => `output.engine` must be one of `auto`, `x86`, `onednn`, `fbgemm`, `qnnpack`, found `oneDNN`, did you mean `onednn`?
 evaluation.output=-1 => `evaluation.output`: expected the index of an output, 0 or more, found -1
 evaluation.output=0.1 => `evaluation.output` must be the index of an output, or its path (in quotes where it reads as a number), found the number 0.1
 evaluation.output='' => `evaluation.output`: expected the index or path of an output, found an empty text

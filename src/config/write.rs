@@ -10,7 +10,7 @@ use super::keys::{
     CalibrationKeys, Count, Crop, Deviations, EvaluationKeys, Keys, LpValue, Method, ModelKeys, OneOrMany, OutputKeys,
     OutputName, Pixels, QuantizationKeys, SiteKeys, TransformKeys, WeightKeys,
 };
-use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, HessianPlan, Plan, Transform, WeightPlan};
+use super::plan::{ActivationPlan, DataPlan, EvaluationPlan, HessianPlan, OutputPlan, Plan, Transform, WeightPlan};
 use crate::quantizer::Granularity;
 use crate::threshold::ErrorMethod;
 
@@ -82,14 +82,22 @@ impl From<&Plan> for Keys {
             hessian: plan.hessian.as_ref().map(Into::into),
             device: Some(plan.device),
             allow_tf32: Some(plan.allow_tf32),
-            output: Some(OutputKeys {
-                dir: Some(plan.output.dir.clone()),
-                format: Some(OneOrMany::One(plan.output.format)),
-            }),
+            output: Some((&plan.output).into()),
             evaluation: plan.evaluation.as_ref().map(Into::into),
             seed: Some(plan.seed),
             sweep: None,
         }
+    }
+}
+
+impl From<&OutputPlan> for OutputKeys {
+    fn from(plan: &OutputPlan) -> Self {
+        let format = match plan.further.as_slice() {
+            [] => OneOrMany::One(plan.format),
+            _ => OneOrMany::Many(plan.formats().collect()),
+        };
+        let (engine, strict) = plan.int8.map(|int8| (int8.engine, int8.strict)).unzip();
+        Self { dir: Some(plan.dir.clone()), format: Some(format), engine, strict }
     }
 }
 

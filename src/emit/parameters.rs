@@ -123,7 +123,7 @@ impl Names {
 }
 
 /// A name that can be an attribute path and clashes with none before it, neither as a tensor nor as a module.
-fn free_name(wanted: &str, taken: &mut BTreeSet<String>) -> String {
+pub(crate) fn free_name(wanted: &str, taken: &mut BTreeSet<String>) -> String {
     let clean: String = wanted.chars().map(|c| if c.is_alphanumeric() || c == '.' { c } else { '_' }).collect();
     let inside = |outer: &str, inner: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
     // A tensor cannot hold another: give up the path where one of its modules is a tensor's name.

@@ -10,7 +10,7 @@ use super::listing::{Listing, Seen, ValueId};
 use super::module::{Arguments, Module};
 use super::value::Output;
 use super::visit::{BoxError, NoVisit, Visit, Visitor};
-use super::{Differentiable, Error, tensor};
+use super::{Differentiable, Edits, Error, tensor};
 
 /// Largest change of an output by the clean-up, relative to the largest magnitude of that output. Folding batch
 /// normalization rounds differently; real models stay below 1e-5.
@@ -304,20 +304,45 @@ impl Clean {
     ) -> Result<(), Error> {
         let failed = |message: &str| Error::Emit { path: path.to_owned(), message: one_line(message) };
         let quantizers: Vec<_> = quantizers.iter().map(quantizer_row).collect();
-        let rows: Vec<_> = parameters
-            .iter()
-            .map(|parameter| bridge::ParameterRow {
-                place: place_row(parameter.place),
-                name: parameter.name.clone(),
-                is_buffer: parameter.is_buffer,
-            })
-            .collect();
-        let files: Vec<_> =
-            files.iter().map(|file| bridge::ExtraFile { name: file.name.clone(), text: file.text.clone() }).collect();
+        let (rows, files) = (parameter_rows(parameters), file_rows(files));
         let tensors = tensor::list(parameters.iter().map(|parameter| &parameter.tensor));
         let target = path.to_str().ok_or_else(|| failed("the path is not UTF-8"))?;
         bridge::emit_module(self.frozen()?, &quantizers, &rows, &tensors, &files, target)
             .map_err(|error| failed(error.what()))
+    }
+
+    /// Writes the graph with these edits, and without what nothing reads then, as a TorchScript file; only parameters that are
+    /// read are part of it.
+    ///
+    /// # Errors
+    /// Where libtorch refuses the edits or the file cannot be written.
+    pub fn emit_edited(
+        &self,
+        path: &std::path::Path,
+        edits: &Edits,
+        parameters: &[Parameter],
+        files: &[ExtraFile],
+    ) -> Result<(), Error> {
+        let failed = |message: &str| Error::Emit { path: path.to_owned(), message: one_line(message) };
+        let (rows, files) = (parameter_rows(parameters), file_rows(files));
+        let tensors = tensor::list(parameters.iter().map(|parameter| &parameter.tensor));
+        let made_of = tensor::list(edits.tensors.iter());
+        let target = path.to_str().ok_or_else(|| failed("the path is not UTF-8"))?;
+        bridge::emit_edited(self.frozen()?, &edits.rows(), &made_of, &rows, &tensors, &files, target)
+            .map_err(|error| failed(error.what()))
+    }
+
+    /// The graph with these edits, and with everything that it had before, to run. An inserted `tsquant::tap` with a number is
+    /// [`Visit::observe`]; other tensors go into places as in [`instrument`](Self::instrument).
+    ///
+    /// # Errors
+    /// Where libtorch refuses the edits.
+    pub fn edited(&self, edits: &Edits, tensors: &[(Place, Tensor)]) -> Result<Instrumented, Error> {
+        let places: Vec<_> = tensors.iter().map(|(place, _)| place_row(*place)).collect();
+        let tensors = tensor::list(tensors.iter().map(|(_, tensor)| tensor));
+        let made_of = tensor::list(edits.tensors.iter());
+        let executable = bridge::edited(self.frozen()?, &edits.rows(), &made_of, &places, &tensors)?;
+        Ok(Instrumented { executable })
     }
 
     fn frozen(&self) -> Result<&bridge::Frozen, Error> {
@@ -421,6 +446,19 @@ fn quantizer_row(quantizer: &Quantizer) -> bridge::QuantizerRow {
         quant_min: i64::from(quantizer.quant_min),
         quant_max: i64::from(quantizer.quant_max),
     }
+}
+
+fn parameter_rows(parameters: &[Parameter]) -> Vec<bridge::ParameterRow> {
+    let row = |parameter: &Parameter| bridge::ParameterRow {
+        place: place_row(parameter.place),
+        name: parameter.name.clone(),
+        is_buffer: parameter.is_buffer,
+    };
+    parameters.iter().map(row).collect()
+}
+
+fn file_rows(files: &[ExtraFile]) -> Vec<bridge::ExtraFile> {
+    files.iter().map(|file| bridge::ExtraFile { name: file.name.clone(), text: file.text.clone() }).collect()
 }
 
 fn tap_rows(taps: &[Tap]) -> Vec<bridge::TapRow> {

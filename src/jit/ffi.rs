@@ -118,6 +118,71 @@ pub(super) mod bridge {
         text: String,
     }
 
+    enum OperandKind {
+        Value,
+        New,
+        Attribute,
+        Tensor,
+        None,
+        Bool,
+        Int,
+        Float,
+        Ints,
+    }
+
+    struct OperandRow {
+        kind: OperandKind,
+        index: usize,
+        number: i64,
+        real: f64,
+        numbers: Vec<i64>,
+    }
+
+    enum Where {
+        Start,
+        Before,
+        After,
+    }
+
+    enum Makes {
+        Tensor,
+        Tensors,
+        Ints,
+    }
+
+    struct InsertionRow {
+        place: Where,
+        index: usize,
+        op: String,
+        inputs: Vec<OperandRow>,
+        makes: Makes,
+    }
+
+    struct RewiringRow {
+        is_block: bool,
+        index: usize,
+        slot: usize,
+        operand: OperandRow,
+    }
+
+    struct AttributeOfOp {
+        name: String,
+        op: String,
+        operands: Vec<OperandRow>,
+    }
+
+    struct ResultRow {
+        scale: f64,
+        zero_point: i64,
+        runs: usize,
+    }
+
+    struct EditRows {
+        attributes: Vec<AttributeOfOp>,
+        insertions: Vec<InsertionRow>,
+        rewirings: Vec<RewiringRow>,
+    }
+
     enum ValueKind {
         None,
         Tensor,
@@ -271,5 +336,36 @@ pub(super) mod bridge {
             files: &[ExtraFile],
             path: &str,
         ) -> Result<()>;
+
+        fn emit_edited(
+            f: &Frozen,
+            edits: &EditRows,
+            made_of: &Tensors,
+            parameters: &[ParameterRow],
+            tensors: &Tensors,
+            files: &[ExtraFile],
+            path: &str,
+        ) -> Result<()>;
+        fn edited(
+            f: &Frozen,
+            edits: &EditRows,
+            made_of: &Tensors,
+            places: &[PlaceRow],
+            tensors: &Tensors,
+        ) -> Result<UniquePtr<Executable>>;
+
+        fn pack_and_run(
+            pack: &AttributeOfOp,
+            made_of: &Tensors,
+            op: &str,
+            x: &Tensor,
+            result: &ResultRow,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn freeze_for_inference(m: &Module, optimized: bool) -> Result<UniquePtr<Module>>;
+        fn call_as_it_is(m: &Module, a: &Arguments) -> Result<UniquePtr<Value>>;
+
+        fn quantized_engine() -> String;
+        fn quantized_engines() -> Vec<String>;
+        fn set_quantized_engine(name: &str) -> Result<()>;
     }
 }

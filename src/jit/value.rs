@@ -72,6 +72,27 @@ impl Output {
         })
     }
 
+    /// What one of `rows` rows gives; `None` where a tensor does not have as many along its first axis.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn row(&self, index: usize, rows: usize) -> Result<Option<Self>, Error> {
+        Ok(match self {
+            Self::Tensor(tensor) => {
+                let has_rows = tensor.size().first().is_some_and(|&size| usize::try_from(size) == Ok(rows));
+                // A row of a tensor in memory fits an i64.
+                let narrow = || tensor.f_narrow(0, index as i64, 1).map(Self::Tensor);
+                has_rows.then(narrow).transpose()?
+            }
+            Self::Parts(parts) => {
+                let parts =
+                    parts.iter().map(|(name, part)| Ok(part.row(index, rows)?.map(|part| (name.clone(), part))));
+                parts.collect::<Result<Option<_>, Error>>()?.map(Self::Parts)
+            }
+            Self::Plain => Some(Self::Plain),
+        })
+    }
+
     pub(super) fn from_bridge(value: &bridge::Value) -> Result<Self, Error> {
         use bridge::ValueKind;
         match bridge::value_kind(value) {

@@ -7,7 +7,7 @@ use super::calibration::Calibration;
 use super::compare::Comparison;
 use super::device::Taken;
 use super::kept::statistics::{Kept, Key, section};
-use super::{Error, calibration_batches, hash, load_checked, versions};
+use super::{Error, calibration_batches, hash, int8, load_checked, versions};
 use crate::config::{BiasCorrection, Plan};
 use crate::correct::{InputSums, Targets};
 use crate::dataset::Batches;
@@ -80,7 +80,7 @@ impl Base {
         calibration: Calibration,
         (model, model_hash): (Clean, String),
     ) -> Result<Self, Error> {
-        let sites = sites::find(model.listing());
+        let sites = sites::find_for(model.listing(), int8::kernels_of(plan));
         if sites.weights.is_empty() && sites.activations.is_empty() {
             return Err(Error::NoSites { model: plan.model.clone() });
         }

@@ -13,7 +13,8 @@ use super::{Error, Progress, Work, device, refine, worst};
 use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
-use crate::report::{self, Hashes, SiteReport, WorstSite};
+use crate::lower::{self, Lowering};
+use crate::report::{self, Hashes, Kind, SiteReport, Thresholds, WorstSite};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites};
 
@@ -75,27 +76,68 @@ impl Chosen {
         Ok(chosen)
     }
 
-    /// Writes the model file.
+    /// Writes the model file in fake-quantize form.
     ///
     /// # Errors
     /// Where it cannot be written.
     pub(super) fn emit(&self, base: &Base, plan: &Plan, hashes: &Hashes, file: &Path) -> Result<(), Error> {
+        let emission = self.emission_of(&self.selections.reports, base, plan, hashes)?;
+        Ok(emit::fake_quant(&base.model, &emission, file)?)
+    }
+
+    /// What a model file is made of that holds the levels and scales of its weights.
+    ///
+    /// # Errors
+    /// None that a plan can cause.
+    pub(super) fn emission_in_levels(&self, base: &Base, plan: &Plan, hashes: &Hashes) -> Result<Emission<'_>, Error> {
+        let reports: Vec<_> = self.selections.reports.iter().map(without_scales).collect();
+        self.emission_of(&reports, base, plan, hashes)
+    }
+
+    /// With a table of these sites.
+    fn emission_of(
+        &self,
+        reports: &[SiteReport],
+        base: &Base,
+        plan: &Plan,
+        hashes: &Hashes,
+    ) -> Result<Emission<'_>, Error> {
         let description = serde_json::to_string(&Description {
             schema: report::SCHEMA,
             versions: &base.versions,
             hashes,
             seed: plan.seed,
-            sites: &self.selections.reports,
+            sites: reports,
             left_float: &self.sites.left_float,
         })?;
-        let emission = Emission {
+        Ok(Emission {
             sites: &self.sites,
             activations: &self.selections.activations,
             weights: &self.selections.weights,
             biases: &self.corrections.biases,
             description,
-        };
-        Ok(emit::fake_quant(&base.model, &emission, file)?)
+        })
+    }
+
+    /// Writes the model file in float with weights in few bits, and gives its simulation.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub(super) fn emit_weights(
+        &self,
+        base: &Base,
+        plan: &Plan,
+        hashes: &Hashes,
+        file: &Path,
+    ) -> Result<Simulation, Error> {
+        let reports: Vec<_> =
+            self.selections.reports.iter().filter(|site| site.kind == Kind::Weight).cloned().collect();
+        let none = vec![None; self.sites.activations.len()];
+        let emission = Emission { activations: &none, ..self.emission_of(&reports, base, plan, hashes)? };
+        let given = lower::Given::new(&emission, &reports, &[]);
+        Lowering::of_weights(&base.model, &given, &emission)?.emit(&base.model, (&given, &emission), file)?;
+        Simulation::of_weights(&base.model, &self.sites, &self.selections, &self.corrections)
+            .map_err(device::blame_weights)
     }
 
     /// The quantized model as it would be emitted.
@@ -105,4 +147,15 @@ impl Chosen {
     pub(super) fn simulation(&self, base: &Base) -> Result<Simulation, Error> {
         Simulation::new(&base.model, &self.sites, &self.selections, &self.corrections).map_err(device::blame_weights)
     }
+}
+
+/// A site as the table of a file has it whose weights are levels and scales: as text these would be as large as the weights.
+fn without_scales(site: &SiteReport) -> SiteReport {
+    let mut site = site.clone();
+    if site.kind == Kind::Weight {
+        site.quantizers.thresholds = Thresholds::Threshold(Vec::new());
+        site.quantizers.scale.clear();
+        site.quantizers.zero_point.clear();
+    }
+    site
 }

@@ -12,8 +12,11 @@ use crate::config::Plan;
 use crate::dataset::Dataset;
 use crate::evaluate::Evaluation;
 use crate::feed;
-use crate::jit::{Clean, NoVisit, Output};
+use crate::jit::{self, Arguments, Clean, NoVisit, Output};
 use crate::report;
+
+/// Rows that tell how much rounding alone makes of a difference.
+const NOISE_ROWS: usize = 64;
 
 /// What the models are compared on.
 pub(super) struct Comparison {
@@ -90,21 +93,95 @@ impl Comparison {
         simulation: &Simulation,
         mut advance: impl FnMut(usize),
     ) -> Result<report::Evaluation, Error> {
-        let float = model.instrument(&[], &[])?;
         let mut evaluation = Evaluation::new(self.output.clone());
+        let float = model.instrument(&[], &[])?;
+        self.each_batch(model, |arguments, rows, labels| {
+            let expected = float.run(arguments, &mut NoVisit)?.on_cpu()?;
+            let found = simulation.run(arguments)?.on_cpu()?;
+            evaluation.add(rows, &expected, &found, labels).map_err(blame::measured)?;
+            advance(rows);
+            Ok(())
+        })?;
+        let (float, quantized) = evaluation.finish();
+        Ok(report::Evaluation { data: self.section, float, quantized })
+    }
+
+    /// As [`run`](Self::run), with the 8-bit model beside.
+    pub(super) fn run_beside(
+        &self,
+        model: &Clean,
+        simulation: &Simulation,
+        int8: impl Fn(&Arguments) -> Result<Output, jit::Error>,
+        mut advance: impl FnMut(usize),
+    ) -> Result<Measured, Error> {
+        let float = model.instrument(&[], &[])?;
+        let mut evaluations = [(); 3].map(|()| Evaluation::new(self.output.clone()));
+        self.each_batch(model, |arguments, rows, labels| {
+            let expected = float.run(arguments, &mut NoVisit)?;
+            let (simulated, found) = (simulation.run(arguments)?, int8(arguments)?);
+            let pairs = [(&expected, &simulated), (&expected, &found), (&simulated, &found)];
+            for (evaluation, (a, b)) in evaluations.iter_mut().zip(pairs) {
+                evaluation.add(rows, a, b, labels).map_err(blame::measured)?;
+            }
+            advance(rows);
+            Ok(())
+        })?;
+        let [(float, simulated), (_, int8), (_, between)] = evaluations.map(|evaluation| evaluation.finish());
+        let of = |quantized| report::Evaluation { data: self.section, float, quantized };
+        Ok(Measured { simulated: of(simulated), int8: of(int8), between, noise: self.noise(model, simulation)? })
+    }
+
+    /// The simulation row by row against the same in batches, on a few rows: how much rounding alone makes of a difference. `None`
+    /// where rows cannot be told apart.
+    fn noise(&self, model: &Clean, simulation: &Simulation) -> Result<Option<report::Comparison>, Error> {
+        let mut evaluation = Evaluation::new(self.output.clone());
+        let mut left = NOISE_ROWS;
+        for batch in self.dataset.batches() {
+            let batch = batch?;
+            let together = simulation.run(&feed::bind(model.module(), batch.share())?)?;
+            for index in 0..batch.rows.min(left) {
+                let Some(expected) = together.row(index, batch.rows)? else { return Ok(None) };
+                let alone = feed::bind(model.module(), batch.row(index)?)?;
+                // A model that was traced for one batch size takes no single rows.
+                let Ok(found) = simulation.run(&alone) else { return Ok(None) };
+                if evaluation.add(1, &expected, &found, None).is_err() {
+                    return Ok(None);
+                }
+            }
+            left = left.saturating_sub(batch.rows);
+            if left == 0 {
+                break;
+            }
+        }
+        Ok(Some(evaluation.finish().1))
+    }
+
+    fn each_batch(
+        &self,
+        model: &Clean,
+        mut visit: impl FnMut(&Arguments, usize, Option<&Tensor>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         for batch in self.dataset.batches() {
             let batch = batch?;
             let (first, rows) = (batch.first_row, batch.rows);
             let arguments = feed::bind(model.module(), batch)?;
-            let expected = float.run(&arguments, &mut NoVisit)?.on_cpu()?;
-            let found = simulation.run(&arguments)?.on_cpu()?;
             let labels = self.labels.as_ref().map(|labels| rows_of(labels, first, rows)).transpose()?;
-            evaluation.add(rows, &expected, &found, labels.as_ref()).map_err(blame::measured)?;
-            advance(rows);
+            visit(&arguments, rows, labels.as_ref())?;
         }
-        let (float, quantized) = evaluation.finish();
-        Ok(report::Evaluation { data: self.section, float, quantized })
+        Ok(())
     }
+}
+
+/// What a run with an 8-bit model measures.
+pub(super) struct Measured {
+    /// The simulation against the float model.
+    pub(super) simulated: report::Evaluation,
+    /// The 8-bit model against the float model.
+    pub(super) int8: report::Evaluation,
+    /// The 8-bit model against the simulation.
+    pub(super) between: report::Comparison,
+    /// The simulation against itself, row by row.
+    pub(super) noise: Option<report::Comparison>,
 }
 
 #[allow(clippy::cast_possible_wrap)]

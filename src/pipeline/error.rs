@@ -55,6 +55,50 @@ pub enum Error {
     /// A budget that no choice of bits meets.
     #[error("{0}")]
     Budget(String),
+    /// A site that the 8-bit model has no kernel for.
+    #[error(
+        "{site}: {reason}{others}; `output: {{strict: false}}` leaves such sites simulated in float, which costs time"
+    )]
+    Unfit {
+        /// The first such site.
+        site: String,
+        /// Why.
+        reason: String,
+        /// How many more there are, in words; may be empty.
+        others: String,
+    },
+    /// Data with fewer rows than a batch has.
+    #[error("expected data of at least {expected} rows for a batch, found {found}")]
+    TooFewRows {
+        /// Rows of the batch.
+        expected: usize,
+        /// Rows that there are.
+        found: usize,
+    },
+    /// A libtorch without 8-bit kernels.
+    #[error("this libtorch has no engine for 8-bit kernels, which the format int8 needs")]
+    NoEngine,
+    /// An engine that this libtorch has not.
+    #[error("this libtorch has no engine {engine} for `output.engine`")]
+    NoSuchEngine {
+        /// Its name.
+        engine: &'static str,
+    },
+    /// An 8-bit kernel that computes something else than the op that it stands for.
+    #[error(
+        "{layer}: {kernel} of the engine {engine} differs by {largest:.3e} levels from what it stands for; another \
+         `output.engine` may do better"
+    )]
+    KernelDiffers {
+        /// The layer.
+        layer: String,
+        /// The kernel.
+        kernel: &'static str,
+        /// In levels; relative where it writes float numbers.
+        largest: f64,
+        /// The engine.
+        engine: String,
+    },
     /// Float against quantized.
     #[error(transparent)]
     Evaluate(#[from] evaluate::Error),

@@ -7,7 +7,7 @@ use super::device::Taken;
 use super::journal::{Journal, Key, PlanKey, RowKey};
 use super::run_dir::RunDir;
 use super::shared::Shared;
-use super::{Clock, Error, Progress, Work, device, finish, hash, versions};
+use super::{Clock, Error, Progress, Work, device, finish, hash, int8, versions};
 use crate::config::{Combination, Emit, Metric, Plan, Sweep};
 use crate::report::{self, Gave, SiteReport, SweepReport, SweepRow};
 use crate::sites::WeightSite;
@@ -209,7 +209,10 @@ impl Runs<'_> {
         let mut groups: Vec<(&Plan, Vec<usize>)> = Vec::new();
         for &index in rows {
             let Some(plan) = self.plan(index) else { continue };
-            let shares = |other: &Plan| other.model == plan.model && other.calibration.is_same_as(&plan.calibration);
+            let shares = |other: &Plan| {
+                let same_sites = int8::kernels_of(other) == int8::kernels_of(plan);
+                other.model == plan.model && same_sites && other.calibration.is_same_as(&plan.calibration)
+            };
             match groups.iter_mut().find(|(other, _)| shares(other)) {
                 Some((_, group)) => group.push(index),
                 None => groups.push((plan, vec![index])),

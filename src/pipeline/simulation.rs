@@ -23,7 +23,26 @@ impl Simulation {
         selections: &select::Selections,
         corrections: &Corrections,
     ) -> Result<Self, Error> {
-        let (taps, params) = substitutes(&sites.activations, &selections.activations);
+        Self::with_activations(model, (sites, &selections.activations), selections, corrections)
+    }
+
+    /// As [`new`](Self::new), with activations in float.
+    pub(super) fn of_weights(
+        model: &Clean,
+        sites: &Sites,
+        selections: &select::Selections,
+        corrections: &Corrections,
+    ) -> Result<Self, Error> {
+        Self::with_activations(model, (sites, &[]), selections, corrections)
+    }
+
+    fn with_activations(
+        model: &Clean,
+        (sites, activations): (&Sites, &[Option<QuantParams>]),
+        selections: &select::Selections,
+        corrections: &Corrections,
+    ) -> Result<Self, Error> {
+        let (taps, params) = substitutes(&sites.activations, activations);
         let weights = sites.weights.iter().zip(&selections.weights);
         let weights = weights.flat_map(|(site, tensor)| {
             site.values.iter().map(|&value| (jit::Place::Constant(value), tensor.shallow_clone()))

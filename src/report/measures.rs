@@ -59,6 +59,19 @@ pub enum Sqnr {
 }
 
 impl Comparison {
+    /// Of no rows.
+    pub const NOTHING: Self = Self {
+        accuracy: Accuracy { top1: None, top5: None },
+        agreement: None,
+        sqnr_db: None,
+        squared_error: None,
+        cosine: None,
+        max_abs_diff: None,
+        max_abs_float: None,
+        not_finite: 0,
+        rows: 0,
+    };
+
     /// The SQNR, with the reason why it is no number.
     #[must_use]
     pub fn sqnr(&self) -> Sqnr {

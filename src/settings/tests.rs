@@ -30,6 +30,7 @@ fn sites() -> Sites {
         op: OPS[maker].1.to_owned(),
         channel_axis: ChannelAxis::Second,
         anchors: Vec::new(),
+        members: Vec::new(),
         makers: vec![maker],
         readers: readers.to_vec(),
     };

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::Kernels;
 use super::ops::{self, Role};
 use crate::jit::{Listing, Node, NodeId, ValueId};
 
@@ -25,7 +26,7 @@ pub(super) struct Classes<'a> {
 }
 
 impl<'a> Classes<'a> {
-    pub(super) fn new(listing: &'a Listing) -> Self {
+    pub(super) fn new(listing: &'a Listing, kernels: Kernels) -> Self {
         let count = listing.values.len();
         let mut classes = Self {
             listing,
@@ -45,6 +46,9 @@ impl<'a> Classes<'a> {
         }
         for node in &listing.nodes {
             classes.join_node(node);
+            if kernels == Kernels::Int8 && (ops::keeps_quantizer(&node.op) || classes.is_lone_relu(node)) {
+                classes.join_results(node);
+            }
         }
         for value in 0..count {
             classes.members.entry(classes.of(value)).or_default().push(value);
@@ -196,6 +200,24 @@ impl<'a> Classes<'a> {
             let leaves_block = self.returned[list] && !forward.is_some_and(|block| block.returns.contains(&list));
             leaves_block || self.users(list).iter().any(unpacks)
         })
+    }
+
+    /// A ReLU that no layer or sum takes in: its kernel writes with the quantizer of what it reads.
+    fn is_lone_relu(&self, node: &Node) -> bool {
+        let Some(&input) = node.inputs.first().filter(|_| node.op == "aten::relu") else { return false };
+        let maker = self.maker(input).map(|id| &self.listing.nodes[id]);
+        let takes_it_in = maker.is_some_and(|maker| {
+            matches!(ops::role(&maker.op), Some(Role::Weighted(_) | Role::Product(_) | Role::Quantized(_)))
+                && !ops::keeps_quantizer(&maker.op)
+        });
+        !takes_it_in || self.users(input).len() > 1 || self.is_returned(input)
+    }
+
+    /// Joins what is made of numbers with them, though it is no longer the same numbers.
+    fn join_results(&mut self, node: &Node) {
+        if let (Some(&input), Some(&output)) = (node.inputs.first(), node.outputs.first()) {
+            self.join(input, output);
+        }
     }
 
     fn join_if(&mut self, node: &Node) {

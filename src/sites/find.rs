@@ -7,16 +7,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::attention::{self, Scores};
 use super::classes::{Classes, effective_role, moves};
 use super::names;
-use super::ops::{Role, Weighted, Weights};
-use super::{ActivationSite, Anchor, ChannelAxis, Layer, LeftFloat, Sites, WeightSite};
+use super::ops::{self, Role, Weighted, Weights};
+use super::{ActivationSite, Anchor, ChannelAxis, Kernels, Layer, LeftFloat, Sites, WeightSite};
 use crate::jit::{Constant, Listing, Node, NodeId, ValueId};
 
-pub(super) fn find(listing: &Listing) -> Sites {
-    let classes = Classes::new(listing);
+pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
+    let classes = Classes::new(listing, kernels);
     let scores = attention::find(listing, &classes);
     let names = names::of_nodes(listing);
     let mut finder = Finder {
         listing,
+        kernels,
         classes,
         scores,
         names,
@@ -38,6 +39,7 @@ pub(super) fn find(listing: &Listing) -> Sites {
 
 struct Finder<'a> {
     listing: &'a Listing,
+    kernels: Kernels,
     classes: Classes<'a>,
     scores: Scores,
     names: Vec<String>,
@@ -97,6 +99,9 @@ impl Finder<'_> {
             }
             Some(Role::Float) => self.leave_op_float(id, "computed in float"),
             Some(Role::Softmax) => self.leave_op_float(id, "computed in float; where its result is used, it is a site"),
+            Some(Role::Activation) if self.kernels == Kernels::Int8 && !ops::is_clamp(&node.op) => {
+                self.visit_quantized(id, &[0]);
+            }
             Some(Role::Activation) if !self.fused_from.contains_key(&id) => {
                 self.leave_op_float(id, "computed in float: it follows no layer that it could join");
             }
@@ -240,9 +245,9 @@ impl Finder<'_> {
             && function.inputs.first() == Some(&output)
             && !self.classes.is_returned(output);
         // Sums fuse with the clamps only, as integer kernels do.
-        let clamps = ["relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"];
-        let takes_any = matches!(effective_role(self.listing, node), Some(Role::Weighted(_) | Role::Product(_)));
-        (joins && (takes_any || clamps.contains(&names::short(&function.op)))).then_some(reader)
+        let is_layer = matches!(effective_role(self.listing, node), Some(Role::Weighted(_) | Role::Product(_)));
+        let takes_any = is_layer && self.kernels == Kernels::Float;
+        (joins && (takes_any || ops::is_clamp(&function.op))).then_some(reader)
     }
 
     fn demand(&mut self, value: ValueId) {
@@ -302,8 +307,10 @@ impl Finder<'_> {
                 let anchors =
                     anchors.into_iter().map(|value| Anchor { value, name: self.name_value(value).0 }).collect();
                 let channel_axis = self.channel_axis(class);
+                let members = self.classes.members(class).collect();
                 let (makers, readers) = (Vec::new(), Vec::new());
-                self.sites.activations.push(ActivationSite { name, layer, op, channel_axis, anchors, makers, readers });
+                let site = ActivationSite { name, layer, op, channel_axis, anchors, members, makers, readers };
+                self.sites.activations.push(site);
             }
         }
         self.sites.activations.sort_by_key(|site| site.anchors.first().map(|anchor| anchor.value));

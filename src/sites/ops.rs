@@ -181,6 +181,25 @@ pub(super) fn role(op: &str) -> Option<Role> {
     TABLE.iter().find(|(name, _)| *name == op).map(|(_, role)| *role)
 }
 
+/// True for ops on whose results libtorch's 8-bit kernels put the quantizer of what they read.
+pub(super) fn keeps_quantizer(op: &str) -> bool {
+    const OPS: &[&str] = &[
+        "aten::avg_pool2d",
+        "aten::avg_pool3d",
+        "aten::adaptive_avg_pool2d",
+        "aten::adaptive_avg_pool3d",
+        "aten::mean",
+        "aten::upsample_bilinear2d",
+    ];
+    OPS.contains(&op)
+}
+
+/// True for the activation functions that 8-bit kernels of layers and sums compute along with them.
+pub(super) fn is_clamp(op: &str) -> bool {
+    const OPS: &[&str] = &["relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"];
+    OPS.contains(&super::names::short(op))
+}
+
 /// Arithmetic that scores and masks go through on their way into a softmax.
 pub(super) fn is_mask_arithmetic(op: &str) -> bool {
     const OPS: &[&str] = &[

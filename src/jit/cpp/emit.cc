@@ -34,21 +34,6 @@ torch::jit::Module child_of(torch::jit::Module &parent, const std::string &name)
   return parent.attr(name).toModule();
 }
 
-// The value of a new parameter or buffer.
-torch::jit::Value *add_parameter(torch::jit::Module &module, torch::jit::Graph &graph, const std::string &name,
-                                 const at::Tensor &tensor, bool is_buffer) {
-  const auto path = split(name);
-  auto owner = module;
-  auto *object = graph.inputs().at(0);
-  for (std::size_t i = 0; i + 1 < path.size(); ++i) {
-    auto child = child_of(owner, path[i]);
-    object = graph.insertGetAttr(object, path[i]);
-    owner = child;
-  }
-  owner.register_parameter(path.back(), tensor.to(at::kCPU), is_buffer);
-  return graph.insertGetAttr(object, path.back());
-}
-
 void add_quantizer(torch::jit::Graph &graph, torch::jit::Value *value, const QuantizerRow &row) {
   static const auto op = c10::Symbol::fromQualString("aten::fake_quantize_per_tensor_affine");
   torch::jit::WithInsertPoint after(node_after(value));
@@ -59,37 +44,6 @@ void add_quantizer(torch::jit::Graph &graph, torch::jit::Value *value, const Qua
   graph.insertNode(node);
   node->output()->setType(c10::TensorType::get());
   replace_inner_uses(graph, value, node);
-}
-
-// A device that was stored when the model was traced: from now on that of the first tensor that comes in.
-void follow_device(torch::jit::Graph &graph, const std::vector<torch::jit::Value *> &values) {
-  torch::jit::Value *input = nullptr;
-  for (auto *candidate : graph.inputs())
-    if (!input && candidate->type()->isSubtypeOf(*c10::TensorType::get()))
-      input = candidate;
-  for (auto *value : values) {
-    if (value->node()->kind() != torch::jit::prim::Constant || value->type()->kind() != c10::TypeKind::DeviceObjType ||
-        !input)
-      continue;
-    auto *device = graph.create(torch::jit::prim::device, {input}, 1);
-    device->output()->setType(c10::DeviceObjType::get());
-    graph.insertNode(device);
-    value->replaceAllUsesWith(device->output());
-  }
-}
-
-// What freezing left in a module whose graph no longer reads it.
-void drop_attributes(torch::jit::Module &module) {
-  const auto type = module.type();
-  while (type->numAttributes() > 0) {
-    type->unsafeRemoveAttribute(type->getAttributeName(0));
-    module._ivalue()->unsafeRemoveSlot(0);
-  }
-}
-
-void move_to_processor(const torch::jit::Module &module, torch::jit::Graph &graph) {
-  move_attributes(module, at::kCPU);
-  move_constants(graph, at::kCPU);
 }
 
 // libtorch's archive writer throws out of its destructor once a write has failed, which ends the process. So it is told that
@@ -122,6 +76,63 @@ void save(const torch::jit::Module &module, const torch::jit::ExtraFilesMap &ext
 
 } // namespace
 
+torch::jit::Value *add_attribute(const torch::jit::Module &module, torch::jit::Graph &graph, const std::string &name,
+                                 const c10::IValue &attribute, bool is_parameter) {
+  const auto path = split(name);
+  auto owner = module;
+  auto *object = graph.inputs().at(0);
+  for (std::size_t i = 0; i + 1 < path.size(); ++i) {
+    auto child = child_of(owner, path[i]);
+    object = graph.insertGetAttr(object, path[i]);
+    owner = child;
+  }
+  if (attribute.isTensor())
+    owner.register_parameter(path.back(), attribute.toTensor().to(at::kCPU), /*is_buffer=*/!is_parameter);
+  else
+    owner.register_attribute(path.back(), attribute.type(), attribute);
+  return graph.insertGetAttr(object, path.back());
+}
+
+void follow_device(torch::jit::Graph &graph) {
+  torch::jit::Value *input = nullptr;
+  for (auto *candidate : graph.inputs())
+    if (!input && candidate->type()->isSubtypeOf(*c10::TensorType::get()))
+      input = candidate;
+  torch::jit::WithInsertPoint at_start(*graph.block()->nodes().begin());
+  for (auto *value : enumerate_values(graph)) {
+    if (value->node()->kind() != torch::jit::prim::Constant || value->type()->kind() != c10::TypeKind::DeviceObjType ||
+        !input)
+      continue;
+    auto *device = graph.create(torch::jit::prim::device, {input}, 1);
+    device->output()->setType(c10::DeviceObjType::get());
+    graph.insertNode(device);
+    value->replaceAllUsesWith(device->output());
+  }
+}
+
+void drop_attributes(torch::jit::Module &module) {
+  const auto type = module.type();
+  while (type->numAttributes() > 0) {
+    type->unsafeRemoveAttribute(type->getAttributeName(0));
+    module._ivalue()->unsafeRemoveSlot(0);
+  }
+}
+
+void write_module(const torch::jit::Module &module, torch::jit::Graph &graph, rust::Slice<const ExtraFile> files,
+                  rust::Str path) {
+  for (auto *value : enumerate_values(graph))
+    if (value->node()->kind() == torch::jit::prim::Constant && value->uses().empty())
+      value->node()->destroy();
+  // The file is the same wherever it was made, and can be loaded where there is no GPU.
+  move_attributes(module, at::kCPU);
+  move_constants(graph, at::kCPU);
+  graph.lint();
+  torch::jit::ExtraFilesMap extra;
+  for (const auto &file : files)
+    extra.emplace(std::string(file.name), std::string(file.text));
+  save(module, extra, std::string(path.data(), path.size()));
+}
+
 void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
                  rust::Slice<const ParameterRow> parameters, const Tensors &tensors,
                  rust::Slice<const ExtraFile> files, rust::Str path) {
@@ -130,26 +141,17 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
   auto values = enumerate_values(*graph);
   if (!uses_self(*graph))
     drop_attributes(module);
+  follow_device(*graph);
   {
     torch::jit::WithInsertPoint at_start(*graph->block()->nodes().begin());
-    follow_device(*graph, values);
     for (std::size_t i = 0; i < parameters.size(); ++i)
       put_tensor(*graph, values, parameters[i].place,
-                 add_parameter(module, *graph, std::string(parameters[i].name), tensors.inner.at(i),
-                               parameters[i].is_buffer));
+                 add_attribute(module, *graph, std::string(parameters[i].name), tensors.inner.at(i),
+                               !parameters[i].is_buffer));
   }
   for (const auto &row : quantizers)
     add_quantizer(*graph, values.at(row.value), row);
-  for (auto *value : values)
-    if (value->node()->kind() == torch::jit::prim::Constant && value->uses().empty())
-      value->node()->destroy();
-  // The file is the same wherever it was made, and can be loaded where there is no GPU.
-  move_to_processor(module, *graph);
-  graph->lint();
-  torch::jit::ExtraFilesMap extra;
-  for (const auto &file : files)
-    extra.emplace(std::string(file.name), std::string(file.text));
-  save(module, extra, std::string(path.data(), path.size()));
+  write_module(module, *graph, files, path);
 }
 
 } // namespace tsquant

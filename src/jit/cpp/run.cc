@@ -46,24 +46,27 @@ void simulate(torch::jit::Stack &stack) {
   torch::jit::push(stack, std::move(value));
 }
 
-void register_operators() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    torch::jit::RegisterOperators({
-        torch::jit::Operator("tsquant::tap(Tensor(a) x, int site) -> Tensor(a)", tap,
-                             c10::AliasAnalysisKind::FROM_SCHEMA),
-        torch::jit::Operator("tsquant::simulate(Tensor x, int site) -> Tensor", simulate,
-                             c10::AliasAnalysisKind::FROM_SCHEMA),
-        torch::jit::Operator("tsquant::gradient(Tensor(a) x, int site) -> Tensor(a)", tap_gradient,
-                             c10::AliasAnalysisKind::FROM_SCHEMA),
-    });
-  });
-}
-
 bool writes_arguments(const std::shared_ptr<torch::jit::Graph> &graph) {
   const torch::jit::AliasDb aliases(graph);
   const auto &inputs = graph->inputs();
   return std::any_of(inputs.begin() + 1, inputs.end(), [&](auto *input) { return aliases.hasWriters(input); });
+}
+
+// True if running the graph may change what its module holds.
+bool may_write_state(torch::jit::Block *block) {
+  for (auto *node : block->nodes()) {
+    const auto kind = node->kind();
+    const auto *schema = node->maybeSchema();
+    // These write running statistics in training, which their schemas do not say.
+    const bool normalizes = kind == torch::jit::aten::batch_norm || kind == torch::jit::aten::instance_norm;
+    if (kind == torch::jit::prim::SetAttr || kind == torch::jit::prim::CallMethod || normalizes ||
+        (schema && schema->is_mutable()))
+      return true;
+    for (auto *inner : node->blocks())
+      if (may_write_state(inner))
+        return true;
+  }
+  return false;
 }
 
 torch::jit::Symbol operator_of(TapKind kind) {
@@ -79,12 +82,26 @@ torch::jit::Symbol operator_of(TapKind kind) {
 
 } // namespace
 
+void register_operators() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    torch::jit::RegisterOperators({
+        torch::jit::Operator("tsquant::tap(Tensor(a) x, int site) -> Tensor(a)", tap,
+                             c10::AliasAnalysisKind::FROM_SCHEMA),
+        torch::jit::Operator("tsquant::simulate(Tensor x, int site) -> Tensor", simulate,
+                             c10::AliasAnalysisKind::FROM_SCHEMA),
+        torch::jit::Operator("tsquant::gradient(Tensor(a) x, int site) -> Tensor(a)", tap_gradient,
+                             c10::AliasAnalysisKind::FROM_SCHEMA),
+    });
+  });
+}
+
 CurrentVisitor::CurrentVisitor(Visitor &visitor) : previous_(current_visitor) { current_visitor = &visitor; }
 CurrentVisitor::~CurrentVisitor() { current_visitor = previous_; }
 
 void prepare(Executable &executable, const torch::jit::Module &state) {
   executable.code = torch::jit::Code(executable.graph, "forward");
-  executable.stateful = uses_self(*executable.graph);
+  executable.stateful = uses_self(*executable.graph) && may_write_state(executable.graph->block());
   executable.writes_arguments = writes_arguments(executable.graph);
   executable.state = state;
 }

@@ -48,6 +48,10 @@ struct PlaceRow;
 struct QuantizerRow;
 struct ParameterRow;
 struct ExtraFile;
+struct OperandRow;
+struct EditRows;
+struct AttributeOfOp;
+struct ResultRow;
 enum class Pass : std::uint8_t;
 enum class ValueKind : std::uint8_t;
 
@@ -196,7 +200,43 @@ void emit_module(const Frozen &f, rust::Slice<const QuantizerRow> quantizers,
                  rust::Slice<const ParameterRow> parameters, const Tensors &tensors,
                  rust::Slice<const ExtraFile> files, rust::Str path);
 
+// The graph with these edits, and without what nothing reads then, as a file; only parameters that are read are part of it.
+void emit_edited(const Frozen &f, const EditRows &edits, const Tensors &made_of,
+                 rust::Slice<const ParameterRow> parameters, const Tensors &tensors,
+                 rust::Slice<const ExtraFile> files, rust::Str path);
+// The same to run, with everything that it had before: taps may be among the inserted ops.
+std::unique_ptr<Executable> edited(const Frozen &f, const EditRows &edits, const Tensors &made_of,
+                                   rust::Slice<const PlaceRow> places, const Tensors &tensors);
+
+// Packs a weight by one op and runs another on it, once or more often; that takes x, the packed weight, scale and zero point of
+// its result.
+std::unique_ptr<at::Tensor> pack_and_run(const AttributeOfOp &pack, const Tensors &made_of, rust::Str op,
+                                         const at::Tensor &x, const ResultRow &result);
+
+// A frozen copy, as users make one to run it; optimized, it is fit for nothing but inference on this machine.
+std::unique_ptr<Module> freeze_for_inference(const Module &m, bool optimized);
+// By libtorch's own executor and without a copy of the module: it has to be without state.
+std::unique_ptr<Value> call_as_it_is(const Module &m, const Arguments &a);
+
+// The library that 8-bit kernels run on, and those that this libtorch has; each process has one.
+rust::String quantized_engine();
+rust::Vec<rust::String> quantized_engines();
+void set_quantized_engine(rust::Str name);
+
 // Shared by the source files; not seen from Rust.
+
+// Makes the operators of taps known to libtorch.
+void register_operators();
+// The value of an attribute with this dotted name, read at the insertion point; modules on the way are made where they are missing.
+torch::jit::Value *add_attribute(const torch::jit::Module &module, torch::jit::Graph &graph, const std::string &name,
+                                 const c10::IValue &attribute, bool is_parameter);
+// Devices that were stored when the model was traced become that of the first tensor that comes in.
+void follow_device(torch::jit::Graph &graph);
+// What freezing left in a module whose graph no longer reads it.
+void drop_attributes(torch::jit::Module &module);
+// Brings everything to the processor and writes the file.
+void write_module(const torch::jit::Module &module, torch::jit::Graph &graph, rust::Slice<const ExtraFile> files,
+                  rust::Str path);
 
 // Brings the tensors and devices among a graph's constants to a device.
 void move_constants(torch::jit::Graph &graph, at::Device device);

@@ -1,0 +1,279 @@
+//! Convolutions, linear layers and products with a constant matrix as 8-bit kernels. It knows no other ops.
+
+use super::engine::Task;
+use super::kernels::Convolution;
+use super::recipe::{BiasOf, Recipe};
+use super::walk::{Eight, Lowered, Stay, Walk};
+use crate::jit::{Node, NodeId, Operand, Place, Position, ValueId};
+use crate::sites;
+
+/// Where a kernel writes.
+pub(super) struct Target {
+    /// The value that it makes.
+    pub(super) value: ValueId,
+    /// The last op that it stands for.
+    pub(super) last: NodeId,
+    pub(super) eight: Eight,
+    /// What it clamps to, beyond what the quantizer clamps to anyway.
+    pub(super) clamp: Option<[f64; 2]>,
+    /// A ReLU is computed along with it.
+    pub(super) relu: bool,
+}
+
+/// Reason of a layer whose result leaves the model.
+const OUTPUT: &str = "its result is an output of the model, which stays float";
+
+impl Walk<'_> {
+    pub(super) fn convolution(&mut self, id: NodeId, slots: Convolution) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let (input, weight) = self.operands(node, (0, 1))?;
+        let spatial = self.given.weights[weight].image.dim().saturating_sub(2);
+        if self.graph.rank(node.inputs[0]) != Some(spatial + 2) {
+            return Err(Stay::Because(format!("its 8-bit kernel takes batches, tensors of {} axes", spatial + 2)));
+        }
+        let target = self.target(id)?;
+        let numbers = self.geometry(node, slots, spatial)?;
+        self.check_engine(self.task(weight, &numbers))?;
+        let (pack, names) = match spatial {
+            1 => ("quantized::conv1d_prepack", ["quantized::conv1d", "quantized::conv1d_relu"]),
+            2 => ("quantized::conv2d_prepack", ["quantized::conv2d", "quantized::conv2d_relu"]),
+            _ => ("quantized::conv3d_prepack", ["quantized::conv3d", "quantized::conv3d_relu"]),
+        };
+        let bias = self.bias(node, true)?;
+        let layer = self.name(id).to_owned();
+        let packed = self.recipe(Recipe::Packed { layer, op: pack, weight, transposed: false, bias, numbers });
+        let quantized = self.quantized(node.inputs[0], &input);
+        self.put(id, names, vec![quantized, packed], (target, vec![(id, 0, node.inputs[0])]));
+        Ok(())
+    }
+
+    /// What an engine has to be right in for a convolution.
+    fn task(&self, weight: usize, numbers: &[Operand]) -> Task {
+        let shape = self.given.weights[weight].image.size();
+        let is_grouped = !matches!(numbers.last(), Some(Operand::Int(1)));
+        if is_grouped && shape.get(1) == Some(&1) {
+            Task::Depthwise
+        } else if shape.iter().skip(2).all(|&taps| taps == 1) {
+            Task::Pointwise
+        } else {
+            Task::Window
+        }
+    }
+
+    fn check_engine(&self, task: Task) -> Result<(), Stay> {
+        if self.given.wrong.contains(&task) {
+            return Err(Stay::Because(format!("the engine computes {} wrong on this machine", task.name())));
+        }
+        Ok(())
+    }
+
+    /// Stride, padding, dilation, groups.
+    fn geometry(&self, node: &Node, slots: Convolution, spatial: usize) -> Result<Vec<Operand>, Stay> {
+        let list = |slot, what: &str| {
+            let numbers = self.graph.numbers(node, slot, spatial);
+            numbers.ok_or_else(|| Stay::Because(format!("its `{what}` is no constant")))
+        };
+        let (stride, dilation) = (list(3, "stride")?, list(slots.dilation, "dilation")?);
+        let mode = self.graph.constant(node, 4).map(|constant| constant.text.trim_matches(['"', '\'']));
+        let padding = match mode {
+            Some("valid") => vec![0; spatial],
+            Some("same") => {
+                let shape = self.graph.constant(node, 1).map(|weight| weight.shape.as_slice()).unwrap_or_default();
+                let taps = shape.iter().skip(2).zip(&dilation).map(|(kernel, dilation)| dilation * (kernel - 1));
+                let both: Vec<i64> = taps.collect();
+                if both.iter().any(|both| both % 2 != 0) {
+                    return Err("its 8-bit kernel pads both sides alike".into());
+                }
+                both.into_iter().map(|both| both / 2).collect()
+            }
+            _ => list(4, "padding")?,
+        };
+        let groups = self.graph.numbers(node, slots.groups, 1);
+        let groups = groups.and_then(|groups| groups.first().copied()).ok_or("its `groups` is no constant")?;
+        Ok(vec![Operand::Ints(stride), Operand::Ints(padding), Operand::Ints(dilation), Operand::Int(groups)])
+    }
+
+    /// A layer whose weight has its output channels in rows, or else in columns.
+    pub(super) fn linear(&mut self, id: NodeId, (data, slot): (usize, usize), rows: bool) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let (input, weight) = self.operands(node, (data, slot))?;
+        let value = node.inputs[data];
+        let rank = self.graph.rank(value).filter(|&rank| rank >= 2);
+        let rank = rank.ok_or("its 8-bit kernel takes batches of rows")?;
+        if self.given.weights[weight].image.dim() != 2 {
+            return Err("its 8-bit kernel takes weights of two axes".into());
+        }
+        self.check_engine(Task::Linear)?;
+        let bias = self.bias(node, rows)?;
+        let layer = self.name(id).to_owned();
+        let op = "quantized::linear_prepack";
+        let packed = Recipe::Packed { layer, op, weight, transposed: !rows, bias, numbers: Vec::new() };
+        match self.target(id) {
+            Ok(target) => {
+                let packed = self.recipe(packed);
+                let quantized = self.quantized(value, &input);
+                let names = ["quantized::linear", "quantized::linear_relu"];
+                self.put(id, names, vec![quantized, packed], (target, vec![(id, data, value)]));
+                Ok(())
+            }
+            Err(stay) => {
+                let features = self.graph.constant(node, slot).and_then(|weight| {
+                    let axis = if rows { 1 } else { 0 };
+                    weight.shape.get(axis).copied()
+                });
+                let features = features.filter(|&features| features >= 2 && rank == 2).ok_or(stay)?;
+                self.linear_into_float(id, (value, data), (packed, features), &input);
+                Ok(())
+            }
+        }
+    }
+
+    /// A linear layer that writes float numbers. Its kernel chooses the quantizer of its input by the range of that: a further
+    /// row with the ends of the site's range makes it choose the site's.
+    fn linear_into_float(
+        &mut self,
+        id: NodeId,
+        (value, slot): (ValueId, usize),
+        (packed, features): (Recipe, i64),
+        input: &Eight,
+    ) {
+        let range = input.params.range();
+        let layer = self.name(id).to_owned();
+        let packed = self.recipe(packed);
+        let row = self.recipe(Recipe::Range { layer, features, lo: range.lo, hi: range.hi });
+        let position = Position::Before(id);
+        let quantized = self.quantized(value, input);
+        let float = self.insert(position, "aten::dequantize", vec![quantized]);
+        let list = self.insert_making(position, "prim::ListConstruct", vec![float, row], crate::jit::Makes::Tensors);
+        let rows = self.insert(position, "aten::cat", vec![list, Operand::Int(0)]);
+        let kernel = "quantized::linear_dynamic";
+        let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(false)]);
+        let ends = [Operand::Int(0), Operand::Int(0), Operand::Int(-1), Operand::Int(1)];
+        let result = self.insert(position, "aten::slice", [all].into_iter().chain(ends).collect());
+        let node = self.graph.node(id);
+        let output = node.outputs[0];
+        self.make_float(output, result.clone(), position);
+        let (name, op) = (self.name(id).to_owned(), node.op.clone());
+        let reads = vec![(id, slot, value)];
+        self.add_kernel(Lowered { name, op, kernel, value: output, result, eight: None, reads, quantized: Vec::new() });
+    }
+
+    /// The quantizer of the data and the weight of a layer in these slots.
+    fn operands(&self, node: &Node, (data, weight): (usize, usize)) -> Result<(Eight, usize), Stay> {
+        let weight = node.inputs.get(weight).and_then(|&value| self.weight(value));
+        let weight = weight.ok_or("it has no quantized weight")?;
+        if !self.given.weights[weight].fits_kernels() {
+            return Err("its weight has no quantizer that its 8-bit kernel takes".into());
+        }
+        let data = node.inputs.get(data).copied();
+        let input = data.filter(|&value| self.graph.listing.values[value].constant.is_none());
+        let input = input.and_then(|value| self.eight(value)).ok_or("its input has no 8-bit quantizer")?;
+        Ok((input, weight))
+    }
+
+    /// The bias in the third slot, or one that was to be added to the result.
+    fn bias(&self, node: &Node, has_slot: bool) -> Result<Option<BiasOf>, Stay> {
+        let result = node.outputs[0];
+        let place = if has_slot { Place::Input { result, slot: 2 } } else { Place::Addend(result) };
+        if let Some(number) = self.given.biases.iter().position(|bias| bias.place == place) {
+            return Ok(Some(BiasOf::Corrected(number)));
+        }
+        if !has_slot {
+            return Ok(None);
+        }
+        let value = node.inputs.get(2).copied();
+        match value.and_then(|value| self.graph.listing.values[value].constant.as_ref().map(|known| (value, known))) {
+            Some((value, known)) if known.dtype == "Float" && known.shape.len() == 1 => {
+                Ok(Some(BiasOf::Constant(value)))
+            }
+            Some((_, known)) if !known.is_tensor() => Ok(None),
+            _ => Err("its bias is no constant".into()),
+        }
+    }
+
+    /// Where the kernel of an op writes, with the clamp that joins it.
+    pub(super) fn target(&self, id: NodeId) -> Result<Target, Stay> {
+        let output = self.graph.node(id).outputs[0];
+        let (value, last) = if self.is_anchor(output) {
+            (output, id)
+        } else {
+            self.joining(output).ok_or("its result has no quantizer")?
+        };
+        if self.graph.is_output(value) {
+            return Err(OUTPUT.into());
+        }
+        let eight = self.eight(value).ok_or("its result has no 8-bit quantizer")?;
+        let mut target = Target { value, last, eight, clamp: None, relu: false };
+        if last != id {
+            let [lo, hi] = self.bounds(last).ok_or("what it is clamped to is no constant")?;
+            #[allow(clippy::cast_possible_truncation)]
+            let level = |bound: f64| eight.params.quantize(bound as f32);
+            target.relu = lo == 0.0;
+            let cuts_low = lo != 0.0 && level(lo) > eight.params.quant_min();
+            let cuts = cuts_low || level(hi) < eight.params.quant_max();
+            target.clamp = cuts.then_some([lo, hi]);
+        }
+        Ok(target)
+    }
+
+    /// The clamp that is the only reader of a value, and has the quantizer that the value has not.
+    fn joining(&self, value: ValueId) -> Option<(ValueId, NodeId)> {
+        let reader = self.graph.only_reader(value)?;
+        let node = self.graph.node(reader);
+        let joins = sites::is_clamp(&node.op) && node.inputs.first() == Some(&value);
+        let output = node.outputs.first().copied().filter(|&output| joins && self.is_anchor(output))?;
+        Some((output, reader))
+    }
+
+    /// What a clamp clamps to.
+    fn bounds(&self, id: NodeId) -> Option<[f64; 2]> {
+        let node = self.graph.node(id);
+        let bound = |slot: usize, absent: f64| match self.graph.constant(node, slot)?.text.as_str() {
+            "None" => Some(absent),
+            text => text.parse().ok(),
+        };
+        let (none, endless) = (f64::NEG_INFINITY, f64::INFINITY);
+        match node.op.as_str() {
+            "aten::relu" => Some([0.0, endless]),
+            "aten::relu6" => Some([0.0, 6.0]),
+            "aten::hardtanh" | "aten::clamp" => Some([bound(1, none)?, bound(2, endless)?]),
+            "aten::clamp_min" => Some([bound(1, none)?, endless]),
+            "aten::clamp_max" => Some([none, bound(1, endless)?]),
+            _ => None,
+        }
+    }
+
+    /// Inserts a kernel that takes scale and zero point of its result last; `names` are the plain one and that with a ReLU.
+    pub(super) fn put(
+        &mut self,
+        id: NodeId,
+        names: [&'static str; 2],
+        mut inputs: Vec<Operand>,
+        (target, reads): (Target, Vec<(NodeId, usize, ValueId)>),
+    ) {
+        let Target { value, last, eight, clamp, relu } = target;
+        let position = Position::Before(last);
+        inputs.extend(eight.operands());
+        let kernel = names[usize::from(relu)];
+        let mut result = self.insert(position, kernel, inputs);
+        if let Some(bounds) = clamp {
+            let bounds = bounds.map(|bound| if bound.is_finite() { Operand::Float(bound) } else { Operand::None });
+            result = self.insert(position, "quantized::clamp", [result].into_iter().chain(bounds).collect());
+        }
+        if last != id {
+            self.merge(last);
+        }
+        let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
+        self.add_kernel(Lowered {
+            name,
+            op,
+            kernel,
+            value,
+            result: result.clone(),
+            eight: Some(eight),
+            reads,
+            quantized: Vec::new(),
+        });
+        self.make_quantized(value, (result, eight), position);
+    }
+}

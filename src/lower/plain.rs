@@ -1,0 +1,142 @@
+//! Ops without weights on quantized tensors: sums, products, concatenation, functions, pooling, views.
+
+use super::kernels::Function;
+use super::walk::{Lowered, Stay, Walk};
+use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
+
+/// Reason of an op whose operands are not all sites.
+const NOT_BOTH: &str = "not all of its operands have an 8-bit quantizer";
+
+impl Walk<'_> {
+    pub(super) fn binary(&mut self, id: NodeId, names: [&'static str; 2], factor: Option<usize>) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let operands = [node.inputs[0], node.inputs[1]];
+        if !operands.iter().any(|&value| self.native(value).is_some()) {
+            return Err(Stay::AsItIs);
+        }
+        if operands.iter().any(|&value| self.graph.listing.values[value].constant.is_some()) {
+            return Err("its 8-bit kernel takes no constant operand".into());
+        }
+        if factor.is_some_and(|slot| self.graph.number(node, slot) != Some(1.0)) {
+            return Err("its 8-bit kernel takes no factor".into());
+        }
+        let eights = operands.map(|value| self.eight(value));
+        let [Some(left), Some(right)] = eights else { return Err(NOT_BOTH.into()) };
+        let target = self.target(id)?;
+        let inputs = vec![self.quantized(operands[0], &left), self.quantized(operands[1], &right)];
+        let reads = vec![(id, 0, operands[0]), (id, 1, operands[1])];
+        self.put(id, names, inputs, (target, reads));
+        Ok(())
+    }
+
+    pub(super) fn concat(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let elements = self.graph.elements(node.inputs[0]).ok_or("its list is not put together in the graph")?;
+        if !elements.iter().any(|&value| self.native(value).is_some()) {
+            return Err(Stay::AsItIs);
+        }
+        let eights: Option<Vec<_>> = elements.iter().map(|&value| Some((value, self.eight(value)?))).collect();
+        let eights = eights.ok_or(NOT_BOTH)?;
+        let target = self.target(id)?;
+        let list = self.graph.maker(node.inputs[0]).unwrap_or(id);
+        let reads = elements.iter().enumerate().map(|(slot, &value)| (list, slot, value)).collect();
+        let inputs = eights.into_iter().map(|(value, eight)| self.quantized(value, &eight)).collect();
+        let list = self.insert_making(Position::Before(target.last), "prim::ListConstruct", inputs, Makes::Tensors);
+        let names = ["quantized::cat", "quantized::cat_relu"];
+        self.put(id, names, vec![list, Operand::Value(node.inputs[1])], (target, reads));
+        Ok(())
+    }
+
+    pub(super) fn function(&mut self, id: NodeId, function: Function) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let value = node.inputs[0];
+        let input = self.native(value).ok_or(Stay::AsItIs)?;
+        let target = self.target(id)?;
+        let quantized = self.quantized(value, &input);
+        let reads = vec![(id, 0, value)];
+        let further = |slot| node.inputs.get(slot).map_or(Operand::Int(1), |&value| Operand::Value(value));
+        match function {
+            Function::Plain(name) => self.put(id, [name; 2], vec![quantized], (target, reads)),
+            Function::LeakyRelu => {
+                let inputs = vec![quantized, further(1), Operand::Bool(false)];
+                self.put(id, ["quantized::leaky_relu"; 2], inputs, (target, reads));
+            }
+            Function::Elu => self.put_elu(id, (quantized, [further(1), further(2), further(3)]), (target, reads)),
+        }
+        Ok(())
+    }
+
+    /// The one kernel that takes scale and zero point before its further arguments.
+    fn put_elu(
+        &mut self,
+        id: NodeId,
+        (quantized, further): (Operand, [Operand; 3]),
+        (target, reads): (super::layers::Target, Vec<(NodeId, usize, ValueId)>),
+    ) {
+        let (kernel, eight, value, position) = ("quantized::elu", target.eight, target.value, Position::Before(id));
+        let inputs = [quantized].into_iter().chain(eight.operands()).chain(further);
+        let result = self.insert(position, kernel, inputs.collect());
+        let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
+        self.add_kernel(Lowered {
+            name,
+            op,
+            kernel,
+            value,
+            result: result.clone(),
+            eight: Some(eight),
+            reads,
+            quantized: Vec::new(),
+        });
+        self.make_quantized(value, (result, eight), position);
+    }
+
+    /// libtorch's own op, on a quantized tensor.
+    pub(super) fn keep(&mut self, id: NodeId, rank: Option<usize>) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let value = node.inputs[0];
+        let eight = self.native(value).ok_or(Stay::AsItIs)?;
+        if rank.is_some_and(|rank| self.graph.rank(value) != Some(rank)) {
+            return Err("its 8-bit kernel takes batches".into());
+        }
+        let results = if node.op == "prim::ListUnpack" { node.outputs.as_slice() } else { &node.outputs[..1] };
+        if !results.iter().all(|&result| self.same_site(value, result)) {
+            return Err("its result has a quantizer of its own, which its 8-bit kernel cannot write".into());
+        }
+        // A computed value that the model returns is returned in float.
+        if results.iter().any(|&result| self.is_anchor(result) && self.graph.is_output(result)) {
+            return Err("its result is an output of the model, which stays float".into());
+        }
+        let quantized = self.quantized(value, &eight);
+        self.rewire(Reader::Node(id), 0, value, quantized);
+        for &result in results {
+            self.make_quantized(result, (Operand::Value(result), eight), Position::After(id));
+        }
+        Ok(())
+    }
+
+    pub(super) fn mean(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let is_plain = node.inputs.len() == 4
+            && self.graph.constant(node, 1).is_some_and(|axes| axes.text.starts_with('['))
+            && self.graph.constant(node, 3).is_some_and(|dtype| dtype.text == "None");
+        if !is_plain && self.native(node.inputs[0]).is_some() {
+            return Err("its 8-bit kernel takes constant axes, and no dtype".into());
+        }
+        self.keep(id, None)
+    }
+
+    /// A view, which kernels' layout in memory may not allow.
+    pub(super) fn reshape(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let (value, result) = (node.inputs[0], node.outputs[0]);
+        let eight = self.native(value).ok_or(Stay::AsItIs)?;
+        if !self.same_site(value, result) || self.graph.listing.values[node.inputs[1]].type_name == "int" {
+            return Err("it reads the bytes of its input as another dtype".into());
+        }
+        let position = Position::Before(id);
+        let inputs = vec![self.quantized(value, &eight), Operand::Value(node.inputs[1])];
+        let operand = self.insert(position, "aten::reshape", inputs);
+        self.make_quantized(result, (operand, eight), position);
+        Ok(())
+    }
+}

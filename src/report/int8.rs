@@ -1,0 +1,66 @@
+//! What a run says of its 8-bit model.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{Comparison, Race};
+use crate::sites::LeftFloat;
+
+/// The 8-bit model of a run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Int8 {
+    /// Its file in the run directory.
+    pub file: String,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// The library that its kernels were packed for and measured with.
+    pub engine: String,
+    /// What Python has to say before it loads the file, since a file does not hold that.
+    pub set_engine: String,
+    /// How often each kernel computes.
+    pub kernels: BTreeMap<String, usize>,
+    /// Sites and ops around them that compute in float, each with the reason.
+    pub in_float: Vec<LeftFloat>,
+    /// Sites whose quantizer no kernel takes, which are simulated in float.
+    pub simulated: Vec<LeftFloat>,
+    /// Each kernel against the op that it stands for, on the same quantized input, in graph order.
+    pub layers: Vec<Layer>,
+    /// The file against the float model.
+    pub evaluation: Comparison,
+    /// The simulation of the same quantizers in float against the float model.
+    pub simulation: Comparison,
+    /// The file against that simulation.
+    pub against_simulation: Comparison,
+    /// The simulation, row by row against itself in batches, on at most 64 rows: what rounding alone makes of a difference. `None`
+    /// where the model takes no single rows.
+    pub noise_floor: Option<Comparison>,
+    /// Threads of libtorch's kernels while times were taken.
+    pub threads: usize,
+    /// Times of the frozen models [`FLOAT`], [`OPTIMIZED`] and [`INT8`]; none where the model does not run on such batches.
+    pub speed: Vec<Race>,
+}
+
+/// Name of the float model in times, frozen.
+pub const FLOAT: &str = "float";
+/// Name of the float model in times, as `optimize_for_inference` makes it.
+pub const OPTIMIZED: &str = "float, optimized";
+/// Name of the 8-bit model in times.
+pub const INT8: &str = "int8";
+
+/// A kernel against the op that it stands for.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Layer {
+    /// The layer.
+    pub name: String,
+    /// The op that it was.
+    pub op: String,
+    /// The kernel that it is.
+    pub kernel: String,
+    /// Values compared.
+    pub values: u64,
+    /// Values of another level, but those on the border between two.
+    pub different: u64,
+    /// The largest difference, in levels; where the kernel writes float numbers, relative to the largest of them.
+    pub largest: f64,
+}

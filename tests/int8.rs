@@ -1,0 +1,217 @@
+//! What is emitted in 8 bits for every shipped model: which ops run on quantized tensors, that each kernel computes what it stands
+//! for, and that the whole is as good as its simulation.
+
+mod binary;
+mod common;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use tsquant::config::{
+    ActivationPlan, BiasCorrection, DevicePlan, EnginePlan, Format, Int8Plan, OutputPlan, Plan, Rounding, WeightPlan,
+};
+use tsquant::jit::Module;
+use tsquant::pipeline::{self, Error, MODEL_FILE, Outcome, Progress, Work};
+use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
+use tsquant::report::Int8;
+use tsquant::threshold::ErrorMethod;
+
+use binary::{Folder, experiment, test_data, test_model, tsquant};
+use common::{MNIST, Model};
+
+struct Silent;
+
+impl Progress for Silent {
+    fn stage(&mut self, _: &'static str, _: Work) {}
+
+    fn advance(&mut self, _: usize) {}
+}
+
+fn plan(model: Model, dir: &Path) -> Plan {
+    let scheme = |grid| Scheme { bits: Bits::try_from(8).expect("a width"), grid };
+    Plan {
+        model: model.path(),
+        calibration: model.data_plan(16, 8),
+        weights: WeightPlan {
+            scheme: scheme(Grid::Symmetric),
+            granularity: Granularity::PerChannel,
+            error_method: ErrorMethod::Mse,
+            bias_correction: BiasCorrection::ClosedForm,
+            rounding: Rounding::Nearest,
+            rounding_fallback: false,
+        },
+        activations: ActivationPlan {
+            scheme: scheme(Grid::Uniform),
+            error_method: ErrorMethod::NoClipping,
+            z_threshold: None,
+        },
+        overrides: tsquant::config::Overrides::default(),
+        hessian: None,
+        mixed_precision: None,
+        device: DevicePlan::Cpu,
+        allow_tf32: false,
+        output: OutputPlan {
+            dir: dir.to_owned(),
+            format: Format::Int8,
+            further: Vec::new(),
+            int8: Some(Int8Plan { engine: EnginePlan::Onednn, strict: true }),
+        },
+        evaluation: None,
+        seed: 5,
+    }
+}
+
+fn quantize(plan: &Plan) -> Result<Outcome, Error> {
+    pipeline::quantize(plan, None, &mut Silent)
+}
+
+/// Ops of the written file that compute on quantized tensors, or go there and back.
+fn quantized_ops(file: &Path) -> BTreeMap<String, usize> {
+    let counts = Module::load(file).expect("the emitted file").op_counts().expect("its ops");
+    let is_one =
+        |op: &str| op.starts_with("quantized::") || op == "aten::quantize_per_tensor" || op == "aten::dequantize";
+    counts.into_iter().filter(|(op, _)| is_one(op)).collect()
+}
+
+fn int8_of(outcome: &Outcome) -> &Int8 {
+    outcome.report.int8.as_ref().expect("an 8-bit model")
+}
+
+#[test]
+fn each_shipped_model_in_8_bits() {
+    let mut text = String::new();
+    for model in common::all_models() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let outcome = match quantize(&plan(model, &folder.path().join("run"))) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                writeln!(text, "{}\n  {error}", model.name).expect("text");
+                continue;
+            }
+        };
+        let int8 = int8_of(&outcome);
+        writeln!(text, "{}", model.name).expect("text");
+        for (op, count) in quantized_ops(&outcome.dir.join(MODEL_FILE)) {
+            writeln!(text, "  {count} {op}").expect("text");
+        }
+        for left in &int8.in_float {
+            writeln!(text, "  float: {} ({}): {}", left.name, left.op, left.reason).expect("text");
+        }
+        for layer in &int8.layers {
+            assert!(layer.different as f64 <= 1e-3 * layer.values as f64, "{}: {layer:?}", model.name);
+        }
+        let close = int8.against_simulation.sqnr_db.is_none_or(|db| db > 25.0);
+        assert!(close, "{}: {:?}", model.name, int8.against_simulation);
+    }
+    insta::assert_snapshot!(text);
+}
+
+/// The ops that read what kernels make, and those that they stand for, agree within a level.
+#[test]
+fn the_shipped_net_is_as_good_as_its_simulation() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plan = plan(MNIST, &folder.path().join("run"));
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Auto, strict: true });
+    let outcome = quantize(&plan).expect("a run");
+    let int8 = int8_of(&outcome);
+    assert!(int8.against_simulation.sqnr_db.expect("a number") > 30.0, "{:?}", int8.against_simulation);
+    assert!(int8.against_simulation.agreement.expect("classes") >= 0.99, "{:?}", int8.against_simulation);
+    for layer in &int8.layers {
+        assert!(layer.values > 0 && layer.largest <= 1.0, "{layer:?}");
+        assert!(layer.different as f64 <= 1e-3 * layer.values as f64, "{layer:?}");
+    }
+    let report = &outcome.report;
+    assert!(int8.bytes == report.files.quantized_bytes && int8.bytes * 2 < report.files.float_bytes, "{}", int8.bytes);
+    // A rerun of the resolved experiment takes the same engine.
+    let written = fs_err::read_to_string(outcome.dir.join("experiment.yaml")).expect("an experiment");
+    assert!(written.contains(&format!("engine: {}", int8.engine)), "{written}");
+    assert_eq!(int8.set_engine, format!("torch.backends.quantized.engine = '{}'", int8.engine));
+}
+
+#[test]
+fn what_no_kernel_takes_is_refused_or_simulated() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plan = plan(MNIST, &folder.path().join("run"));
+    plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
+    let error = quantize(&plan).expect_err("a refusal").to_string();
+    assert!(error.contains("8-bit kernels take activations of 256 levels, found 64"), "{error}");
+    assert!(error.starts_with("input.images: ") && error.contains("strict: false"), "{error}");
+    plan.activations.scheme.bits = Bits::try_from(8).expect("a width");
+    plan.weights.scheme.grid = Grid::Uniform;
+    let error = quantize(&plan).expect_err("a refusal").to_string();
+    assert!(error.starts_with("conv1.weight: 8-bit kernels take weights of 8 bits around zero"), "{error}");
+
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: false });
+    plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
+    let outcome = quantize(&plan).expect("a run");
+    let int8 = int8_of(&outcome);
+    assert_eq!(int8.kernels, BTreeMap::new());
+    assert_eq!(int8.simulated.len(), outcome.report.sites.len());
+    assert!(int8.against_simulation.sqnr_db.is_none_or(|db| db > 60.0), "{:?}", int8.against_simulation);
+}
+
+#[test]
+fn both_forms_beside_each_other() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plan = plan(MNIST, &folder.path().join("run"));
+    plan.output.format = Format::FakeQuant;
+    plan.output.further = vec![Format::Int8, Format::Int8Weights];
+    let outcome = quantize(&plan).expect("a run");
+    for file in ["quantized.pt", "quantized_int8.pt", "quantized_int8_weights.pt"] {
+        Module::load(&outcome.dir.join(file)).expect("a model");
+    }
+    assert_eq!(int8_of(&outcome).file, "quantized_int8.pt");
+    assert_eq!(quantized_ops(&outcome.dir.join(MODEL_FILE)), BTreeMap::new());
+}
+
+/// The run itself checks that each file gives what the quantized weights give in float, bit for bit.
+#[test]
+fn weights_in_8_and_4_bits_with_float_compute() {
+    for model in common::all_models() {
+        for (bits, grid) in [(8, Grid::Symmetric), (4, Grid::Symmetric), (4, Grid::Uniform), (3, Grid::Symmetric)] {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let mut plan = plan(model, &folder.path().join("run"));
+            plan.output = OutputPlan { format: Format::Int8Weights, int8: None, ..plan.output };
+            plan.weights.scheme = Scheme { bits: Bits::try_from(bits).expect("a width"), grid };
+            let outcome = quantize(&plan).unwrap_or_else(|error| panic!("{}: {error}", model.name));
+            if model.name == MNIST.name {
+                let files = outcome.report.files;
+                let most = if bits == 8 { 0.36 } else { 0.24 };
+                assert!(files.quantized_bytes as f64 <= most * files.float_bytes as f64, "{bits}: {files:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_command_line_shows_kernels_and_times() {
+    let folder = Folder::new();
+    folder.write("e.yaml", experiment(&test_model("small_conv"), &test_data("small_conv"), "[x]"));
+    let verify = ["quantize", "e.yaml", "--verify", "layers"];
+    let ran = tsquant(folder.path(), verify.into_iter().chain(["--set", "output.format=int8"])).succeeded();
+    for text in ["quantized::conv2d_relu", "torch.backends.quantized.engine = '", "batches of 8: ", "of another level"]
+    {
+        assert!(ran.stdout.contains(text), "{text} is not in {}", ran.stdout);
+    }
+    assert!(folder.report("run")["int8"]["speed"].as_array().is_some_and(|races| races.len() == 2));
+    let refusal = tsquant(folder.path(), verify);
+    assert!(refusal.refused(2).contains("expected int8 in `output.format`"), "{}", refusal.stderr);
+
+    let model = test_model("small_conv");
+    let data = test_data("small_conv");
+    let [model, data] = [&model, &data].map(|path| path.to_str().expect("UTF-8"));
+    let emitted = folder.path().join("run/quantized.pt");
+    let emitted = emitted.to_str().expect("UTF-8");
+    let bench = ["bench", model, emitted, "--data", data, "--inputs", "x", "--seconds", "0.1", "--json"];
+    let ran = tsquant(folder.path(), bench).succeeded();
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+    let races = report["races"].as_array().expect("races");
+    assert_eq!(races.iter().map(|race| race["batch_size"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(8)]);
+    assert!(races.iter().all(|race| race["models"].as_array().is_some_and(|models| models.len() == 2)), "{report}");
+
+    let too_many = ["bench", model, "--data", data, "--inputs", "x", "--quiet", "--batch-sizes", "17"];
+    assert!(tsquant(folder.path(), too_many).refused(1).contains("at least 17 rows for a batch, found 16"));
+    let engine = ["bench", model, "--data", data, "--inputs", "x", "--quiet", "--engine", "mkl"];
+    assert!(tsquant(folder.path(), engine).refused(2).contains("expected auto, x86, onednn"));
+}
