@@ -206,3 +206,11 @@ fn wrong_keys_are_told() {
     let refusal = folder.refuses(2, &experiment(common::model("mlp")), &["quantization.activations.rounding=gptq"]);
     assert!(refusal.contains("rounding"), "{refusal}");
 }
+
+#[test]
+fn one_batch_cannot_confirm_itself() {
+    let folder = Folder::new();
+    let all = "hessian={samples: 16, batch_size: 16}";
+    let refusal = folder.refuses(1, &experiment(common::model("mlp")), &[WEIGHTED, all]);
+    assert!(refusal.contains("found 16 rows in batches of 16; lower `hessian.batch_size`"), "{refusal}");
+}

@@ -84,6 +84,8 @@ quantization:
     bits: 8
     grid: symmetric
     granularity: per_channel
+    rounding: nearest
+    rounding_fallback: false
   activations:
     bits: 8
     grid: uniform
@@ -110,7 +112,7 @@ calibration.shuffle=true
 evaluation.transform={}
 evaluation.samples=7
 evaluation.metrics=[max_abs_diff, cosine, top5]
-quantization.weights={bits: 2, grid: power_of_two, granularity: per_tensor}
+quantization.weights={bits: 2, grid: power_of_two, granularity: per_tensor, rounding: gptq, rounding_fallback: true}
 quantization.activations={bits: 16, grid: symmetric}
 quantization.weights_error_method=LP
 quantization.activation_error_method=LP
@@ -392,8 +394,8 @@ quantization.weights.bits=8.0 => `quantization.weights.bits` must be a whole num
 quantization.weights.grid=simetric => `quantization.weights.grid` must be one of `symmetric`, `uniform`, `power_of_two`, found `simetric`, did you mean `symmetric`?
 quantization.weights.grid=Symmetric => `quantization.weights.grid` must be one of `symmetric`, `uniform`, `power_of_two`, found `Symmetric`, did you mean `symmetric`?
 quantization.weights.grid=3 => `quantization.weights.grid` must be one of `symmetric`, `uniform`, `power_of_two`, found the number 3
-quantization.weights.rounding=gptq => `quantization.weights.rounding` is not built yet
-quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`, which is not built yet?
+quantization.weights.rounding=gpt => `quantization.weights.rounding` must be one of `nearest`, `gptq`, found `gpt`, did you mean `gptq`?
+quantization.weights.roundin=gptq => unknown key `roundin` in `quantization.weights`, did you mean `rounding`?
 quantization.activations.granularity=per_channel => `quantization.activations.granularity`: activations are quantized per tensor, expected `per_tensor`, found `per_channel`
 mixed_precision={} => `mixed_precision`: expected `weights`, `activations` or both, found neither
 mixed_precision.weights.bits=[4, 8] => `mixed_precision.weights`: expected `average` or `memory`, which bits may not exceed, found neither

@@ -22,7 +22,9 @@ pub fn live_bytes_of_a_row(listing: &Listing) -> u64 {
     let returned = listing.blocks.first().map(|forward| forward.returns.as_slice()).unwrap_or_default();
     last.extend(returned.iter().map(|&value| (value, listing.nodes.len())));
     let mut ends: BTreeMap<usize, u64> = BTreeMap::new();
-    let (mut live, mut most) = (0u64, 0u64);
+    // What goes in is there all the time.
+    let arguments = listing.arguments().iter().filter_map(|&value| bytes(listing.values.get(value)?));
+    let (mut live, mut most) = (arguments.sum::<u64>(), 0u64);
     for (place, node) in listing.nodes.iter().enumerate() {
         for &value in &node.outputs {
             let Some(bytes) = listing.values.get(value).and_then(bytes) else { continue };
@@ -55,6 +57,6 @@ mod tests {
         let forward = Block { parameters: vec![0, 1], returns: vec![4], ..Block::default() };
         let nodes = vec![node(1, 2), node(2, 3), node(3, 4)];
         let listing = Listing { values, blocks: vec![forward], nodes };
-        assert_eq!(live_bytes_of_a_row(&listing), 4 * (10 + 7));
+        assert_eq!(live_bytes_of_a_row(&listing), 4 * (3 + 10 + 7));
     }
 }

@@ -116,12 +116,8 @@ fn chosen(
         .collect();
     let rounded = Tensor::f_from_slice(&values)?.f_reshape(problem.weight.size())?;
     let error = |weight: &Tensor| -> Result<Tensor, tch::TchError> {
-        let weight = weight.f_to_kind(Kind::Double)?;
-        let square = weight.f_bmm(&means.xx)?.f_mul(&weight)?;
-        let mixed = weight.f_mul(&means.xy.f_transpose(1, 2)?)?;
-        let form =
-            square.f_sub(&mixed.f_mul_scalar(2.0)?)?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Double)?;
-        form.f_add(&means.yy)
+        // Of the difference, which is small: y − W_q·x is (W − W_q)·x + r.
+        form(&problem.weight.f_sub(&weight.f_to_kind(Kind::Double)?)?, means)
     };
     let (nearest, found) = (error(problem.nearest)?, error(&rounded)?);
     let is_better = found.f_lt_tensor(&nearest)?;
@@ -139,9 +135,16 @@ fn chosen(
         weight,
         params,
         errors: [total(&nearest)?.max(0.0), total(&best)?.max(0.0)],
-        energy: total(&means.yy)?,
+        energy: total(&form(problem.weight, means)?)?,
         kept: better.iter().filter(|&&is_better| is_better == 0).count(),
     }))
+}
+
+/// E((w·x + r)²) of each channel.
+fn form(weight: &Tensor, means: &Means) -> Result<Tensor, tch::TchError> {
+    let square = weight.f_bmm(&means.xx)?.f_mul(weight)?;
+    let mixed = weight.f_mul(&means.xr.f_transpose(1, 2)?)?.f_mul_scalar(2.0)?;
+    square.f_add(&mixed)?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Double)?.f_add(&means.rr)
 }
 
 /// The upper Cholesky factor of the inverse Hessian of each group, its features in `order`.
@@ -161,14 +164,19 @@ fn factor(hessian: &Tensor) -> Result<Option<Factor>, tch::TchError> {
     }
     // A group without inputs is rounded to nearest by any factor.
     let least = total / mean.numel() as f64 * f64::EPSILON;
-    let damping = mean.f_mul_scalar(DAMPING)?.f_clamp_min(least)?.f_expand_as(&diagonal)?;
-    let damped = hessian.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
     let order = diagonal.f_argsort_stable(true, 1, true)?;
     let size = hessian.size();
-    let damped = damped.f_gather(1, &order.f_unsqueeze(2)?.f_expand(&size, false)?, false)?;
-    let damped = damped.f_gather(2, &order.f_unsqueeze(1)?.f_expand(&size, false)?, false)?;
-    let inverse = damped.f_linalg_cholesky(false)?.f_cholesky_inverse(false)?;
-    let factor = inverse.f_linalg_cholesky(true)?;
+    let sorted = hessian.f_gather(1, &order.f_unsqueeze(2)?.f_expand(&size, false)?, false)?;
+    let sorted = sorted.f_gather(2, &order.f_unsqueeze(1)?.f_expand(&size, false)?, false)?;
+    let factor = |damping: f64| {
+        let damping = mean.f_mul_scalar(damping)?.f_clamp_min(least)?.f_expand_as(&diagonal)?;
+        let damped = sorted.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
+        damped.f_linalg_cholesky(false)?.f_cholesky_inverse(false)?.f_linalg_cholesky(true)
+    };
+    // Where a mean is large and values hardly differ, rounding may leave a matrix that is none of squares.
+    let Some(factor) = [1.0, 10.0, 100.0].into_iter().find_map(|times| factor(DAMPING * times).ok()) else {
+        return Ok(None);
+    };
     let order = Vec::<i64>::try_from(order.f_reshape([-1])?)?;
     Ok(Some(Factor { factor, order: order.into_iter().map(|index| index.unsigned_abs() as usize).collect() }))
 }

@@ -80,8 +80,8 @@ pub struct Refined {
 #[derive(Debug, Clone)]
 pub struct Looks {
     readings: Vec<Reading>,
-    /// Values of the graph.
-    pub results: Vec<jit::ValueId>,
+    /// The results whose gradients are asked for: those of ops whose biases are corrected.
+    pub results: Vec<Option<jit::ValueId>>,
     seed: u64,
 }
 
@@ -90,7 +90,8 @@ impl Looks {
     #[must_use]
     pub fn new(steps: &Steps, seed: u64) -> Self {
         let readings = steps.steps.iter().map(|step| step.reading.clone()).collect();
-        Self { readings, results: steps.steps.iter().map(|step| step.target.result).collect(), seed }
+        let results = steps.steps.iter().map(|step| step.corrects.then_some(step.target.result)).collect();
+        Self { readings, results, seed }
     }
 
     /// What is seen of a value of the result of op `op`, or its gradient, in batch `batch`: (rows, channels, positions).
@@ -276,14 +277,24 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// Biases that need no sequence: of ops that are not rounded.
+    /// Biases of the weights as they are rounded to nearest, and why ops have none.
     fn take_known(&mut self, known: Corrections) {
+        for left in known.left_out {
+            self.leave_uncorrected(left);
+        }
         let mut by_result: BTreeMap<_, _> = known.biases.into_iter().map(|bias| (bias.result, bias.added)).collect();
         for op in &mut self.ops {
-            if op.step.corrects && !op.step.rounds {
+            if op.step.corrects {
                 op.added = by_result.remove(&op.step.target.result).map(|added| Tensor::from_slice(&added));
-                op.is_corrected = self.asked.correction == BiasCorrection::ClosedForm;
+                op.is_corrected = self.asked.correction == BiasCorrection::ClosedForm && !op.step.rounds;
             }
+        }
+    }
+
+    fn leave_uncorrected(&mut self, left: LeftOut) {
+        let all = &mut self.corrections.left_out;
+        if !all.iter().any(|known| (&known.layer, &known.op) == (&left.layer, &left.op)) {
+            all.push(left);
         }
     }
 
@@ -358,13 +369,19 @@ impl<'a> Sequence<'a> {
             let Some(input) = pair.waits_with(place) else { continue };
             let phase = if step.has_other_terms { Phase::Input } else { Phase::Result };
             let Some(value) = pair.float(Place { phase, ..place })? else { continue };
-            let goal = if step.has_other_terms { Goal::Input(&value, &float) } else { Goal::Result(&value) };
+            let goal = if step.has_other_terms { Goal::Input(&value) } else { Goal::Result(&value) };
             self.ops[place.op].rank = value.dim();
-            self.sum_up((batch, place.op), (&input, goal), (&mut moments, &mut halves[batch % 2]))?;
+            self.sum_up((batch, place.op), (&input, &float, goal), (&mut moments, &mut halves[batch % 2]))?;
         }
-        self.ops[place.op].is_rounded = true;
-        let is_centred = step.corrects && self.asked.correction != BiasCorrection::None;
-        let Some(means) = moments.means(is_centred)? else { return Ok(()) };
+        let op = &mut self.ops[place.op];
+        op.is_rounded = true;
+        if step.corrects && self.asked.correction == BiasCorrection::ClosedForm {
+            op.is_corrected = true;
+        }
+        let Some(means) = moments.means(step.corrects)? else {
+            self.not_rounded.push(left_out(target, "the float model takes another branch on these rows"));
+            return Ok(());
+        };
         let float = float.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
         let weight = &mut self.network.weights[target.weight];
         let nearest = flat(&weight.tensor, target.form)?;
@@ -372,7 +389,9 @@ impl<'a> Sequence<'a> {
         let problem = Problem { weight: &float, nearest: &nearest, means: &means, params, refits: *refits };
         let goal = pulled(&float, halves)?;
         match rounding::round(&problem, &goal)? {
-            None => self.not_rounded.push(left_out(target, "its input never differs on the calibration data")),
+            None => self
+                .not_rounded
+                .push(left_out(target, "its input never differs on the calibration data, or is not finite")),
             Some(Rounded { weight: found, params, errors, energy, kept }) => {
                 weight.tensor = unflat(&found, &weight.tensor.size(), target.form)?;
                 weight.params = params;
@@ -391,7 +410,6 @@ impl<'a> Sequence<'a> {
             let added = float.f_sub(&rounded)?.f_bmm(&means.x.f_unsqueeze(2)?)?.f_flatten(0, -1)?;
             let op = &mut self.ops[place.op];
             op.added = Some(added.f_mul_scalar(target.factor)?.f_to_kind(Kind::Float)?);
-            op.is_corrected = self.asked.correction == BiasCorrection::ClosedForm;
         }
         Ok(())
     }
@@ -400,36 +418,35 @@ impl<'a> Sequence<'a> {
     fn sum_up(
         &self,
         (batch, number): (usize, usize),
-        (input, goal): (&Tensor, Goal<'_>),
+        (input, weight, goal): (&Tensor, &Tensor, Goal<'_>),
         (moments, pull): (&mut Moments, &mut Moments),
     ) -> Result<(), jit::Error> {
-        let Step { target, reading, .. } = self.ops[number].step;
+        let &Step { ref target, ref reading, corrects, .. } = self.ops[number].step;
         let groups = target.form.groups();
         let result = match goal {
             Goal::Result(result) => by_channel(result, reading)?,
-            Goal::Input(input, weight) => product(input, weight, reading, groups)?,
+            Goal::Input(input) => product(input, weight, reading, groups)?,
         };
-        let result = if target.factor == 1.0 { result } else { result.f_div_scalar(target.factor)? };
-        let squares = self.squares.get(batch).and_then(|ops| ops.get(number)?.as_ref());
+        let squares = self.squares.get(batch).and_then(|ops| ops.get(number)?.as_ref()).filter(|_| corrects);
         let squares = squares.map(|squares| squares.f_to_kind(Kind::Float)).transpose()?;
         let positions = self.looks.positions(batch, number, &result.size());
         let positions =
             positions.map(|positions| Tensor::f_from_slice(&positions)?.f_to_device(result.device())).transpose()?;
         patches::<jit::Error>(input, reading, groups, |first, count, x| {
-            let y = result.f_narrow(0, first, count)?;
-            moments.add(x, &grouped(&y, groups)?, None)?;
+            // What the float weights do not give: sums of it are as exact as it is small.
+            let missing = grouped(&result.f_narrow(0, first, count)?, groups)?.f_sub(&weight.f_bmm(x)?)?;
+            moments.add(x, &missing, None)?;
             let Some(squares) = &squares else { return Ok(()) };
             let weights = grouped(&squares.f_narrow(0, first, count)?, groups)?;
             let weights = weights.f_mean_dim([1i64].as_slice(), false, Kind::Float)?;
-            let (x, y) = match &positions {
-                None => (x.shallow_clone(), y),
+            let seen = |of: &Tensor| match &positions {
+                None => Ok(of.shallow_clone()),
                 Some(positions) => {
-                    let size = x.size();
-                    let x = x.f_reshape([size[0], size[1], count, -1])?.f_index_select(3, positions)?;
-                    (x.f_flatten(2, 3)?, y.f_index_select(2, positions)?)
+                    let [groups, channels, _] = <[i64; 3]>::try_from(of.size()).unwrap_or_default();
+                    of.f_reshape([groups, channels, count, -1])?.f_index_select(3, positions)?.f_flatten(2, 3)
                 }
             };
-            Ok(pull.add(&x, &grouped(&y, groups)?, Some(&weights))?)
+            Ok(pull.add(&seen(x)?, &seen(&missing)?, Some(&weights))?)
         })
     }
 
@@ -469,24 +486,24 @@ impl<'a> Sequence<'a> {
         seen.iter().try_for_each(|quantized| add(op, quantized))
     }
 
-    fn finish(self) -> Result<Refined, jit::Error> {
-        let Self { network, ops, rounded, mut not_rounded, mut corrections, .. } = self;
-        for op in &ops {
+    fn finish(mut self) -> Result<Refined, jit::Error> {
+        for op in std::mem::take(&mut self.ops) {
             let Step { target, rounds, corrects, .. } = op.step;
             if *rounds && !op.is_rounded {
-                not_rounded.push(left_out(target, NEVER_RAN));
+                self.not_rounded.push(left_out(target, NEVER_RAN));
             }
             match &op.added {
                 Some(added) => {
-                    let shape = bias_shape(op, added);
-                    corrections.biases.push(bias::bias(network.model, target, added, &shape)?);
+                    let shape = bias_shape(&op, added);
+                    self.corrections.biases.push(bias::bias(self.network.model, target, added, &shape)?);
                 }
                 None if *corrects => {
-                    corrections.left_out.push(left_out(target, if op.is_corrected { NOT_BETTER } else { NEVER_RAN }));
+                    self.leave_uncorrected(left_out(target, if op.is_corrected { NOT_BETTER } else { NEVER_RAN }));
                 }
                 None => {}
             }
         }
+        let Self { network, rounded, not_rounded, corrections, .. } = self;
         Ok(Refined { weights: network.weights, rounded, not_rounded, corrections })
     }
 }
@@ -495,8 +512,8 @@ impl<'a> Sequence<'a> {
 enum Goal<'a> {
     /// This.
     Result(&'a Tensor),
-    /// This weight's product with this input.
-    Input(&'a Tensor, &'a Tensor),
+    /// The float weight's product with this input.
+    Input(&'a Tensor),
 }
 
 /// (rows, outputs, positions) of a weight (groups, outputs, features) that meets this input.
@@ -515,7 +532,7 @@ fn left_out(target: &Target, reason: &str) -> LeftOut {
     LeftOut { layer: target.layer.clone(), op: target.op.clone(), reason: reason.to_owned() }
 }
 
-const NEVER_RAN: &str = "never ran on the calibration data";
+const NEVER_RAN: &str = "never ran on the rows that it is looked at on";
 const NOT_BETTER: &str = "no outputs depend on it, or what half of the batches asks for does not help the other half";
 
 /// The shape in which what is added meets the axes of the result.
@@ -553,16 +570,20 @@ fn weighted(halves: &[Option<(Tensor, Tensor)>; 2]) -> Result<Option<Tensor>, tc
         cost += product(&b.f_square()?, weight)?;
     }
     let all = mean(&even.f_add(odd)?, &even_weight.f_add(odd_weight)?)?;
-    Ok(share(gain, cost).map(|share| all.f_mul_scalar(share)?.f_to_kind(Kind::Float)).transpose()?)
+    if !(gain * cost).is_finite() || all.f_isfinite()?.f_all()?.f_int64_value(&[])? != 1 {
+        return Ok(None);
+    }
+    share(gain, cost).map(|share| all.f_mul_scalar(share)?.f_to_kind(Kind::Float)).transpose()
 }
 
 /// How far to go; `None` for nowhere.
 fn share(gain: f64, cost: f64) -> Option<f64> {
-    let share = (gain / cost).min(1.0);
-    (share > 0.0).then_some(share)
+    // Of nothing to gain at no cost this is NaN.
+    let share = gain / cost;
+    (share > 0.0).then(|| share.min(1.0))
 }
 
-/// W + α·(E(g²·y·x_qᵀ) − W·E(g²·x_q·x_qᵀ))·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come
+/// W + α·E(g²·(y − W·x_q)·x_qᵀ)·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come
 /// nearer to the results that there should be; α is how far what one half of the batches asks for helps on the other half.
 fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<Tensor, tch::TchError> {
     let all = halves[0].with(&halves[1])?;
@@ -573,26 +594,21 @@ fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<Tensor, tch::TchError
     let product = |a: &Tensor, b: &Tensor| a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[]);
     let [mut gain, mut cost] = [0.0; 2];
     for (own, other) in [(&even, &odd), (&odd, &even)] {
-        let step = step(weight, own)?;
-        gain += product(&step, &missing(weight, other)?.f_transpose(1, 2)?)?;
+        let step = step(own)?;
+        gain += product(&step, &other.xr.f_transpose(1, 2)?)?;
         cost += product(&step.f_bmm(&other.xx)?, &step)?;
     }
     let Some(share) = share(gain, cost) else { return Ok(weight.shallow_clone()) };
-    weight.f_add(&step(weight, &all)?.f_mul_scalar(share)?)
-}
-
-/// E(g²·x_q·yᵀ) − E(g²·x_q·x_qᵀ)·Wᵀ.
-fn missing(weight: &Tensor, means: &Means) -> Result<Tensor, tch::TchError> {
-    means.xy.f_sub(&means.xx.f_bmm(&weight.f_transpose(1, 2)?)?)
+    weight.f_add(&step(&all)?.f_mul_scalar(share)?)
 }
 
 /// The whole way.
-fn step(weight: &Tensor, means: &Means) -> Result<Tensor, tch::TchError> {
+fn step(means: &Means) -> Result<Tensor, tch::TchError> {
     let diagonal = means.xx.f_diagonal(0, 1, 2)?;
     let damping = diagonal.f_mean_dim([1i64].as_slice(), true, Kind::Double)?.f_mul_scalar(PULL_DAMPING)?;
     let damping = damping.f_clamp_min(f64::MIN_POSITIVE)?.f_expand_as(&diagonal)?;
     let damped = means.xx.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
-    let step = Tensor::f_linalg_solve(&damped, &missing(weight, means)?, true)?.f_transpose(1, 2)?;
+    let step = Tensor::f_linalg_solve(&damped, &means.xr, true)?.f_transpose(1, 2)?;
     // A group whose scores are all zero has nowhere to go.
     step.f_nan_to_num(0.0, 0.0, 0.0)
 }

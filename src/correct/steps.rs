@@ -84,7 +84,9 @@ impl Steps {
         all.sort_by_key(|(node, _)| *node);
         for (node, step) in all {
             let step = steps.settled(step, &listing.nodes[node], (listing, sites), asked);
-            steps.steps.push(step);
+            if step.rounds || step.corrects {
+                steps.steps.push(step);
+            }
         }
         steps
     }
@@ -130,6 +132,13 @@ impl Steps {
     #[must_use]
     pub fn largest_hessian(&self) -> u64 {
         self.steps.iter().filter(|step| step.rounds).map(|step| step.hessian_bytes).max().unwrap_or(0)
+    }
+
+    /// Elements of the largest weight that is rounded.
+    #[must_use]
+    pub fn largest_weight(&self, sites: &Sites) -> u64 {
+        let rounded = self.steps.iter().filter(|step| step.rounds);
+        rounded.map(|step| elements(sites, &step.target)).max().unwrap_or(0)
     }
 
     /// The most that the squared gradients of so many batches take.
@@ -190,14 +199,19 @@ fn recurrent(listing: &Listing, sites: &Sites) -> Vec<Step> {
             maker.inputs.iter().any(is_weight).then_some((slot, maker))
         });
         let (Some((slot, list)), Some(&result)) = (lists.next(), node.outputs.first()) else { continue };
-        let flag = |behind: usize| {
+        let text = |behind: usize| {
             let value = listing.values.get(*node.inputs.get(slot + behind)?)?;
-            Some(value.constant.as_ref()?.text.as_str()).map(|text| text == "True" || text == "1")
+            Some(value.constant.as_ref()?.text.as_str())
         };
+        let number = |behind: usize| text(behind)?.parse::<usize>().ok();
         // Behind the list: has_biases, num_layers, dropout, train, bidirectional.
-        let (Some(has_biases), Some(is_bidirectional)) = (flag(1), flag(5)) else { continue };
-        let stride = if has_biases { 4 } else { 2 };
-        for place in [0, stride].into_iter().take(1 + usize::from(is_bidirectional)) {
+        let Some(is_bidirectional) = text(5).map(|text| text == "True" || text == "1") else { continue };
+        // With projections there is one tensor more in each layer and direction.
+        let directions = 1 + usize::from(is_bidirectional);
+        let Some(stride) = number(2).and_then(|layers| list.inputs.len().checked_div(layers * directions)) else {
+            continue;
+        };
+        for place in [0, stride].into_iter().take(directions) {
             let Some(weight) = list.inputs.get(place).and_then(|value| site_of(sites, *value)) else { continue };
             let target = Target {
                 layer: layer.name.clone(),
@@ -230,9 +244,12 @@ fn site_of(sites: &Sites, value: ValueId) -> Option<usize> {
     sites.weights.iter().position(|site| site.values.contains(&value))
 }
 
+fn elements(sites: &Sites, target: &Target) -> u64 {
+    sites.weights.get(target.weight).map_or(0, |site| site.shape.iter().product::<i64>().unsigned_abs())
+}
+
 /// Bytes of the Hessian of an op: one matrix of its features and taps for each group.
 fn hessian_bytes(target: &Target, sites: &Sites) -> u64 {
-    let elements = sites.weights.get(target.weight).map_or(0, |site| site.shape.iter().product::<i64>().unsigned_abs());
-    let features = elements / target.outputs(sites).unsigned_abs().max(1);
+    let features = elements(sites, target) / target.outputs(sites).unsigned_abs().max(1);
     features.saturating_mul(features).saturating_mul(target.form.groups().unsigned_abs()).saturating_mul(8)
 }

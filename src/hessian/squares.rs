@@ -8,7 +8,7 @@ use crate::dataset::Dataset;
 use crate::feed;
 use crate::jit::{self, BoxError, Clean, Tap, TapKind, ValueId, Visit};
 
-/// Of each batch, for each value: Σ over probes of g², bfloat16; `None` where no gradient came.
+/// Of each batch, for each value: Σ over probes of g², bfloat16; `None` where none was asked for or came.
 pub type Squares = Vec<Vec<Option<Tensor>>>;
 
 /// Walks back from random directions of the outputs, as [`score`](super::score) does, and keeps the squared gradients of these
@@ -19,13 +19,14 @@ pub type Squares = Vec<Vec<Option<Tensor>>>;
 /// Where the data cannot be read, or the model or `look` fails.
 pub fn squares(
     model: &Clean,
-    values: &[ValueId],
+    values: &[Option<ValueId>],
     (data, request): (&Dataset, &HessianRequest),
     look: &(dyn Fn(usize, usize, &Tensor) -> Result<Tensor, tch::TchError> + Sync),
     mut advance: impl FnMut(usize),
 ) -> Result<Squares, Error> {
     let taps = values.iter().enumerate();
-    let taps: Vec<Tap> = taps.map(|(number, &value)| Tap { value, number, kind: TapKind::Gradient }).collect();
+    let taps = taps.filter_map(|(number, value)| Some(Tap { value: (*value)?, number, kind: TapKind::Gradient }));
+    let taps: Vec<Tap> = taps.collect();
     let graph = model.differentiable(&taps, &[])?;
     let mut all = Vec::new();
     for (number, batch) in data.sample(request.samples, request.seed, request.batch_size).enumerate() {

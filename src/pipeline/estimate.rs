@@ -178,6 +178,8 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
 struct InSequence<'a> {
     plan: &'a Plan,
     steps: Steps,
+    /// Elements.
+    largest_weight: u64,
     rows: usize,
     batches: usize,
     probes: usize,
@@ -191,7 +193,9 @@ impl<'a> InSequence<'a> {
         };
         let rows = request.samples.get().min(base.calibration.rows);
         let (batches, probes) = (rows.div_ceil(request.batch_size.get()), request.probes.get());
-        Ok(Some(Self { plan, steps: refine::steps(base, plan, sites)?, rows, batches, probes }))
+        let steps = refine::steps(base, plan, sites)?;
+        let largest_weight = steps.largest_weight(sites);
+        Ok(Some(Self { plan, steps, largest_weight, rows, batches, probes }))
     }
 
     fn is_rounded(&self) -> bool {
@@ -222,7 +226,9 @@ impl<'a> InSequence<'a> {
     fn bytes(&self, listing: &Listing) -> u64 {
         let squares = if self.is_weighted() { self.steps.squares_bytes(self.batches) } else { 0 };
         let live = correct::live_bytes_of_a_row(listing) * self.rows as u64;
-        2 * live + squares + 6 * self.steps.largest_hessian()
+        // Copies while an op is rounded: of its Hessian, and of its weight in doubles.
+        let hessians = if self.is_weighted() { 16 } else { 6 };
+        2 * live + squares + hessians * self.steps.largest_hessian() + 16 * 8 * self.largest_weight
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::base::Base;
 use super::chosen::Chosen;
-use super::{Error, Progress, Work, hessian_batches};
+use super::device::Batches;
+use super::{Error, Progress, Work};
 use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
 use crate::correct::{
     self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
@@ -25,6 +26,13 @@ pub(super) fn asked(plan: &Plan) -> Asked {
 /// # Errors
 /// Where the Hessian of a layer would be too large, and that is not allowed.
 pub(super) fn steps(base: &Base, plan: &Plan, sites: &Sites) -> Result<Steps, Error> {
+    if let Some(HessianPlan { request, .. }) = &plan.hessian {
+        let rows = request.samples.get().min(base.calibration.rows);
+        let is_weighted = plan.weights.bias_correction == BiasCorrection::Weighted;
+        if is_weighted && rows <= request.batch_size.get() {
+            return Err(Error::OneBatch { rows, batch_size: request.batch_size.get() });
+        }
+    }
     let targets = Targets::find(base.model.listing(), sites);
     let mut steps = Steps::find(base.model.listing(), sites, &targets, asked(plan));
     if let Some((left, bytes)) = steps.too_large.first().filter(|_| !plan.weights.rounding_fallback) {
@@ -50,7 +58,8 @@ pub(super) fn refine(
     let Some(hessian) = &plan.hessian else { return Ok(()) };
     let steps = steps(base, plan, &chosen.sites)?;
     let looks = Looks::new(&steps, hessian.request.seed);
-    let blame = || hessian_batches(hessian).blame();
+    // All batches are in memory together.
+    let blame = || Batches { key: "hessian.samples", rows: hessian.request.samples }.blame();
     let data = base.calibration.data()?;
     let request = &hessian.request;
     let squares = if plan.weights.bias_correction == BiasCorrection::Weighted {
