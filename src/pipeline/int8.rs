@@ -223,7 +223,7 @@ impl Written {
 pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
     let mut plan = plan.clone();
     if let Some(int8) = plan.output.int8.as_mut().filter(|int8| int8.engine == EnginePlan::Auto) {
-        int8.engine = engine::fastest(engine::trials()).ok_or(Error::NoEngine)?.engine;
+        int8.engine = engine::fastest(&engine::trials()).ok_or(Error::NoEngine)?.engine;
     }
     Ok(plan)
 }
@@ -233,6 +233,5 @@ pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
 /// # Errors
 /// Where libtorch has no such engine.
 fn wrong(engine: EnginePlan) -> Result<&'static [Task], Error> {
-    let trial = engine::trials().iter().find(|trial| trial.engine == engine);
-    trial.map(|trial| trial.wrong.as_slice()).ok_or(Error::NoSuchEngine { engine: engine.name() })
+    engine::trial(engine).map(|trial| trial.wrong.as_slice()).ok_or(Error::NoSuchEngine { engine: engine.name() })
 }
