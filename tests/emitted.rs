@@ -7,23 +7,20 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use tch::{Kind, Tensor};
-use tsquant::config::{
-    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Plan, Rounding, WeightPlan,
-};
+use tsquant::config::{InputSource, InputsPlan};
 use tsquant::dataset::Dataset;
 use tsquant::emit::EXTRA_FILE;
 use tsquant::feed;
 use tsquant::jit::{
     self, BoxError, Clean, Constant, Instrumented, Listing, Module, NoVisit, Node, Place, Tap, TapKind, Visit,
 };
-use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress, Work};
-use tsquant::quantizer::{Bits, Granularity, Grid, Levels, QuantParams, Scheme};
+use tsquant::pipeline::{self, MODEL_FILE, Outcome};
+use tsquant::quantizer::{Levels, QuantParams};
 use tsquant::report::{CorrectedBias, Kind as SiteKind, Provenance, SiteReport, Thresholds};
 use tsquant::simulate::{self, Simulate};
 use tsquant::sites::{self, Sites, WeightSite};
-use tsquant::threshold::ErrorMethod;
 
-use common::{MNIST, Model, assert_equal, model, models_folder};
+use common::{MNIST, Model, Silent, assert_equal, model, models_folder};
 
 const FAKE_QUANTIZE: &str = "aten::fake_quantize_per_tensor_affine";
 
@@ -52,42 +49,9 @@ fn every_model_is_checked() {
     assert_eq!(listed, shipped);
 }
 
-struct Silent;
-
-impl Progress for Silent {
-    fn stage(&mut self, _: &'static str, _: Work) {}
-
-    fn advance(&mut self, _: usize) {}
-}
-
 /// W8A8 with a grid of its own for weights and activations each.
 fn quantize(model: Model, samples: usize, dir: &Path) -> Outcome {
-    let scheme = |grid| Scheme { bits: Bits::try_from(8).expect("a width"), grid };
-    let plan = Plan {
-        model: model.path(),
-        calibration: model.data_plan(samples, 8),
-        weights: WeightPlan {
-            scheme: scheme(Grid::Symmetric),
-            granularity: Granularity::PerChannel,
-            error_method: ErrorMethod::Mse,
-            bias_correction: BiasCorrection::ClosedForm,
-            rounding: Rounding::Nearest,
-            rounding_fallback: false,
-        },
-        activations: ActivationPlan {
-            scheme: scheme(Grid::Uniform),
-            error_method: ErrorMethod::NoClipping,
-            z_threshold: None,
-        },
-        overrides: tsquant::config::Overrides::default(),
-        mixed_precision: None,
-        hessian: None,
-        device: DevicePlan::Cpu,
-        allow_tf32: false,
-        output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant, further: Vec::new(), int8: None },
-        evaluation: None,
-        seed: 5,
-    };
+    let plan = model.plan(samples, dir);
     pipeline::quantize(&plan, None, &mut Silent).unwrap_or_else(|error| panic!("{}: {error}", model.name))
 }
 

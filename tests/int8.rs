@@ -8,58 +8,20 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use tsquant::config::{
-    ActivationPlan, BiasCorrection, DevicePlan, EnginePlan, Format, Int8Plan, OutputPlan, Plan, Rounding, WeightPlan,
-};
+use tsquant::config::{EnginePlan, Format, Int8Plan, OutputPlan, Plan};
 use tsquant::jit::Module;
-use tsquant::pipeline::{self, Error, MODEL_FILE, Outcome, Progress, Work};
-use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
+use tsquant::pipeline::{self, Error, MODEL_FILE, Outcome};
+use tsquant::quantizer::{Bits, Grid, Scheme};
 use tsquant::report::Int8;
-use tsquant::threshold::ErrorMethod;
 
 use binary::{Folder, experiment, test_data, test_model, tsquant};
-use common::{MNIST, Model};
-
-struct Silent;
-
-impl Progress for Silent {
-    fn stage(&mut self, _: &'static str, _: Work) {}
-
-    fn advance(&mut self, _: usize) {}
-}
+use common::{MNIST, Model, Silent};
 
 fn plan(model: Model, dir: &Path) -> Plan {
-    let scheme = |grid| Scheme { bits: Bits::try_from(8).expect("a width"), grid };
-    Plan {
-        model: model.path(),
-        calibration: model.data_plan(16, 8),
-        weights: WeightPlan {
-            scheme: scheme(Grid::Symmetric),
-            granularity: Granularity::PerChannel,
-            error_method: ErrorMethod::Mse,
-            bias_correction: BiasCorrection::ClosedForm,
-            rounding: Rounding::Nearest,
-            rounding_fallback: false,
-        },
-        activations: ActivationPlan {
-            scheme: scheme(Grid::Uniform),
-            error_method: ErrorMethod::NoClipping,
-            z_threshold: None,
-        },
-        overrides: tsquant::config::Overrides::default(),
-        hessian: None,
-        mixed_precision: None,
-        device: DevicePlan::Cpu,
-        allow_tf32: false,
-        output: OutputPlan {
-            dir: dir.to_owned(),
-            format: Format::Int8,
-            further: Vec::new(),
-            int8: Some(Int8Plan { engine: EnginePlan::Onednn, strict: true }),
-        },
-        evaluation: None,
-        seed: 5,
-    }
+    let mut plan = model.plan(16, dir);
+    plan.output.format = Format::Int8;
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: true });
+    plan
 }
 
 fn quantize(plan: &Plan) -> Result<Outcome, Error> {

@@ -7,19 +7,16 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use tch::{Kind, Tensor};
-use tsquant::config::{
-    ActivationPlan, BiasCorrection, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan, Rounding,
-    WeightPlan,
-};
+use tsquant::config::{BiasCorrection, InputSource, InputsPlan};
 use tsquant::dataset::Dataset;
 use tsquant::feed;
 use tsquant::jit::{Instrumented, Module, NoVisit, Output};
-use tsquant::pipeline::{self, MODEL_FILE, Outcome, Progress, Work};
-use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
+use tsquant::pipeline::{self, MODEL_FILE, Outcome};
+use tsquant::quantizer::{Bits, Grid, Scheme};
 use tsquant::sites::{self, Sites};
 use tsquant::threshold::ErrorMethod;
 
-use common::{MNIST, Model, assert_close, assert_equal, model, models_folder, relative_difference};
+use common::{MNIST, Model, Silent, assert_close, assert_equal, model, models_folder, relative_difference};
 
 /// What models/README.md promises of a loaded file, relative to the largest output.
 const LOADED: f64 = 1e-5;
@@ -307,38 +304,13 @@ fn the_trained_network_is_named_like_its_modules() {
     assert_eq!((sites.weights.len(), sites.activations.len()), (16, 23));
 }
 
-struct Silent;
-
-impl Progress for Silent {
-    fn stage(&mut self, _: &'static str, _: Work) {}
-
-    fn advance(&mut self, _: usize) {}
-}
-
 /// W8A8 without clipping.
 fn quantize(model: Model, grid: Grid, dir: &Path) -> Outcome {
     let scheme = Scheme { bits: Bits::try_from(8).expect("a width"), grid };
-    let plan = Plan {
-        model: model.path(),
-        calibration: model.data_plan(16, 8),
-        weights: WeightPlan {
-            scheme,
-            granularity: Granularity::PerChannel,
-            error_method: ErrorMethod::NoClipping,
-            bias_correction: BiasCorrection::None,
-            rounding: Rounding::Nearest,
-            rounding_fallback: false,
-        },
-        activations: ActivationPlan { scheme, error_method: ErrorMethod::NoClipping, z_threshold: None },
-        overrides: Overrides::default(),
-        mixed_precision: None,
-        hessian: None,
-        device: DevicePlan::Cpu,
-        allow_tf32: false,
-        output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant, further: Vec::new(), int8: None },
-        evaluation: None,
-        seed: 0,
-    };
+    let mut plan = model.plan(16, dir);
+    (plan.weights.scheme, plan.weights.error_method) = (scheme, ErrorMethod::NoClipping);
+    plan.weights.bias_correction = BiasCorrection::None;
+    plan.activations.scheme = scheme;
     pipeline::quantize(&plan, None, &mut Silent).unwrap_or_else(|error| panic!("{} on {grid:?}: {error}", model.name))
 }
 

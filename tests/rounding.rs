@@ -19,16 +19,7 @@ const FEW: &str = "hessian={samples: 16, batch_size: 5, probes: 2}";
 
 fn experiment(model: Model) -> String {
     let inputs: Vec<String> = model.inputs.iter().map(|input| format!("{input}: {input}")).collect();
-    let folder = |name: &str| match name {
-        "mnist_resnet" => {
-            [binary::shipped("models/mnist_resnet.pt"), binary::shipped("models/mnist_calibration.safetensors")]
-        }
-        _ => [binary::test_model(name), binary::test_data(name)],
-    };
-    let [file, data] = folder(model.name);
-    let inputs =
-        if model.name == "mnist_resnet" { "[images]".to_owned() } else { format!("{{{}}}", inputs.join(", ")) };
-    binary::experiment(&file, &data, &inputs)
+    binary::experiment(&model.path(), &model.data_path(), &format!("{{{}}}", inputs.join(", ")))
 }
 
 fn run(model: &str, settings: &[&str]) -> Value {

@@ -7,10 +7,16 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use tch::Tensor;
-use tsquant::config::{DataPlan, InputSource, InputsPlan, Transform};
+use tsquant::config::{
+    ActivationPlan, BiasCorrection, DataPlan, DevicePlan, Format, InputSource, InputsPlan, OutputPlan, Overrides, Plan,
+    Rounding, Transform, WeightPlan,
+};
 use tsquant::dataset::Dataset;
 use tsquant::feed;
 use tsquant::jit::{Arguments, Clean, Module, Output};
+use tsquant::pipeline::{Progress, Work};
+use tsquant::quantizer::{Bits, Granularity, Grid, Scheme};
+use tsquant::threshold::ErrorMethod;
 
 /// A shipped model and the tensors of its data file that it takes, under the names of its arguments.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +27,15 @@ pub(crate) struct Model {
 
 const fn takes_x(name: &'static str) -> Model {
     Model { name, inputs: &["x"] }
+}
+
+/// Nobody is told how far a run is.
+pub(crate) struct Silent;
+
+impl Progress for Silent {
+    fn stage(&mut self, _: &'static str, _: Work) {}
+
+    fn advance(&mut self, _: usize) {}
 }
 
 /// Every model of `models/test`.
@@ -97,6 +112,37 @@ impl Model {
             seed: 0,
             batch_size: count(batch_size),
             transform: self.transform(),
+        }
+    }
+
+    /// W8A8 of the first `samples` rows in batches of 8, written to `dir`: symmetric weights by MSE, uniform activations by their
+    /// range.
+    pub(crate) fn plan(&self, samples: usize, dir: &Path) -> Plan {
+        let scheme = |grid| Scheme { bits: Bits::try_from(8).expect("a width"), grid };
+        Plan {
+            model: self.path(),
+            calibration: self.data_plan(samples, 8),
+            weights: WeightPlan {
+                scheme: scheme(Grid::Symmetric),
+                granularity: Granularity::PerChannel,
+                error_method: ErrorMethod::Mse,
+                bias_correction: BiasCorrection::ClosedForm,
+                rounding: Rounding::Nearest,
+                rounding_fallback: false,
+            },
+            activations: ActivationPlan {
+                scheme: scheme(Grid::Uniform),
+                error_method: ErrorMethod::NoClipping,
+                z_threshold: None,
+            },
+            overrides: Overrides::default(),
+            mixed_precision: None,
+            hessian: None,
+            device: DevicePlan::Cpu,
+            allow_tf32: false,
+            output: OutputPlan { dir: dir.to_owned(), format: Format::FakeQuant, further: Vec::new(), int8: None },
+            evaluation: None,
+            seed: 5,
         }
     }
 
