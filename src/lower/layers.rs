@@ -263,17 +263,6 @@ impl Walk<'_> {
         if last != id {
             self.merge(last);
         }
-        let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
-        self.add_kernel(Lowered {
-            name,
-            op,
-            kernel,
-            value,
-            result: result.clone(),
-            eight: Some(eight),
-            reads,
-            quantized: Vec::new(),
-        });
-        self.make_quantized(value, (result, eight), position);
+        self.add_8_bit(id, kernel, (value, result, eight), reads, position);
     }
 }

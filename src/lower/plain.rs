@@ -1,7 +1,7 @@
 //! Ops without weights on quantized tensors: sums, products, concatenation, functions, pooling, views.
 
 use super::kernels::Function;
-use super::walk::{Lowered, Stay, Walk};
+use super::walk::{Stay, Walk};
 use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
 
 /// Reason of an op whose operands are not all sites.
@@ -76,18 +76,7 @@ impl Walk<'_> {
         let (kernel, eight, value, position) = ("quantized::elu", target.eight, target.value, Position::Before(id));
         let inputs = [quantized].into_iter().chain(eight.operands()).chain(further);
         let result = self.insert(position, kernel, inputs.collect());
-        let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
-        self.add_kernel(Lowered {
-            name,
-            op,
-            kernel,
-            value,
-            result: result.clone(),
-            eight: Some(eight),
-            reads,
-            quantized: Vec::new(),
-        });
-        self.make_quantized(value, (result, eight), position);
+        self.add_8_bit(id, kernel, (value, result, eight), reads, position);
     }
 
     /// libtorch's own op, on a quantized tensor.

@@ -349,6 +349,21 @@ impl<'a> Walk<'a> {
         self.found.kernels.push(lowered);
     }
 
+    /// Takes note of a kernel that stands for an op and writes a quantized value.
+    pub(super) fn add_8_bit(
+        &mut self,
+        id: NodeId,
+        kernel: &'static str,
+        (value, result, eight): (ValueId, Operand, Eight),
+        reads: Vec<(NodeId, usize, ValueId)>,
+        position: Position,
+    ) {
+        let (name, op) = (self.name(id).to_owned(), self.graph.node(id).op.clone());
+        let (own, quantized) = (result.clone(), Vec::new());
+        self.add_kernel(Lowered { name, op, kernel, value, result: own, eight: Some(eight), reads, quantized });
+        self.make_quantized(value, (result, eight), position);
+    }
+
     pub(super) fn rewire(&mut self, reader: Reader, slot: usize, value: ValueId, operand: Operand) {
         if operand != Operand::Value(value) {
             self.found.rewirings.push(Rewiring { reader, slot, operand });
