@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{BiasCorrection, Distribution, Rounding};
 use crate::quantizer::{Bits, Granularity, Grid, QuantParams, Threshold};
 use crate::sites::LeftFloat;
-use crate::threshold::{ErrorMethod, Exponent, Selection};
+use crate::threshold::{Cost, ErrorMethod, Exponent, Selection};
 
 pub use files::{Alone, FilesReport, Measures};
 pub use int8::{FLOAT, INT8, Int8, Layer as Int8Layer, OPTIMIZED};
@@ -329,17 +329,6 @@ impl Quantizers {
         // It was that of other images.
         self.weighted_error = None;
     }
-}
-
-/// What images of values cost.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cost {
-    /// Mean of (x − q)².
-    pub error: f64,
-    /// 10 log10(Σ x² / Σ (x − q)²) in dB.
-    pub sqnr_db: f64,
-    /// Share of clipped values.
-    pub clipped_share: f64,
 }
 
 /// The snapped threshold of a quantizer of a symmetric grid.

@@ -11,10 +11,10 @@ use crate::correct::{
 use crate::feed;
 use crate::hessian;
 use crate::jit::{self, Arguments};
-use crate::quantizer::QuantParams;
-use crate::report::{self, Cost, Kind};
+use crate::report::{self, Kind};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites, WeightSite};
+use crate::threshold::{self, Channels, Cost};
 
 /// What is asked of weights and biases.
 pub(super) fn asked(plan: &Plan) -> Asked {
@@ -93,10 +93,10 @@ fn batches(base: &Base, hessian: &HessianPlan) -> Result<Vec<Arguments>, Error> 
 fn take(base: &Base, chosen: &mut Chosen, refined: Refined, rounding: Rounding) -> Result<(), Error> {
     let Refined { weights, rounded, not_rounded, corrections } = refined;
     for site in rounded {
-        let Some(weight) = weights.get(site.weight) else { continue };
-        let name = chosen.sites.weights.get(site.weight).map(|site| site.name.as_str());
+        let own = weights.get(site.weight).zip(chosen.sites.weights.get(site.weight));
+        let Some((weight, weight_site)) = own else { continue };
         let reports = &mut chosen.selections.reports;
-        let report = reports.iter_mut().find(|own| own.kind == Kind::Weight && Some(own.name.as_str()) == name);
+        let report = reports.iter_mut().find(|own| own.kind == Kind::Weight && own.name == weight_site.name);
         if let Some(report) = report {
             report.rounding = Some(report::RoundedWeight {
                 method: rounding,
@@ -104,8 +104,7 @@ fn take(base: &Base, chosen: &mut Chosen, refined: Refined, rounding: Rounding) 
                 error: site.errors[1],
                 kept_nearest: site.kept,
             });
-            let site = chosen.sites.weights.get(site.weight);
-            report.quantizers.rescale(&weight.params, &cost(base, site, weight)?);
+            report.quantizers.rescale(&weight.params, &cost(base, weight_site, weight)?);
         }
     }
     chosen.selections.weights = weights.into_iter().map(|weight| weight.tensor).collect();
@@ -116,31 +115,14 @@ fn take(base: &Base, chosen: &mut Chosen, refined: Refined, rounding: Rounding) 
 }
 
 /// What the images of a weight cost now.
-fn cost(base: &Base, site: Option<&WeightSite>, weight: &Weight) -> Result<Cost, Error> {
-    let value = site.and_then(|site| site.values.first().copied()).unwrap_or_default();
-    let float = base.model.constant(value)?.f_contiguous()?;
-    let size = float.size();
-    let axis = site.map_or(0, |site| site.channel_axis);
-    let behind: i64 = size.iter().skip(axis + 1).product();
-    let channels = size.get(axis).copied().unwrap_or(1);
-    let (behind, channels) = (behind.unsigned_abs().max(1) as usize, channels.unsigned_abs().max(1) as usize);
+fn cost(base: &Base, site: &WeightSite, weight: &Weight) -> Result<Cost, Error> {
+    let float = base.model.constant(site.values.first().copied().unwrap_or_default())?.f_contiguous()?;
     let images = weight.tensor.f_contiguous()?;
-    Ok(jit::with_values(&float, |float| {
-        jit::with_values(&images, |images| {
-            let (mut energy, mut error, mut clipped) = (0.0, 0.0, 0usize);
-            for (index, (&x, &image)) in float.iter().zip(images).enumerate() {
-                let channel = if weight.params.len() == 1 { 0 } else { index / behind % channels };
-                let is_clipped = |params: &QuantParams| !params.unclipped().contains(x.into());
-                clipped += usize::from(weight.params.get(channel).is_some_and(is_clipped));
-                energy += f64::from(x) * f64::from(x);
-                error += (f64::from(x) - f64::from(image)).powi(2);
-            }
-            let count = float.len().max(1) as f64;
-            Cost {
-                error: error / count,
-                sqnr_db: 10.0 * (energy / error).log10(),
-                clipped_share: clipped as f64 / count,
-            }
-        })
-    })??)
+    let axis = (weight.params.len() > 1).then_some(site.channel_axis);
+    let shape: Vec<usize> = site.shape.iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect();
+    let cost = |float: &[f32], images: &[f32]| {
+        threshold::cost_of_images(&Channels::new(float, &shape, axis)?, images, &weight.params)
+    };
+    let cost = jit::with_values(&float, |float| jit::with_values(&images, |images| cost(float, images)))??;
+    cost.map_err(|source| Error::Channels { site: site.name.clone(), source })
 }

@@ -188,17 +188,7 @@ mod tests {
     use super::*;
 
     fn row(number: usize, agreement: Option<f64>, weight_bytes: u64) -> SweepRow {
-        let quantized = Comparison {
-            accuracy: Accuracy::default(),
-            agreement,
-            sqnr_db: None,
-            squared_error: None,
-            cosine: None,
-            max_abs_diff: None,
-            max_abs_float: None,
-            not_finite: 0,
-            rows: 1,
-        };
+        let quantized = Comparison { agreement, rows: 1, ..Comparison::NOTHING };
         let gave = Gave { float: Accuracy::default(), quantized, weight_bytes, search_s: 0.0, evaluate_s: 0.0 };
         let settings = vec![("a.b".to_owned(), format!("[{number}, \"x\"]"))];
         let (name, command) = (format!("row {number}"), "tsquant quantize e.yaml".to_owned());

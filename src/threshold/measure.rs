@@ -1,6 +1,7 @@
 //! What a quantizer does to given values: squared error, signal, clipped values. It refuses to know how the quantizer
 //! was chosen.
 
+use super::channels::{Channels, ChannelsError};
 use super::closed_form::Closed;
 use super::family::Ends;
 use super::mse::Square;
@@ -57,6 +58,20 @@ impl Measured {
         }
     }
 
+    /// What values cost that were rounded to these images, which need not be the nearest: both as they lie in memory.
+    pub(super) fn of_images(channels: &Channels<'_>, images: &[f32], params: &[QuantParams]) -> Self {
+        let unclipped: Vec<Range> = params.iter().map(QuantParams::unclipped).collect();
+        let mut total = Self { count: channels.values().len() as u64, ..Self::default() };
+        for (place, (&x, &image)) in channels.values().iter().zip(images).enumerate() {
+            let (x, image) = (f64::from(x), f64::from(image));
+            total.squared_error += (x - image) * (x - image);
+            total.signal += x * x;
+            let range = unclipped.get(channels.channel_of(place));
+            total.clipped += u64::from(range.is_some_and(|range| !range.contains(x)));
+        }
+        total
+    }
+
     pub(super) fn merge(&mut self, other: &Self) {
         self.squared_error += other.squared_error;
         self.signal += other.signal;
@@ -81,6 +96,30 @@ impl Measured {
     pub(super) fn clipped_share(&self) -> f64 {
         self.clipped as f64 / self.count.max(1) as f64
     }
+}
+
+/// What images of values cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cost {
+    /// Mean of (x − q)².
+    pub error: f64,
+    /// 10 log10(Σ x² / Σ (x − q)²) in dB, infinite without an error.
+    pub sqnr_db: f64,
+    /// Share of the values that the quantizers of their channels clip, from 0 to 1.
+    pub clipped_share: f64,
+}
+
+/// What weights cost that are rounded to `images`, each of them a level of its channel's quantizer.
+///
+/// # Errors
+/// If there is not one quantizer for each channel.
+pub fn cost_of_images(weights: &Channels<'_>, images: &[f32], params: &[QuantParams]) -> Result<Cost, ChannelsError> {
+    if params.len() != weights.count() {
+        return Err(ChannelsError::Quantizers { expected: weights.count(), found: params.len() });
+    }
+    let measured = Measured::of_images(weights, images, params);
+    let (error, sqnr_db) = (measured.mean_squared_error(), measured.sqnr_db());
+    Ok(Cost { error, sqnr_db, clipped_share: measured.clipped_share() })
 }
 
 /// Σ m (x − q)² over the masses m of negative and positive bins, spread evenly within them.
@@ -142,6 +181,25 @@ fn sums(values: &[[f32; LANES]], images: &[[f32; LANES]], unclipped: Range) -> M
 mod tests {
     use super::*;
     use crate::quantizer::Levels;
+
+    /// Of the nearest images it is what the other sums say.
+    #[test]
+    fn images_cost_what_their_quantizers_do() {
+        let values: Vec<f32> = (0..60).map(|i| ((i * 37 % 41) as f32 - 20.0) * 0.13).collect();
+        let channels = Channels::new(&values, &[3, 4, 5], Some(1)).unwrap();
+        let params: Vec<QuantParams> = [0.5, 1.0, 0.25, 2.0]
+            .map(|scale| QuantParams::new(scale, 0, Levels { quant_min: -2, quant_max: 1 }).unwrap())
+            .to_vec();
+        let images = crate::threshold::quantize_weights(&channels, &params).unwrap();
+        let mut expected = Measured::default();
+        (0..4).for_each(|index| expected.merge(&Measured::of(&channels.channel(index), &params[index])));
+        let found = cost_of_images(&channels, &images, &params).unwrap();
+        assert!((found.error - expected.mean_squared_error()).abs() < 1e-12, "{found:?}");
+        assert!((found.sqnr_db - expected.sqnr_db()).abs() < 1e-9, "{found:?}");
+        assert!(found.clipped_share > 0.0);
+        assert_eq!(found.clipped_share, expected.clipped_share());
+        assert!(cost_of_images(&channels, &images, &params[..3]).is_err());
+    }
 
     fn unit_quantizer() -> QuantParams {
         QuantParams::new(1.0, 0, Levels { quant_min: -2, quant_max: 1 }).unwrap()
