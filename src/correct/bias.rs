@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::sums::{InputSums, Sum};
 use super::targets::{Form, OldBias, Reading, Target, Targets};
-use super::{Bias, Corrections, LeftOut};
+use super::{Bias, Corrections};
 use crate::jit::{self, Clean, Place, ValueId};
 use crate::sites::Sites;
 use crate::statistics::Activation;
@@ -50,10 +50,7 @@ pub fn closed_form(
         };
         match outcome {
             Ok((added, shape)) => corrections.biases.push(bias(model, target, &added, &shape)?),
-            Err(reason) => {
-                let (layer, op) = (target.layer.clone(), target.op.clone());
-                corrections.left_out.push(LeftOut { layer, op, reason: reason.to_owned() });
-            }
+            Err(reason) => corrections.left_out.push(target.left_out(reason)),
         }
     }
     Ok(corrections)

@@ -26,7 +26,7 @@ use crate::sites::Sites;
 /// Numbers of a batch whose squared gradients are kept for one op.
 pub(super) const SEEN: i64 = 1 << 18;
 
-/// Share of the mean diagonal that is added to the diagonal of the Hessian by which they go there.
+/// Share of the mean diagonal that is added to the diagonal of the Hessian by which weights make up for the errors of inputs.
 const PULL_DAMPING: f64 = 0.05;
 
 /// A quantized weight.
@@ -121,8 +121,8 @@ impl Looks {
     }
 }
 
-/// Rounds and corrects as `asked`, on these batches. `biases` are those that are known beforehand. `advance` is called with 1 for
-/// each op.
+/// Rounds and corrects as `asked`, on these batches. `known` are the biases of the weights as they are. `advance` is called with
+/// the number of ops that are done.
 ///
 /// # Errors
 /// Where the model or libtorch fails.
@@ -169,18 +169,21 @@ impl Op<'_> {
         let tap = |phase: Phase, kind| Tap { value, number: Place { op: number, phase }.number(), kind };
         [tap(Phase::Input, TapKind::Input(slot)), tap(Phase::Result, TapKind::Observe)]
     }
-}
 
-impl Op<'_> {
-    /// What is added to its channels, as it meets the axes of this result.
-    fn shaped(&self, value: &Tensor) -> Result<Option<Tensor>, tch::TchError> {
-        let Some(added) = &self.added else { return Ok(None) };
-        let shape = match &self.step.reading {
-            Reading::Positions(axes) => std::iter::once(-1).chain(axes.iter().map(|_| 1)).collect(),
-            Reading::Columns if value.dim() != 1 => vec![-1, 1],
-            _ => vec![-1],
+    /// What is added to its channels, as it meets a result with so many axes.
+    fn shaped(&self, rank: usize) -> Result<Option<Tensor>, tch::TchError> {
+        self.added.as_ref().map(|added| added.f_reshape(self.shape(added, rank))).transpose()
+    }
+
+    /// The shape in which its channels meet the axes of its result.
+    fn shape(&self, added: &Tensor, rank: usize) -> Vec<i64> {
+        let channels = i64::try_from(added.numel()).unwrap_or_default();
+        let behind = match &self.step.reading {
+            Reading::Positions(axes) => axes.len(),
+            Reading::Columns if rank != 1 => 1,
+            _ => 0,
         };
-        Ok(Some(added.f_reshape(&shape)?.f_to_device(value.device())?))
+        std::iter::once(channels).chain(std::iter::repeat_n(1, behind)).collect()
     }
 }
 
@@ -379,7 +382,7 @@ impl<'a> Sequence<'a> {
             op.is_corrected = true;
         }
         let Some(means) = moments.means(step.corrects)? else {
-            self.not_rounded.push(left_out(target, "the float model takes another branch on these rows"));
+            self.not_rounded.push(target.left_out("the float model takes another branch on these rows"));
             return Ok(());
         };
         let float = float.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
@@ -391,7 +394,7 @@ impl<'a> Sequence<'a> {
         match rounding::round(&problem, &goal)? {
             None => self
                 .not_rounded
-                .push(left_out(target, "its input never differs on the calibration data, or is not finite")),
+                .push(target.left_out("its input never differs on the calibration data, or is not finite")),
             Some(Rounded { weight: found, params, errors, energy, kept }) => {
                 weight.tensor = unflat(&found, &weight.tensor.size(), target.form)?;
                 weight.params = params;
@@ -408,8 +411,10 @@ impl<'a> Sequence<'a> {
             // (W − W_q)·E(x_q): what the error of the weights adds, and not that of the inputs.
             let rounded = flat(&weight.tensor, target.form)?.f_to_kind(Kind::Double)?;
             let added = float.f_sub(&rounded)?.f_bmm(&means.x.f_unsqueeze(2)?)?.f_flatten(0, -1)?;
-            let op = &mut self.ops[place.op];
-            op.added = Some(added.f_mul_scalar(target.factor)?.f_to_kind(Kind::Float)?);
+            let added = added.f_mul_scalar(target.factor)?.f_to_kind(Kind::Float)?;
+            if added.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1 {
+                self.ops[place.op].added = Some(added);
+            }
         }
         Ok(())
     }
@@ -460,9 +465,11 @@ impl<'a> Sequence<'a> {
             self.ops[place.op].rank = quantized.dim();
             let squares = self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
             if let (Some(squares), Some(result)) = (squares, pair.float(place)?) {
-                let known = self.ops[place.op].shaped(&quantized)?;
                 let missing = result.f_sub(&quantized)?;
-                let missing = if let Some(known) = known { missing.f_sub(&known)? } else { missing };
+                let missing = match self.ops[place.op].shaped(quantized.dim())? {
+                    Some(known) => missing.f_sub(&known.f_to_device(missing.device())?)?,
+                    None => missing,
+                };
                 let difference = self.looks.look(batch, place.op, &missing)?;
                 let (difference, squares) = (difference.f_to_kind(Kind::Double)?, squares.f_to_kind(Kind::Double)?);
                 let along = |of: &Tensor| {
@@ -490,15 +497,15 @@ impl<'a> Sequence<'a> {
         for op in std::mem::take(&mut self.ops) {
             let Step { target, rounds, corrects, .. } = op.step;
             if *rounds && !op.is_rounded {
-                self.not_rounded.push(left_out(target, NEVER_RAN));
+                self.not_rounded.push(target.left_out(NEVER_RAN));
             }
             match &op.added {
                 Some(added) => {
-                    let shape = bias_shape(&op, added);
+                    let shape = op.shape(added, op.rank);
                     self.corrections.biases.push(bias::bias(self.network.model, target, added, &shape)?);
                 }
                 None if *corrects => {
-                    self.leave_uncorrected(left_out(target, if op.is_corrected { NOT_BETTER } else { NEVER_RAN }));
+                    self.leave_uncorrected(target.left_out(if op.is_corrected { NOT_BETTER } else { NEVER_RAN }));
                 }
                 None => {}
             }
@@ -528,28 +535,13 @@ fn product(input: &Tensor, weight: &Tensor, reading: &Reading, groups: i64) -> R
     Ok(Tensor::f_cat(&products, 0)?)
 }
 
-fn left_out(target: &Target, reason: &str) -> LeftOut {
-    LeftOut { layer: target.layer.clone(), op: target.op.clone(), reason: reason.to_owned() }
-}
-
 const NEVER_RAN: &str = "never ran on the rows that it is looked at on";
 const NOT_BETTER: &str = "no outputs depend on it, or what half of the batches asks for does not help the other half";
 
-/// The shape in which what is added meets the axes of the result.
-fn bias_shape(op: &Op<'_>, added: &Tensor) -> Vec<i64> {
-    let channels = i64::try_from(added.numel()).unwrap_or_default();
-    let behind = match &op.step.reading {
-        Reading::Positions(axes) => axes.len(),
-        Reading::Columns if op.rank != 1 => 1,
-        _ => 0,
-    };
-    std::iter::once(channels).chain(std::iter::repeat_n(1, behind)).collect()
-}
-
 /// Adds to the model's own result.
 fn add(op: &Op<'_>, value: &Tensor) -> Result<(), jit::Error> {
-    if let Some(added) = op.shaped(value)? {
-        let _ = value.shallow_clone().f_add_(&added)?;
+    if let Some(added) = op.shaped(value.dim())? {
+        let _ = value.shallow_clone().f_add_(&added.f_to_device(value.device())?)?;
     }
     Ok(())
 }

@@ -93,24 +93,21 @@ impl Steps {
 
     /// What is really done at an op; why less than was asked for is noted.
     fn settled(&mut self, mut step: Step, node: &Node, (listing, sites): (&Listing, &Sites), asked: Asked) -> Step {
-        let left = |reason: &str| {
-            let (layer, op) = (step.target.layer.clone(), step.target.op.clone());
-            LeftOut { layer, op, reason: reason.to_owned() }
-        };
         let is_repeated = is_in_loop(listing, node);
         if asked.rounding == Rounding::Gptq {
             step.hessian_bytes = hessian_bytes(&step.target, sites);
             let reason = why_nearest(listing, sites, &step);
             match reason.or(is_repeated.then_some(IN_LOOP)) {
-                Some(reason) => self.not_rounded.push(left(reason)),
+                Some(reason) => self.not_rounded.push(step.target.left_out(reason)),
                 None if step.hessian_bytes > MOST_HESSIAN_BYTES => {
-                    self.too_large.push((left("its Hessian would be too large"), step.hessian_bytes));
+                    let left = step.target.left_out("its Hessian would be too large");
+                    self.too_large.push((left, step.hessian_bytes));
                 }
                 None => step.rounds = true,
             }
         }
         if asked.correction == BiasCorrection::Weighted && step.corrects && is_repeated {
-            self.not_corrected.push(left(IN_LOOP));
+            self.not_corrected.push(step.target.left_out(IN_LOOP));
             step.corrects = false;
         }
         step

@@ -87,6 +87,11 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// This op among those that nothing is done at.
+    pub(super) fn left_out(&self, reason: &str) -> LeftOut {
+        LeftOut { layer: self.layer.clone(), op: self.op.clone(), reason: reason.to_owned() }
+    }
+
     /// Channels of its result.
     pub(super) fn outputs(&self, sites: &Sites) -> i64 {
         let shape = sites.weights.get(self.weight).map(|site| site.shape.as_slice()).unwrap_or_default();
