@@ -3,6 +3,7 @@
 //! Strict: a key or value that is unknown, impossible or not built yet is an error that names file or flag, line, column
 //! and the key's full path. Plain data: it opens the YAML alone, and refuses to know what models and data files hold.
 
+mod accuracy;
 mod decode;
 mod device;
 mod document;

@@ -401,6 +401,7 @@ impl WeightGradients {
             return sums.add(gradient, self.has_spread);
         }
         *together = Some(match together.take() {
+            None if gradient.is_sparse() => gradient.f_to_dense(None, false)?,
             // Kept until the probe ends, as nobody else writes into it.
             None => gradient.shallow_clone(),
             Some(sum) => sum.f_add(gradient)?,

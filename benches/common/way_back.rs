@@ -30,7 +30,9 @@ struct All(Vec<Tensor>);
 
 impl Visit for All {
     fn constant_gradient(&mut self, _: usize, gradient: &Tensor) -> Result<(), BoxError> {
-        self.0.push(gradient.shallow_clone());
+        // As libtorch gives them without being asked for less.
+        let whole = if gradient.is_sparse() { gradient.f_to_dense(None, false)? } else { gradient.shallow_clone() };
+        self.0.push(whole);
         Ok(())
     }
 }

@@ -68,9 +68,50 @@ impl WeightSums {
         Ok(Self { sum, unit: None, batch: None, step, spread, is_reached: false })
     }
 
-    /// Adds the gradient of one probe; whether its spread counts is known from the start of the batch.
+    /// Adds the gradient of one probe, which may be sparse by row; whether its spread counts is known from the start of the
+    /// batch.
     pub(super) fn add(&mut self, gradient: &Tensor, has_spread: bool) -> Result<(), jit::Error> {
         self.is_reached = true;
+        if gradient.is_sparse() {
+            return self.add_rows(&gradient.f_coalesce()?, has_spread);
+        }
+        let gradient = self.in_units(gradient)?;
+        let _ = self.sum.f_addcmul_(&gradient, &gradient)?;
+        if has_spread {
+            self.add_to_spread(some_of(&gradient, self.step)?.f_square()?)?;
+        }
+        Ok(())
+    }
+
+    /// The same for a gradient that has some rows, each once.
+    fn add_rows(&mut self, gradient: &Tensor, has_spread: bool) -> Result<(), jit::Error> {
+        let (rows, values) = (gradient.f_indices()?.f_select(0, 0)?, gradient.f_values()?);
+        if values.numel() == 0 {
+            return Ok(());
+        }
+        let squares = self.in_units(&values)?.f_square()?;
+        let _ = self.sum.f_index_add_(0, &rows, &squares)?;
+        if has_spread {
+            self.add_to_spread(self.some_of_rows(&rows, &squares)?)?;
+        }
+        Ok(())
+    }
+
+    /// What [`some_of`] takes out of these rows of the weight and zeros.
+    fn some_of_rows(&self, rows: &Tensor, values: &Tensor) -> Result<Tensor, jit::Error> {
+        let (count, of_rows) = (*rows.size().first().unwrap_or(&0), *self.sum.size().first().unwrap_or(&0));
+        let whole = (Kind::Int64, rows.device());
+        let width = values.numel() as i64 / count;
+        let wanted = Tensor::f_arange_start_step(0, self.sum.numel() as i64, self.step, whole)?;
+        let place = Tensor::f_full([of_rows], -1, whole)?.f_index_copy(0, rows, &Tensor::f_arange(count, whole)?)?;
+        let at = place.f_index_select(0, &wanted.f_divide_scalar_mode(width, "floor")?)?;
+        let is_there = at.f_ge(0)?;
+        let at = at.f_clamp_min(0)?.f_mul_scalar(width)?.f_add(&wanted.f_remainder(width)?)?;
+        Ok(values.f_reshape([-1])?.f_index_select(0, &at)?.f_mul(&is_there)?)
+    }
+
+    /// A gradient in the unit of this weight, which the first one that is not zero settles.
+    fn in_units(&mut self, gradient: &Tensor) -> Result<Tensor, jit::Error> {
         if self.unit.is_none() {
             // Not of absolute values, which would be a copy.
             let [least, most] = [gradient.f_min()?, gradient.f_max()?].map(|it| it.f_double_value(&[]));
@@ -78,19 +119,18 @@ impl WeightSums {
             let unit = if PLAIN.contains(&largest) { 1.0 } else { largest.log2().floor().exp2() };
             self.unit = Some(unit).filter(|unit| unit.is_normal());
         }
-        let gradient = match self.unit {
-            Some(unit) if unit != 1.0 => &gradient.f_mul_scalar(1.0 / unit)?,
-            _ => gradient,
-        };
-        let _ = self.sum.f_addcmul_(gradient, gradient)?;
-        if has_spread {
-            let squares = some_of(gradient, self.step)?.f_square()?;
-            self.spread.add_probe(squared_norm(&squares)?);
-            self.batch = Some(match self.batch.take() {
-                Some(mut batch) => batch.f_add_(&squares)?,
-                None => squares,
-            });
-        }
+        Ok(match self.unit {
+            Some(unit) if unit != 1.0 => gradient.f_mul_scalar(1.0 / unit)?,
+            _ => gradient.shallow_clone(),
+        })
+    }
+
+    fn add_to_spread(&mut self, squares: Tensor) -> Result<(), jit::Error> {
+        self.spread.add_probe(squared_norm(&squares)?);
+        self.batch = Some(match self.batch.take() {
+            Some(mut batch) => batch.f_add_(&squares)?,
+            None => squares,
+        });
         Ok(())
     }
 
@@ -233,6 +273,35 @@ mod tests {
         assert!((error - (80.0f64 / 116.0).sqrt()).abs() < 1e-6, "{error}");
         let scores = Vec::<f32>::try_from(sums.scaled(0.5).unwrap().unwrap().0).unwrap();
         assert_eq!(scores, [5.0, 2.0]);
+    }
+
+    /// Rows that were asked for twice, once and never, of a weight with more elements than tell its spread.
+    #[test]
+    fn a_gradient_by_row_counts_as_the_whole_one() {
+        let (rows, width) = (40_000i64, 3i64);
+        let mut sums = [0, 1].map(|_| WeightSums::new(&Tensor::zeros([rows, width], (Kind::Float, tch::Device::Cpu))));
+        let [of_rows, of_all] = sums.each_mut().map(|sums| sums.as_mut().unwrap());
+        assert!(of_all.step > 1);
+        for probe in 0..3i64 {
+            let asked = (Tensor::arange(30_000, (Kind::Int64, tch::Device::Cpu)) * (probe + 7)).remainder(rows);
+            let values = (Tensor::arange(30_000 * width, (Kind::Float, tch::Device::Cpu)) + probe).remainder(11) - 4;
+            let values = values.reshape([30_000, width]);
+            let options = (Kind::Float, tch::Device::Cpu);
+            let sparse =
+                Tensor::sparse_coo_tensor_indices_size(&asked.unsqueeze(0), &values, [rows, width], options, false);
+            of_rows.add(&sparse, true).unwrap();
+            of_all.add(&sparse.to_dense(None, false), true).unwrap();
+        }
+        let nothing = Tensor::sparse_coo_tensor([rows, width], (Kind::Float, tch::Device::Cpu));
+        of_rows.add(&nothing, false).unwrap();
+        for sums in [&mut *of_rows, &mut *of_all] {
+            sums.end_batch(3).unwrap();
+        }
+        let errors = [&*of_rows, &*of_all].map(|sums| sums.relative_error().unwrap());
+        assert!(errors[0].is_some_and(|error| error > 0.0), "{errors:?}");
+        assert_eq!(errors[0], errors[1]);
+        let [of_rows, of_all] = sums.map(|sums| sums.unwrap().scaled(1.0).unwrap().unwrap().0);
+        assert!(of_rows.equal(&of_all) && of_all.max().double_value(&[]) > 0.0);
     }
 
     /// Squares of 1e-30 and 1e30 leave the range of an f32.

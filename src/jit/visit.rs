@@ -44,7 +44,8 @@ pub trait Visit {
     }
 
     /// Called on the way back with the gradient of a constant that is an input, by its number among these; once for each that a
-    /// gradient reaches. The rest is as for [`gradient`](Self::gradient).
+    /// gradient reaches; sparse, by row, if it is an embedding's weight that nothing else reads. The rest is as for
+    /// [`gradient`](Self::gradient).
     ///
     /// # Errors
     /// As there.

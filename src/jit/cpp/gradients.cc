@@ -104,7 +104,7 @@ private:
 };
 
 // An embedding's flags change its gradient alone: rows that count by how often they are asked for, a row without any, a
-// sparse result.
+// sparse result. Where nothing else reads a weight that is asked about, the gradient has the rows that were asked for alone.
 void use_plain_gradients(torch::jit::Block *block) {
   for (auto *node : block->nodes()) {
     for (auto *inner : node->blocks())
@@ -115,7 +115,9 @@ void use_plain_gradients(torch::jit::Block *block) {
     auto &graph = *node->owningGraph();
     node->replaceInput(2, graph.insertConstant(std::int64_t{-1}));
     node->replaceInput(3, graph.insertConstant(false));
-    node->replaceInput(4, graph.insertConstant(false));
+    const auto *weight = node->input(0);
+    const bool is_own = weight->node() == graph.param_node() && weight->uses().size() == 1;
+    node->replaceInput(4, graph.insertConstant(is_own));
   }
 }
 
@@ -184,8 +186,10 @@ std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const
       const std::lock_guard<std::mutex> lock(gradients->mutex);
       if (gradients->visitor != nullptr && gradient.defined())
         gradients->visitor->constant_gradient(index, gradient);
+      if (!gradient.defined() || gradient.is_sparse())
+        return gradient;
       // Something of this shape that takes no memory: what is returned is kept until the walk back has ended.
-      return gradient.defined() ? at::zeros({}, gradient.options()).expand(gradient.sizes()) : gradient;
+      return at::zeros({}, gradient.options()).expand(gradient.sizes());
     });
     stack.emplace_back(leaf);
   }
