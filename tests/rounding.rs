@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use serde_json::Value;
+use tch::{CModule, Kind, Tensor};
 
 use binary::Folder;
 use common::Model;
@@ -97,6 +98,47 @@ fn recurrent_layers_round_what_reads_their_input() {
     let names: Vec<String> = rounded(&report).into_iter().map(|it| it.name).collect();
     assert!(names.iter().any(|name| name.contains("weight_ih_l0")), "{names:?}");
     assert!(names.iter().all(|name| !name.contains("weight_hh") && !name.contains("weight_ih_l1")), "{names:?}");
+}
+
+/// The two batches are the same rows, so that each half confirms all that the other asks for; the outputs' squared gradients are 1.
+#[test]
+fn a_correction_is_fitted_to_what_a_clamp_lets_through() {
+    let folder = Folder::new();
+    let (model, data) = (folder.path().join("model.pt"), folder.path().join("rows.safetensors"));
+    tch::manual_seed(3);
+    let cpu = (Kind::Float, tch::Device::Cpu);
+    let (weight, half) = (Tensor::randn([3, 6], cpu), Tensor::randn([40, 6], cpu) + 0.3);
+    let rows = Tensor::cat(&[&half, &half], 0);
+    Tensor::write_safetensors(&[("x", &rows)], &data).unwrap();
+    let none: Option<&Tensor> = None;
+    let mut forward = |inputs: &[Tensor]| vec![inputs[0].linear(&weight, none).relu()];
+    let module = CModule::create_by_tracing("Traced", "forward", &[half.shallow_clone()], &mut forward).unwrap();
+    module.save(&model).unwrap();
+    let bias = |correction: &str| {
+        let settings = [
+            correction,
+            "quantization.weights.bits=2",
+            "overrides=[{layers: input, activations: float}]",
+            "hessian={samples: 80, batch_size: 40, probes: 1}",
+        ];
+        folder.quantize(&binary::experiment(&model, &data, "[x]"), &settings).succeeded();
+        let emitted = CModule::load(folder.path().join("run/quantized.pt")).unwrap();
+        let parameters = emitted.named_parameters().unwrap();
+        let of =
+            |axes: usize| parameters.iter().find(|(_, value)| value.dim() == axes).expect("a parameter").1.detach();
+        (of(2), of(1))
+    };
+    let (quantized, known) = bias("quantization.weights_bias_correction=closed_form");
+    let (_, found) = bias(WEIGHTED);
+    let float = half.linear(&weight, none).relu();
+    let before = half.linear(&quantized, Some(&known));
+    let passes = before.gt(0.0).to_kind(Kind::Float);
+    let sum = |of: &Tensor| of.sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+    let added = sum(&((&float - before.relu()) * &passes)) / sum(&passes);
+    let expected = &known + &added;
+    assert!(added.abs().max().double_value(&[]) > 0.01, "{added:?}");
+    let distance = (&found - &expected).abs().max().double_value(&[]);
+    assert!(distance < 1e-4, "found {found:?}, expected {expected:?}, before {known:?}");
 }
 
 /// Scales are refitted but where a grid knows powers of two alone, or channels share one.

@@ -12,7 +12,7 @@ use super::bias::{self, by_group};
 use super::layout::{by_channel, grouped, patches};
 use super::moments::{Means, Moments};
 use super::rounding::{self, Problem, Rounded};
-use super::steps::{Asked, Step, Steps};
+use super::steps::{Asked, Clamp, Step, Steps};
 use super::targets::{Form, Reading, Target};
 use super::{Corrections, LeftOut};
 use crate::config::BiasCorrection;
@@ -80,7 +80,7 @@ pub struct Refined {
 #[derive(Debug, Clone)]
 pub struct Looks {
     readings: Vec<Reading>,
-    /// The results whose gradients are asked for: those of ops whose biases are corrected.
+    /// The results whose gradients are asked for: those of ops whose biases are corrected, behind the clamp if there is one.
     pub results: Vec<Option<jit::ValueId>>,
     seed: u64,
 }
@@ -90,7 +90,8 @@ impl Looks {
     #[must_use]
     pub fn new(steps: &Steps, seed: u64) -> Self {
         let readings = steps.steps.iter().map(|step| step.reading.clone()).collect();
-        let results = steps.steps.iter().map(|step| step.corrects.then_some(step.target.result)).collect();
+        let result = |step: &Step| step.clamp.map_or(step.target.result, |clamp| clamp.value);
+        let results = steps.steps.iter().map(|step| step.corrects.then(|| result(step))).collect();
         Self { readings, results, seed }
     }
 
@@ -433,10 +434,17 @@ impl<'a> Sequence<'a> {
             Goal::Input(input) => product(input, weight, reading, groups)?,
         };
         let squares = self.squares.get(batch).and_then(|ops| ops.get(number)?.as_ref()).filter(|_| corrects);
-        let squares = squares.map(|squares| squares.f_to_kind(Kind::Float)).transpose()?;
         let positions = self.looks.positions(batch, number, &result.size());
         let positions =
             positions.map(|positions| Tensor::f_from_slice(&positions)?.f_to_device(result.device())).transpose()?;
+        let squares = squares.map(|squares| squares.f_to_kind(Kind::Float)).transpose()?;
+        let squares = match (squares, self.ops[number].step.clamp) {
+            (Some(squares), Some(Clamp { bounds, .. })) => {
+                let seen = positions.as_ref().map(|positions| result.f_index_select(2, positions)).transpose()?;
+                Some(squares.f_mul(&is_within(seen.as_ref().unwrap_or(&result), bounds)?)?)
+            }
+            (squares, _) => squares,
+        };
         patches::<jit::Error>(input, reading, groups, |first, count, x| {
             // What the float weights do not give: sums of it are as exact as it is small.
             let missing = grouped(&result.f_narrow(0, first, count)?, groups)?.f_sub(&weight.f_bmm(x)?)?;
@@ -465,13 +473,20 @@ impl<'a> Sequence<'a> {
             self.ops[place.op].rank = quantized.dim();
             let squares = self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
             if let (Some(squares), Some(result)) = (squares, pair.float(place)?) {
-                let missing = result.f_sub(&quantized)?;
-                let missing = match self.ops[place.op].shaped(quantized.dim())? {
-                    Some(known) => missing.f_sub(&known.f_to_device(missing.device())?)?,
-                    None => missing,
+                let found = match self.ops[place.op].shaped(quantized.dim())? {
+                    Some(known) => quantized.f_add(&known.f_to_device(quantized.device())?)?,
+                    None => quantized.shallow_clone(),
                 };
-                let difference = self.looks.look(batch, place.op, &missing)?;
-                let (difference, squares) = (difference.f_to_kind(Kind::Double)?, squares.f_to_kind(Kind::Double)?);
+                let seen = |value: &Tensor| self.looks.look(batch, place.op, value)?.f_to_kind(Kind::Double);
+                let [result, found] = [seen(&result)?, seen(&found)?];
+                let squares = squares.f_to_kind(Kind::Double)?;
+                let (difference, squares) = match self.ops[place.op].step.clamp {
+                    None => (result.f_sub(&found)?, squares),
+                    Some(Clamp { bounds, .. }) => {
+                        let difference = clamped(&result, bounds)?.f_sub(&clamped(&found, bounds)?)?;
+                        (difference, squares.f_mul(&is_within(&found, bounds)?)?)
+                    }
+                };
                 let along = |of: &Tensor| {
                     of.f_sum_dim_intlist([0i64, 2].as_slice(), false, Kind::Double)?.f_to_device(Device::Cpu)
                 };
@@ -537,6 +552,15 @@ fn product(input: &Tensor, weight: &Tensor, reading: &Reading, groups: i64) -> R
 
 const NEVER_RAN: &str = "never ran on the rows that it is looked at on";
 const NOT_BETTER: &str = "no outputs depend on it, or what half of the batches asks for does not help the other half";
+
+fn clamped(value: &Tensor, [lo, hi]: [f64; 2]) -> Result<Tensor, tch::TchError> {
+    value.f_clamp(lo, hi)
+}
+
+/// 1 where a clamp to these bounds lets changes pass, 0 elsewhere.
+fn is_within(value: &Tensor, [lo, hi]: [f64; 2]) -> Result<Tensor, tch::TchError> {
+    value.f_gt(lo)?.f_logical_and(&value.f_lt(hi)?)?.f_to_kind(value.kind())
+}
 
 /// Adds to the model's own result.
 fn add(op: &Op<'_>, value: &Tensor) -> Result<(), jit::Error> {

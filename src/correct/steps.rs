@@ -51,7 +51,28 @@ pub(super) struct Step {
     /// What it should give is the product of its float weight and the float model's input, not the float model's result:
     /// that has other terms.
     pub(super) has_other_terms: bool,
+    /// The clamp behind it.
+    pub(super) clamp: Option<Clamp>,
     hessian_bytes: u64,
+}
+
+/// A clamp that alone reads the result of an op.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Clamp {
+    /// What it makes of it.
+    pub(super) value: ValueId,
+    /// Its lower bound and its upper one.
+    pub(super) bounds: [f64; 2],
+}
+
+impl Clamp {
+    fn behind(listing: &Listing, result: ValueId) -> Option<Self> {
+        let mut readers = listing.nodes.iter().filter(|node| node.inputs.contains(&result));
+        let (Some(reader), None) = (readers.next(), readers.next()) else { return None };
+        let is_returned = listing.blocks.iter().any(|block| block.returns.contains(&result));
+        let (&[value], bounds) = (reader.outputs.as_slice(), listing.clamp(reader)?) else { return None };
+        (!is_returned && reader.inputs.first() == Some(&result)).then_some(Self { value, bounds })
+    }
 }
 
 impl Steps {
@@ -76,7 +97,9 @@ impl Steps {
         let known = targets.ops.iter().filter_map(|target| {
             let reading = targets.inputs.get(target.input)?.reading.clone();
             let has_other_terms = !corrects || target.op == "aten::addmm";
-            Some(Step { target: target.clone(), reading, rounds: false, corrects, has_other_terms, hessian_bytes: 0 })
+            let clamp = Clamp::behind(listing, target.result);
+            let (target, rounds) = (target.clone(), false);
+            Some(Step { target, reading, rounds, corrects, has_other_terms, clamp, hessian_bytes: 0 })
         });
         let recurrent = if asked.rounding == Rounding::Gptq { recurrent(listing, sites) } else { Vec::new() };
         let all = known.chain(recurrent).filter_map(|step| Some((node_of(listing, &step.target)?, step)));
@@ -228,6 +251,7 @@ fn recurrent(listing: &Listing, sites: &Sites) -> Vec<Step> {
                 rounds,
                 corrects,
                 has_other_terms: true,
+                clamp: None,
                 hessian_bytes: 0,
             });
         }

@@ -25,7 +25,7 @@ pub fn squares(
     mut advance: impl FnMut(usize),
 ) -> Result<Squares, Error> {
     let taps = values.iter().enumerate();
-    let taps = taps.filter_map(|(number, value)| Some(Tap { value: (*value)?, number, kind: TapKind::Gradient }));
+    let taps = taps.filter_map(|(number, value)| Some(Tap { value: (*value)?, number, kind: TapKind::WholeGradient }));
     let taps: Vec<Tap> = taps.collect();
     let graph = model.differentiable(&taps, &[])?;
     let mut all = Vec::new();

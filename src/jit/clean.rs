@@ -68,6 +68,8 @@ pub enum TapKind {
     Substitute,
     /// [`Visit::gradient`]; for [`Clean::differentiable`] alone.
     Gradient,
+    /// The same, with what the value does to the outputs as an output itself.
+    WholeGradient,
     /// [`Visit::observe`] with what the op that makes the value reads in this slot, each time that it runs.
     Input(usize),
 }
@@ -466,6 +468,7 @@ fn tap_rows(taps: &[Tap]) -> Vec<bridge::TapRow> {
         TapKind::Observe => bridge::TapKind::Observe,
         TapKind::Substitute => bridge::TapKind::Substitute,
         TapKind::Gradient => bridge::TapKind::Gradient,
+        TapKind::WholeGradient => bridge::TapKind::WholeGradient,
         TapKind::Input(_) => bridge::TapKind::Input,
     };
     let row = |tap: &Tap| {

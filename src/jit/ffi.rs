@@ -77,6 +77,7 @@ pub(super) mod bridge {
         Observe,
         Substitute,
         Gradient,
+        WholeGradient,
         Input,
     }
 

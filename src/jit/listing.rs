@@ -140,6 +140,27 @@ impl Listing {
     pub fn arguments(&self) -> &[ValueId] {
         self.blocks.first().and_then(|block| block.parameters.get(1..)).unwrap_or_default()
     }
+
+    /// What a node clamps each number to, if that is all that it does and the bounds are constants.
+    #[must_use]
+    pub fn clamp(&self, node: &Node) -> Option<[f64; 2]> {
+        let bound = |slot: usize, absent: f64| {
+            let value = self.values.get(*node.inputs.get(slot)?)?;
+            match value.constant.as_ref()?.text.as_str() {
+                "None" => Some(absent),
+                text => text.parse().ok(),
+            }
+        };
+        let (none, endless) = (f64::NEG_INFINITY, f64::INFINITY);
+        match node.op.as_str() {
+            "aten::relu" => Some([0.0, endless]),
+            "aten::relu6" => Some([0.0, 6.0]),
+            "aten::hardtanh" | "aten::clamp" => Some([bound(1, none)?, bound(2, endless)?]),
+            "aten::clamp_min" => Some([bound(1, none)?, endless]),
+            "aten::clamp_max" => Some([none, bound(1, endless)?]),
+            _ => None,
+        }
+    }
 }
 
 /// True if `path` is `module` with some parts before the last left out.

@@ -205,7 +205,8 @@ impl Walk<'_> {
         let eight = self.eight(value).ok_or("its result has no 8-bit quantizer")?;
         let mut target = Target { value, last, eight, clamp: None, relu: false };
         if last != id {
-            let [lo, hi] = self.bounds(last).ok_or("what it is clamped to is no constant")?;
+            let [lo, hi] =
+                self.graph.listing.clamp(self.graph.node(last)).ok_or("what it is clamped to is no constant")?;
             #[allow(clippy::cast_possible_truncation)]
             let level = |bound: f64| eight.params.quantize(bound as f32);
             target.relu = lo == 0.0;
@@ -223,24 +224,6 @@ impl Walk<'_> {
         let joins = sites::is_clamp(&node.op) && node.inputs.first() == Some(&value);
         let output = node.outputs.first().copied().filter(|&output| joins && self.is_anchor(output))?;
         Some((output, reader))
-    }
-
-    /// What a clamp clamps to.
-    fn bounds(&self, id: NodeId) -> Option<[f64; 2]> {
-        let node = self.graph.node(id);
-        let bound = |slot: usize, absent: f64| match self.graph.constant(node, slot)?.text.as_str() {
-            "None" => Some(absent),
-            text => text.parse().ok(),
-        };
-        let (none, endless) = (f64::NEG_INFINITY, f64::INFINITY);
-        match node.op.as_str() {
-            "aten::relu" => Some([0.0, endless]),
-            "aten::relu6" => Some([0.0, 6.0]),
-            "aten::hardtanh" | "aten::clamp" => Some([bound(1, none)?, bound(2, endless)?]),
-            "aten::clamp_min" => Some([bound(1, none)?, endless]),
-            "aten::clamp_max" => Some([none, bound(1, endless)?]),
-            _ => None,
-        }
     }
 
     /// Inserts a kernel that takes scale and zero point of its result last; `names` are the plain one and that with a ReLU.

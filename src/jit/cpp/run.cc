@@ -74,6 +74,7 @@ torch::jit::Symbol operator_of(TapKind kind) {
   case TapKind::Substitute:
     return c10::Symbol::fromQualString("tsquant::simulate");
   case TapKind::Gradient:
+  case TapKind::WholeGradient:
     return c10::Symbol::fromQualString("tsquant::gradient");
   default:
     return c10::Symbol::fromQualString("tsquant::tap");
@@ -155,7 +156,10 @@ void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *
     auto *site = graph.insertConstant(static_cast<std::int64_t>(row.site));
     auto *node = graph.insertNode(graph.create(operator_of(row.kind), {value, site}, 1));
     node->output()->setType(value->type());
-    replace_inner_uses(graph, value, node);
+    if (row.kind == TapKind::WholeGradient)
+      value->replaceAllUsesAfterNodeWith(node, node->output());
+    else
+      replace_inner_uses(graph, value, node);
   }
 }
 
