@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::accuracy::Accuracy;
 use super::device::DevicePlan;
 use super::hessian::HessianKeys;
 use super::mixed_precision::MixedKeys;
@@ -127,6 +128,9 @@ pub(super) struct TransformKeys {
 #[derive(Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct QuantizationKeys {
+    /// One word for error methods, bias correction and rounding, where their own keys say nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) accuracy: Option<Accuracy>,
     /// Weights.
     pub(super) weights: Option<WeightKeys>,
     /// Activations, always per tensor.

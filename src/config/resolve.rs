@@ -6,6 +6,7 @@
 use std::num::NonZeroUsize;
 use std::path::{Component, Path, PathBuf};
 
+use super::accuracy::Recipe;
 use super::device::DevicePlan;
 use super::document::Node;
 use super::error::{Error, Problem, path_text};
@@ -23,9 +24,6 @@ use crate::threshold::{ErrorMethod, Exponent};
 
 /// Rows in a batch where nothing else is typed.
 const BATCH_SIZE: NonZeroUsize = NonZeroUsize::new(32).unwrap();
-
-/// Where nothing else is typed; docs/accuracy.md has the measurements.
-const BIAS_CORRECTION: BiasCorrection = BiasCorrection::ClosedForm;
 
 /// What keys are resolved against.
 pub(super) struct Resolver<'a> {
@@ -332,6 +330,7 @@ impl Resolver<'_> {
         exponent: Exponent,
         mixed: Option<&MixedPlan>,
     ) -> Result<(WeightPlan, ActivationPlan), Error> {
+        let recipe = Recipe::of(keys.accuracy);
         let weights = keys.weights.unwrap_or_default();
         let activations = keys.activations.unwrap_or_default();
         if activations.granularity == Some(Granularity::PerChannel) {
@@ -341,14 +340,17 @@ impl Resolver<'_> {
         let weight_plan = WeightPlan {
             granularity: weights.granularity.unwrap_or(Granularity::PerChannel),
             scheme: self.scheme("quantization.weights", (weights.bits, weights.grid), Grid::Symmetric)?,
-            error_method: keys.weights_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
-            bias_correction: keys.weights_bias_correction.unwrap_or(BIAS_CORRECTION),
-            rounding: weights.rounding.unwrap_or(Rounding::Nearest),
-            rounding_fallback: weights.rounding_fallback.unwrap_or(false),
+            error_method: keys.weights_error_method.unwrap_or(recipe.weights_error_method).with_exponent(exponent),
+            bias_correction: keys.weights_bias_correction.unwrap_or(recipe.bias_correction),
+            rounding: weights.rounding.unwrap_or(recipe.rounding),
+            rounding_fallback: weights.rounding_fallback.unwrap_or(recipe.rounding_fallback),
         };
         let activation_plan = ActivationPlan {
             scheme: self.scheme("quantization.activations", (activations.bits, activations.grid), Grid::Uniform)?,
-            error_method: keys.activation_error_method.unwrap_or(Method::Mse).with_exponent(exponent),
+            error_method: keys
+                .activation_error_method
+                .unwrap_or(recipe.activation_error_method)
+                .with_exponent(exponent),
             z_threshold: keys.z_threshold.map(|Deviations(z)| z),
         };
         let widest = |half: Option<&BudgetPlan>, scheme: Scheme| match half {

@@ -166,6 +166,32 @@ fn every_error_method_goes_to_either_side() {
 }
 
 #[test]
+fn one_word_stands_for_keys() {
+    let chosen = |settings: &[&str]| {
+        let folder = folder();
+        let plan = run_in(folder.path(), SHORTEST, settings).unwrap();
+        let written = plan.to_yaml().unwrap();
+        assert!(!written.contains("accuracy"), "{written}");
+        assert_eq!(run_in(folder.path(), &written, &[]).unwrap(), plan, "{written}");
+        let WeightPlan { error_method, bias_correction, rounding, rounding_fallback, scheme, .. } = plan.weights;
+        assert_eq!(scheme.bits.get(), 8);
+        (error_method, plan.activations.error_method, bias_correction, (rounding, rounding_fallback))
+    };
+    let (mse, hmse, nearest) = (ErrorMethod::Mse, ErrorMethod::Hmse, (Rounding::Nearest, false));
+    assert_eq!(chosen(&["quantization.accuracy="]), (mse, mse, BiasCorrection::ClosedForm, nearest));
+    assert_eq!(chosen(&["quantization.accuracy=fast"]), (mse, mse, BiasCorrection::Weighted, nearest));
+    assert_eq!(chosen(&["quantization.accuracy=balanced"]), (mse, hmse, BiasCorrection::Weighted, nearest));
+    let high = (mse, hmse, BiasCorrection::Weighted, (Rounding::Gptq, true));
+    assert_eq!(chosen(&["quantization.accuracy=high"]), high);
+    // Keys of their own win, wherever they stand.
+    let keys = "quantization={accuracy: high, weights: {rounding: nearest, rounding_fallback: false}, \
+        weights_error_method: MAE, activation_error_method: KL, weights_bias_correction: none}";
+    assert_eq!(chosen(&[keys]), (ErrorMethod::Mae, ErrorMethod::Kl, BiasCorrection::None, nearest));
+    let refused = refusal(SHORTEST, &["quantization.accuracy=hihg"]);
+    assert!(refused.contains("`quantization.accuracy` must be one of `fast`, `balanced`, `high`"), "{refused}");
+}
+
+#[test]
 fn kl_chooses_for_as_many_bits_as_it_can() {
     let kl = "quantization={weights_error_method: KL, activation_error_method: KL}";
     for bits in 2..=16 {

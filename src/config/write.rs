@@ -69,6 +69,8 @@ impl From<&Plan> for Keys {
             model: Some(ModelKeys { path: Some(plan.model.clone()) }),
             calibration: Some((&plan.calibration).into()),
             quantization: Some(QuantizationKeys {
+                // What it stands for is written out.
+                accuracy: None,
                 weights: Some((&plan.weights).into()),
                 activations: Some((&plan.activations).into()),
                 weights_error_method: Some(plan.weights.error_method.into()),
