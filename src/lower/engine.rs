@@ -21,6 +21,9 @@ pub enum Task {
     Pointwise,
     /// A convolution of each channel by itself.
     Depthwise,
+    /// The same, with weights of which the positive and the negative ones in each pair of neighbouring taps add up to at most 128
+    /// levels: no sum of two products overflows 16 bits then.
+    BoundedDepthwise,
     /// A linear layer.
     Linear,
     /// A transposed convolution.
@@ -28,7 +31,13 @@ pub enum Task {
 }
 
 impl Task {
-    const ALL: [Self; 5] = [Self::Window, Self::Pointwise, Self::Depthwise, Self::Linear, Self::Transposed];
+    const ALL: [Self; 6] =
+        [Self::Window, Self::Pointwise, Self::Depthwise, Self::BoundedDepthwise, Self::Linear, Self::Transposed];
+
+    /// Whether only some models need it.
+    fn is_dispensable(self) -> bool {
+        self == Self::Transposed
+    }
 
     /// In words.
     #[must_use]
@@ -37,6 +46,7 @@ impl Task {
             Self::Window => "convolutions",
             Self::Pointwise => "1x1 convolutions",
             Self::Depthwise => "depthwise convolutions",
+            Self::BoundedDepthwise => "depthwise convolutions with bounded weights",
             Self::Linear => "linear layers",
             Self::Transposed => "transposed convolutions",
         }
@@ -50,7 +60,9 @@ pub struct Trial {
     pub engine: EnginePlan,
     /// What it computes wrong, or not at all.
     pub wrong: Vec<Task>,
-    /// Seconds for one of each task but the transposed one; infinite where it is wrong in one of them.
+    /// What of that it computes wrong even where activations have levels 0 to 127 alone.
+    pub wrong_in_7_bits: Vec<Task>,
+    /// Seconds for one of each task but the transposed one; infinite where it is wrong in one of them that no bound cures.
     pub seconds: f64,
 }
 
@@ -58,7 +70,33 @@ impl Trial {
     /// Whether it computes all that a model without transposed convolutions needs.
     #[must_use]
     pub fn is_right(&self) -> bool {
-        self.wrong.iter().all(|&task| task == Task::Transposed)
+        self.wrong.iter().all(|task| task.is_dispensable())
+    }
+
+    /// The same, where depthwise convolutions have bounded weights.
+    #[must_use]
+    pub fn is_right_with_bounds(&self) -> bool {
+        self.wrong.iter().all(|&task| task.is_dispensable() || task == Task::Depthwise)
+    }
+
+    /// Whether it computes a task right whose activations have levels 0 to 255, or else 0 to 127.
+    #[must_use]
+    pub fn computes(&self, task: Task, has_7_bits: bool) -> bool {
+        let wrong = if has_7_bits { &self.wrong_in_7_bits } else { &self.wrong };
+        !wrong.contains(&task)
+    }
+
+    /// Whether weights of depthwise convolutions have to be bounded, and are right then.
+    #[must_use]
+    pub fn bounds_depthwise(&self, has_7_bits: bool) -> bool {
+        !self.computes(Task::Depthwise, has_7_bits) && self.computes(Task::BoundedDepthwise, has_7_bits)
+    }
+
+    /// Whether activations of 7 bits cure what bounded weights do not.
+    #[must_use]
+    pub fn asks_for_7_bits(&self) -> bool {
+        let is_cured = |task: &Task| self.computes(*task, true) || *task == Task::Depthwise;
+        !self.is_right_with_bounds() && self.wrong.iter().any(|task| !task.is_dispensable() && is_cured(task))
     }
 }
 
@@ -83,20 +121,26 @@ pub fn trial(engine: EnginePlan) -> Option<&'static Trial> {
     trial.as_ref()
 }
 
-/// The fastest engine that is right; the one that gets fewest tasks wrong where there is none.
+/// The fastest engine that is right; else the fastest that is right with bounded weights; else the one that gets fewest tasks
+/// wrong.
 #[must_use]
 pub fn fastest<'a>(trials: &[&'a Trial]) -> Option<&'a Trial> {
-    let order = |trial: &&&Trial| (!trial.is_right(), if trial.is_right() { 0 } else { trial.wrong.len() });
+    let order = |trial: &&&Trial| {
+        let (is_right, is_cured) = (trial.is_right(), trial.is_right_with_bounds());
+        (!is_right, !is_cured, if is_cured { 0 } else { trial.wrong.len() })
+    };
     trials.iter().min_by(|a, b| order(a).cmp(&order(b)).then(a.seconds.total_cmp(&b.seconds))).copied()
 }
 
 fn try_out(engine: EnginePlan) -> Option<Trial> {
     jit::set_engine(engine.name()).ok()?;
-    let is_wrong = |task: &Task| !cases(*task).iter().all(|case| case.is_right().unwrap_or(false));
-    let wrong: Vec<Task> = Task::ALL.into_iter().filter(is_wrong).collect();
-    let mut trial = Trial { engine, wrong, seconds: f64::INFINITY };
-    if trial.is_right() {
-        let tasks = Task::ALL.into_iter().filter(|task| *task != Task::Transposed);
+    let is_wrong = |task: Task, highest: f64| !cases(task, highest).iter().all(|case| case.is_right().unwrap_or(false));
+    let wrong: Vec<Task> = Task::ALL.into_iter().filter(|&task| is_wrong(task, 255.0)).collect();
+    let wrong_in_7_bits = wrong.iter().copied().filter(|&task| is_wrong(task, 127.0)).collect();
+    let mut trial = Trial { engine, wrong, wrong_in_7_bits, seconds: f64::INFINITY };
+    if trial.is_right_with_bounds() {
+        let timed = [Task::Window, Task::Pointwise, Task::Depthwise, Task::Linear];
+        let tasks = timed.into_iter();
         trial.seconds = tasks.filter_map(|task| time(task).ok()).sum();
     }
     Some(trial)
@@ -110,10 +154,15 @@ struct Case {
     /// Values −128 to 127, as numbers.
     weight: Tensor,
     groups: i64,
+    /// The result is counted one by one around that in the middle, by a bias; else its range is spread over the levels.
+    is_centred: bool,
 }
 
-/// Extreme values and others: products of 255 and −128 do not fit 16 bits when two are added.
-fn cases(task: Task) -> Vec<Case> {
+/// Extreme values and others, with inputs up to `highest`: products of 255 and −128 do not fit 16 bits when two are added.
+fn cases(task: Task, highest: f64) -> Vec<Case> {
+    if task == Task::BoundedDepthwise {
+        return bounded_cases(highest);
+    }
     let extreme = |shape: &[i64], seed: i64, ends: [f64; 2]| -> Tensor {
         let count: i64 = shape.iter().product();
         // A sequence without a period that windows share.
@@ -125,19 +174,60 @@ fn cases(task: Task) -> Vec<Case> {
     let (input, weight, groups): (Vec<i64>, Vec<i64>, i64) = match task {
         Task::Window => (vec![2, 16, 9, 9], vec![24, 16, 3, 3], 1),
         Task::Pointwise => (vec![2, 64, 5, 5], vec![32, 64, 1, 1], 1),
-        Task::Depthwise => (vec![2, 144, 9, 9], vec![144, 1, 3, 3], 144),
+        Task::Depthwise | Task::BoundedDepthwise => (vec![2, 144, 9, 9], vec![144, 1, 3, 3], 144),
         Task::Linear => (vec![3, 64], vec![40, 64], 1),
         Task::Transposed => (vec![2, 16, 5, 5], vec![16, 24, 3, 3], 1),
     };
-    let case = |input: Tensor, weight: Tensor| Case { task, input, weight, groups };
+    let case = |input: Tensor, weight: Tensor| Case { task, input, weight, groups, is_centred: false };
     let mut cases = vec![
-        case(full(&input, 255.0), full(&weight, 127.0)),
-        case(full(&input, 255.0), full(&weight, -128.0)),
-        case(extreme(&input, 1, [0.0, 255.0]), extreme(&weight, 2, [-128.0, 127.0])),
-        case(full(&input, 255.0), extreme(&weight, 3, [-128.0, 127.0])),
+        case(full(&input, highest), full(&weight, 127.0)),
+        case(full(&input, highest), full(&weight, -128.0)),
+        case(extreme(&input, 1, [0.0, highest]), extreme(&weight, 2, [-128.0, 127.0])),
+        case(full(&input, highest), extreme(&weight, 3, [-128.0, 127.0])),
     ];
     if task == Task::Depthwise {
-        cases.push(case(full(&input, 255.0), full(&[144, 1, 5, 5], 127.0)));
+        cases.push(case(full(&input, highest), full(&[144, 1, 5, 5], 127.0)));
+    }
+    cases
+}
+
+/// The most extreme pairs of neighbouring taps under the bound.
+const PAIRS: [[f64; 2]; 9] = [
+    [64.0, 64.0],
+    [-64.0, -64.0],
+    [127.0, 1.0],
+    [0.0, 127.0],
+    [-128.0, 0.0],
+    [-1.0, -127.0],
+    [127.0, -128.0],
+    [-128.0, 127.0],
+    [100.0, 28.0],
+];
+
+/// Depthwise convolutions with windows of several sizes, all of one pair and of all in turn.
+fn bounded_cases(highest: f64) -> Vec<Case> {
+    let channels: i64 = 144;
+    let weight = |size: i64, pair: &dyn Fn(i64, i64) -> [f64; 2]| -> Tensor {
+        let channel = |channel: i64| {
+            let taps = (0..(size * size + 1) / 2).flat_map(move |place| pair(channel, place));
+            taps.take((size * size).unsigned_abs() as usize)
+        };
+        let levels: Vec<f64> = (0..channels).flat_map(channel).collect();
+        Tensor::from_slice(&levels).reshape([channels, 1, size, size])
+    };
+    let pair = |number: i64| PAIRS[number.unsigned_abs() as usize % PAIRS.len()];
+    let mut cases = Vec::new();
+    for size in [3, 5, 7] {
+        let input = Tensor::full([2, channels, 9, 9], highest, (Kind::Double, Device::Cpu));
+        let spread = (Tensor::arange(input.numel() as i64, (Kind::Double, Device::Cpu)) * 0.754_877_666).fmod(1.0);
+        let spread = (spread * (highest + 1.0)).floor().reshape(input.size());
+        for weight in [weight(size, &|channel, _| pair(channel)), weight(size, &|channel, place| pair(channel + place))]
+        {
+            for (input, is_centred) in [(&input, true), (&input, false), (&spread, false)] {
+                let (task, input, weight) = (Task::BoundedDepthwise, input.shallow_clone(), weight.shallow_clone());
+                cases.push(Case { task, input, weight, groups: channels, is_centred });
+            }
+        }
     }
     cases
 }
@@ -145,11 +235,19 @@ fn cases(task: Task) -> Vec<Case> {
 impl Case {
     /// Whether no value is more than a level off; an error is as good as a wrong answer.
     fn is_right(&self) -> Result<bool, jit::Error> {
-        let exact = self.exact()?;
-        let scale = exact.f_abs()?.f_max()?.f_double_value(&[])? / 120.0;
-        let expected = exact.f_mul_scalar(1.0 / scale)?.f_round()?.f_add_scalar(128.0)?;
-        let found = self.run(scale, 1)?.f_int_repr()?.f_to_kind(Kind::Double)?;
-        Ok(found.size() == expected.size() && found.f_sub(&expected)?.f_abs()?.f_max()?.f_double_value(&[])? <= 1.0)
+        let mut exact = self.exact()?;
+        let mut bias = None;
+        let mut scale = exact.f_abs()?.f_max()?.f_double_value(&[])? / 120.0;
+        if self.is_centred {
+            let middle = |tensor: &Tensor, axis: i64| tensor.f_select(axis, tensor.size()[axis as usize] / 2);
+            let own = middle(&middle(&exact.f_select(0, 0)?, 2)?, 1)?.f_neg()?;
+            (exact, scale) = (exact.f_add(&own.f_reshape([-1, 1, 1])?)?, 1.0);
+            bias = Some(own.f_to_kind(Kind::Float)?);
+        }
+        let expected = exact.f_mul_scalar(1.0 / scale)?.f_round()?.f_add_scalar(128.0)?.f_clamp(0.0, 255.0)?;
+        let found = self.run(bias, scale, 1)?.f_int_repr()?.f_to_kind(Kind::Double)?;
+        let most = if self.is_centred { 0.0 } else { 1.0 };
+        Ok(found.size() == expected.size() && found.f_sub(&expected)?.f_abs()?.f_max()?.f_double_value(&[])? <= most)
     }
 
     fn exact(&self) -> Result<Tensor, jit::Error> {
@@ -164,7 +262,7 @@ impl Case {
         Ok(exact)
     }
 
-    fn run(&self, scale: f64, runs: usize) -> Result<Tensor, jit::Error> {
+    fn run(&self, bias: Option<Tensor>, scale: f64, runs: usize) -> Result<Tensor, jit::Error> {
         let input = self.input.f_to_kind(Kind::Float)?.f_quantize_per_tensor(1.0, 0, Kind::QUInt8)?;
         let weight = self.weight.f_to_kind(Kind::Int8)?;
         // There is no kernel for transposed convolutions with a scale for each channel.
@@ -179,7 +277,7 @@ impl Case {
         let padding = self.weight.size().get(2).map_or(0, |kernel| kernel / 2);
         let pair = |number: i64| Operand::Ints(vec![number; 2]);
         let groups = Operand::Int(self.groups);
-        let mut operands = vec![Operand::Tensor(0), Operand::None];
+        let mut operands = vec![Operand::Tensor(0), if bias.is_some() { Operand::Tensor(1) } else { Operand::None }];
         let (pack, op) = match self.task {
             Task::Linear => ("quantized::linear_prepack", "quantized::linear"),
             Task::Transposed => {
@@ -192,7 +290,8 @@ impl Case {
             }
         };
         let pack = Attribute { name: String::new(), op: Some(pack), operands };
-        jit::pack_and_run(&pack, &[weight], op, (&input, KernelRun { scale, zero_point: 128, runs }))
+        let tensors: Vec<Tensor> = [weight].into_iter().chain(bias).collect();
+        jit::pack_and_run(&pack, &tensors, op, (&input, KernelRun { scale, zero_point: 128, runs }))
     }
 }
 
@@ -208,18 +307,20 @@ fn time(task: Task) -> Result<f64, jit::Error> {
     let (input, weight) = (ones(input)?, ones(weight)?);
     let is_linear = task == Task::Linear;
     let flat = |tensor: Tensor| if is_linear { tensor.f_flatten(1, -1) } else { Ok(tensor) };
-    let case = Case { task, input: flat(input)?, weight: flat(weight)?, groups };
-    let mut best = f64::INFINITY;
-    for _ in 0..2 {
-        // Packing, and first runs, take longer than all the others.
-        let seconds = [2, 2 + RUNS].map(|runs| {
-            let start = Instant::now();
-            case.run(1000.0, runs).map(|_| start.elapsed().as_secs_f64())
-        });
-        let [few, many] = seconds;
-        best = best.min((many? - few?).max(f64::MIN_POSITIVE) / RUNS as f64);
+    let case = Case { task, input: flat(input)?, weight: flat(weight)?, groups, is_centred: false };
+    let seconds = |runs: usize| {
+        let start = Instant::now();
+        case.run(None, 1000.0, runs).map(|_| start.elapsed().as_secs_f64())
+    };
+    // What is made once for all runs of a kernel takes long.
+    seconds(1)?;
+    let (mut few, mut many) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..3 {
+        // Packing takes as long as many runs.
+        few = few.min(seconds(2)?);
+        many = many.min(seconds(2 + RUNS)?);
     }
-    Ok(best)
+    Ok((many - few).max(f64::MIN_POSITIVE) / RUNS as f64)
 }
 
 #[cfg(test)]
@@ -227,7 +328,7 @@ mod tests {
     use super::*;
 
     fn tried(engine: EnginePlan, wrong: &[Task], seconds: f64) -> Trial {
-        Trial { engine, wrong: wrong.to_vec(), seconds }
+        Trial { engine, wrong: wrong.to_vec(), wrong_in_7_bits: Vec::new(), seconds }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! share the site have to agree.
 
 use super::select::{Numbered, Role, Told};
-use super::{Settled, SiteSettings};
+use super::{Settled, SiteSettings, WeightNeeds};
 use crate::config::{BudgetPlan, Error, Fields, Located, Plan, SiteOverride};
 use crate::quantizer::{Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
@@ -40,7 +40,7 @@ const FIELDS: [Field; 5] = [
 ];
 
 impl Merger {
-    pub(super) fn of_weights(plan: &Plan) -> Self {
+    pub(super) fn of_weights(plan: &Plan, needs: WeightNeeds) -> Self {
         let all = &plan.weights;
         let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.weights.as_ref());
         Self {
@@ -50,6 +50,7 @@ impl Merger {
                 granularity: all.granularity,
                 error_method: all.error_method,
                 z_threshold: None,
+                taps: needs.taps,
             },
             exponent: plan.overrides.exponent,
             keys: [
@@ -69,6 +70,7 @@ impl Merger {
                 granularity: Granularity::PerTensor,
                 error_method: all.error_method,
                 z_threshold: all.z_threshold,
+                taps: None,
             },
             exponent: plan.overrides.exponent,
             keys: [

@@ -1,0 +1,33 @@
+//! What the kernels of an engine need of weights for it to compute them right. It knows the graph and what a trial showed, and
+//! nothing of thresholds.
+
+use super::engine::Trial;
+use super::graph::Graph;
+use super::kernels::{self, Kernel};
+use crate::jit::{Listing, Node};
+use crate::settings::{KernelNeeds, WeightNeeds};
+use crate::sites::{Sites, WeightSite};
+
+/// What this engine needs of the sites of a graph.
+#[must_use]
+pub fn needs(listing: &Listing, sites: &Sites, trial: &Trial) -> KernelNeeds {
+    let graph = Graph::new(listing);
+    let weight = |site: &WeightSite| {
+        let is_own = |node: &&Node| node.inputs.get(1).is_some_and(|value| site.values.contains(value));
+        let is_depthwise = listing.nodes.iter().filter(is_own).any(|node| is_depthwise(&graph, node, site));
+        let taps = (is_depthwise && trial.bounds_depthwise(false)).then(|| taps(site));
+        WeightNeeds { taps }
+    };
+    KernelNeeds { weights: sites.weights.iter().map(weight).collect() }
+}
+
+/// Whether it convolves each channel by itself.
+fn is_depthwise(graph: &Graph<'_>, node: &Node, site: &WeightSite) -> bool {
+    let Some(Kernel::Convolution(slots)) = kernels::of(&node.op) else { return false };
+    let is_grouped = graph.numbers(node, slots.groups, 1).is_some_and(|groups| groups != [1]);
+    is_grouped && site.shape.get(1) == Some(&1)
+}
+
+fn taps(site: &WeightSite) -> usize {
+    site.shape.iter().skip(2).map(|&size| usize::try_from(size).unwrap_or(1)).product()
+}
