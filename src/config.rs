@@ -15,6 +15,7 @@ mod mixed_precision;
 mod not_built;
 mod overrides;
 mod plan;
+mod reduce_range;
 mod resolve;
 mod schema;
 mod sweep;
@@ -34,6 +35,7 @@ pub use plan::{
     EvaluationPlan, Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Int8Plan, Layout, Limit, Metric,
     MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
+pub use reduce_range::ReduceRange;
 pub use schema::json_schema;
 pub use sweep::{Combination, Emit, Sweep};
 

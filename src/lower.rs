@@ -114,7 +114,7 @@ impl<'a> Given<'a> {
         let activations = activations.filter_map(|(site, params)| {
             let params = params.filter(|params| walk::Eight::of(*params).is_none())?;
             let levels = i64::from(params.quant_max()) - i64::from(params.quant_min()) + 1;
-            let reason = format!("8-bit kernels take activations of 256 levels, found {levels}");
+            let reason = format!("8-bit kernels take activations of 256 or 128 levels, found {levels}");
             Some(LeftFloat { name: site.name.clone(), op: site.op.clone(), reason })
         });
         weights.chain(activations).collect()

@@ -36,6 +36,8 @@ pub struct SiteSettings {
 pub struct KernelNeeds {
     /// In the order of `sites.weights`; nothing where there are none.
     pub weights: Vec<WeightNeeds>,
+    /// Activations have 7 bits where the plan says 8.
+    pub has_7_bits: bool,
 }
 
 /// What kernels need of a weight.
@@ -118,7 +120,7 @@ pub fn settle_for(plan: &Plan, sites: Sites, needs: &KernelNeeds) -> Result<(Sit
         merger.settle(&site.name, &select::told(&selected, &sites.ops, reaching))
     });
     let weights: Vec<Settled<'_>> = weights.collect::<Result<_, _>>()?;
-    let merger = Merger::of_activations(plan);
+    let merger = Merger::of_activations(plan, needs.has_7_bits);
     let activations = sites.activations.iter().map(|site| {
         let makers = site.makers.iter().map(|&op| (op, Role::Activations));
         let reaching = makers.chain(site.readers.iter().map(|&op| (op, Role::Inputs)));

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use tsquant::config::{EnginePlan, Format, Int8Plan, OutputPlan, Plan};
+use tsquant::config::{EnginePlan, Format, Int8Plan, OutputPlan, Plan, ReduceRange};
 use tsquant::jit::Module;
 use tsquant::pipeline::{self, Error, MODEL_FILE, Outcome};
 use tsquant::quantizer::{Bits, Grid, Scheme};
@@ -20,7 +20,7 @@ use common::{MNIST, Model, Silent};
 fn plan(model: Model, dir: &Path) -> Plan {
     let mut plan = model.plan(16, dir);
     plan.output.format = Format::Int8;
-    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: true });
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: true, reduce_range: ReduceRange::Auto });
     plan
 }
 
@@ -74,7 +74,7 @@ fn each_shipped_model_in_8_bits() {
 fn the_shipped_net_is_as_good_as_its_simulation() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut plan = plan(MNIST, &folder.path().join("run"));
-    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Auto, strict: true });
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Auto, strict: true, reduce_range: ReduceRange::Auto });
     let outcome = quantize(&plan).expect("a run");
     let int8 = int8_of(&outcome);
     assert!(int8.against_simulation.sqnr_db.expect("a number") > 30.0, "{:?}", int8.against_simulation);
@@ -97,14 +97,14 @@ fn what_no_kernel_takes_is_refused_or_simulated() {
     let mut plan = plan(MNIST, &folder.path().join("run"));
     plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
     let error = quantize(&plan).expect_err("a refusal").to_string();
-    assert!(error.contains("8-bit kernels take activations of 256 levels, found 64"), "{error}");
+    assert!(error.contains("8-bit kernels take activations of 256 or 128 levels, found 64"), "{error}");
     assert!(error.starts_with("input.images: ") && error.contains("strict: false"), "{error}");
     plan.activations.scheme.bits = Bits::try_from(8).expect("a width");
     plan.weights.scheme.grid = Grid::Uniform;
     let error = quantize(&plan).expect_err("a refusal").to_string();
     assert!(error.starts_with("conv1.weight: 8-bit kernels take weights of 8 bits around zero"), "{error}");
 
-    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: false });
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: false, reduce_range: ReduceRange::Auto });
     plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
     let outcome = quantize(&plan).expect("a run");
     let int8 = int8_of(&outcome);

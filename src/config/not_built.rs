@@ -1,7 +1,7 @@
 //! What the format has a name for and tsquant does not do yet. Building one removes its line here.
 
 /// Full paths of keys.
-const NOT_BUILT: &[&str] = &["quantization.accuracy", "output.reduce_range"];
+const NOT_BUILT: &[&str] = &["quantization.accuracy"];
 
 /// Whether the key with this full path is yet to be built.
 pub(super) fn key(path: &str) -> bool {

@@ -95,8 +95,9 @@ impl Trial {
     /// Whether activations of 7 bits cure what bounded weights do not.
     #[must_use]
     pub fn asks_for_7_bits(&self) -> bool {
-        let is_cured = |task: &Task| self.computes(*task, true) || *task == Task::Depthwise;
-        !self.is_right_with_bounds() && self.wrong.iter().any(|task| !task.is_dispensable() && is_cured(task))
+        let is_bounded = self.bounds_depthwise(false);
+        let is_left = |task: &Task| !task.is_dispensable() && !(is_bounded && *task == Task::Depthwise);
+        self.wrong.iter().any(|task| is_left(task) && self.computes(*task, true))
     }
 }
 
@@ -342,6 +343,31 @@ mod tests {
         assert_eq!(fastest(&trials).map(|trial| trial.engine), Some(EnginePlan::Onednn));
         assert_eq!(fastest(&trials[1..2]).map(|trial| trial.engine), Some(EnginePlan::X86));
         assert_eq!(fastest(&[]), None);
+    }
+
+    #[test]
+    fn what_an_engine_needs_of_activations_and_weights() {
+        let trial = |wrong: &[Task], wrong_in_7_bits: &[Task]| {
+            let trial = tried(EnginePlan::Fbgemm, wrong, 1.0);
+            Trial { wrong_in_7_bits: wrong_in_7_bits.to_vec(), ..trial }
+        };
+        let needs = |trial: &Trial| {
+            let has_7_bits = trial.asks_for_7_bits();
+            (has_7_bits, trial.bounds_depthwise(has_7_bits))
+        };
+        use Task::{BoundedDepthwise, Depthwise, Linear, Transposed, Window};
+        assert_eq!(needs(&trial(&[], &[])), (false, false));
+        assert_eq!(needs(&trial(&[Transposed], &[])), (false, false));
+        // What bounded weights cure needs no narrower activations.
+        assert_eq!(needs(&trial(&[Depthwise, Transposed], &[])), (false, true));
+        assert_eq!(needs(&trial(&[Depthwise], &[Depthwise])), (false, true));
+        // What they do not cure does, and is cured along with the rest.
+        assert_eq!(needs(&trial(&[Depthwise, BoundedDepthwise], &[])), (true, false));
+        assert_eq!(needs(&trial(&[Window, Depthwise, Linear], &[])), (true, false));
+        assert_eq!(needs(&trial(&[Window, Depthwise], &[Depthwise])), (true, true));
+        // Where nothing is cured, nothing is given up.
+        assert_eq!(needs(&trial(&[Window, Depthwise], &[Window, Depthwise])), (false, true));
+        assert_eq!(needs(&trial(&[Window], &[Window])), (false, false));
     }
 
     #[test]

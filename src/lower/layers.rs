@@ -14,7 +14,7 @@ pub(super) struct Target {
     /// The last op that it stands for.
     pub(super) last: NodeId,
     pub(super) eight: Eight,
-    /// What it clamps to, beyond what the quantizer clamps to anyway.
+    /// What it clamps to, beyond what the kernel clamps to anyway.
     pub(super) clamp: Option<[f64; 2]>,
     /// A ReLU is computed along with it.
     pub(super) relu: bool,
@@ -33,7 +33,7 @@ impl Walk<'_> {
         }
         let target = self.target(id)?;
         let numbers = self.geometry(node, slots, spatial)?;
-        self.check_engine(self.task(weight, &numbers))?;
+        self.check_engine(self.task(weight, &numbers), &input)?;
         let (pack, names) = match spatial {
             1 => ("quantized::conv1d_prepack", ["quantized::conv1d", "quantized::conv1d_relu"]),
             2 => ("quantized::conv2d_prepack", ["quantized::conv2d", "quantized::conv2d_relu"]),
@@ -60,8 +60,8 @@ impl Walk<'_> {
         }
     }
 
-    fn check_engine(&self, task: Task) -> Result<(), Stay> {
-        if self.given.trial.is_some_and(|trial| !trial.computes(task, false)) {
+    fn check_engine(&self, task: Task, input: &Eight) -> Result<(), Stay> {
+        if self.given.trial.is_some_and(|trial| !trial.computes(task, input.has_7_bits())) {
             return Err(Stay::Because(format!("the engine computes {} wrong on this machine", task.name())));
         }
         Ok(())
@@ -103,7 +103,7 @@ impl Walk<'_> {
         if self.given.weights[weight].image.dim() != 2 {
             return Err("its 8-bit kernel takes weights of two axes".into());
         }
-        self.check_engine(Task::Linear)?;
+        self.check_engine(Task::Linear, &input)?;
         let bias = self.bias(node, rows)?;
         let layer = self.name(id).to_owned();
         let op = "quantized::linear_prepack";
@@ -147,7 +147,7 @@ impl Walk<'_> {
         let list = self.insert_making(position, "prim::ListConstruct", vec![float, row], crate::jit::Makes::Tensors);
         let rows = self.insert(position, "aten::cat", vec![list, Operand::Int(0)]);
         let kernel = "quantized::linear_dynamic";
-        let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(false)]);
+        let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(input.has_7_bits())]);
         let ends = [Operand::Int(0), Operand::Int(0), Operand::Int(-1), Operand::Int(1)];
         let result = self.insert(position, "aten::slice", [all].into_iter().chain(ends).collect());
         let node = self.graph.node(id);
@@ -212,6 +212,10 @@ impl Walk<'_> {
             let cuts_low = lo != 0.0 && level(lo) > eight.params.quant_min();
             let cuts = cuts_low || level(hi) < eight.params.quant_max();
             target.clamp = cuts.then_some([lo, hi]);
+        }
+        if eight.has_7_bits() {
+            let [lo, hi] = target.clamp.unwrap_or([f64::NEG_INFINITY, f64::INFINITY]);
+            target.clamp = Some([lo, hi.min(eight.params.range().hi)]);
         }
         Ok(target)
     }

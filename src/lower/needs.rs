@@ -8,17 +8,17 @@ use crate::jit::{Listing, Node};
 use crate::settings::{KernelNeeds, WeightNeeds};
 use crate::sites::{Sites, WeightSite};
 
-/// What this engine needs of the sites of a graph.
+/// What this engine needs of the sites of a graph, whose activations have 7 bits or else 8.
 #[must_use]
-pub fn needs(listing: &Listing, sites: &Sites, trial: &Trial) -> KernelNeeds {
+pub fn needs(listing: &Listing, sites: &Sites, trial: &Trial, has_7_bits: bool) -> KernelNeeds {
     let graph = Graph::new(listing);
     let weight = |site: &WeightSite| {
         let is_own = |node: &&Node| node.inputs.get(1).is_some_and(|value| site.values.contains(value));
         let is_depthwise = listing.nodes.iter().filter(is_own).any(|node| is_depthwise(&graph, node, site));
-        let taps = (is_depthwise && trial.bounds_depthwise(false)).then(|| taps(site));
+        let taps = (is_depthwise && trial.bounds_depthwise(has_7_bits)).then(|| taps(site));
         WeightNeeds { taps }
     };
-    KernelNeeds { weights: sites.weights.iter().map(weight).collect() }
+    KernelNeeds { weights: sites.weights.iter().map(weight).collect(), has_7_bits }
 }
 
 /// Whether it convolves each channel by itself.

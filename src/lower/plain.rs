@@ -76,6 +76,7 @@ impl Walk<'_> {
         let (kernel, eight, value, position) = ("quantized::elu", target.eight, target.value, Position::Before(id));
         let inputs = [quantized].into_iter().chain(eight.operands()).chain(further);
         let result = self.insert(position, kernel, inputs.collect());
+        let result = self.clamped(position, result, &eight);
         self.add_8_bit(id, kernel, (value, result, eight), reads, position);
     }
 

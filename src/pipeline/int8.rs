@@ -7,7 +7,7 @@ use super::base::Base;
 use super::compare::{self, Comparison, Measured};
 use super::simulation::Simulation;
 use super::{CHECK_BATCHES, Error};
-use crate::config::{EnginePlan, Int8Plan, Plan};
+use crate::config::{EnginePlan, Int8Plan, Plan, ReduceRange};
 use crate::emit::Emission;
 use crate::feed;
 use crate::jit::{self, Arguments, Clean, Frozen, Instrumented, Module, NoVisit};
@@ -69,6 +69,7 @@ pub(super) fn write(
         engine: int8.engine.name().to_owned(),
         set_engine: format!("torch.backends.quantized.engine = '{}'", int8.engine.name()),
         kernels,
+        reduce_range: int8.reduce_range == ReduceRange::Always,
         bounded: report::Bounded::of(reports),
         in_float: lowering.in_float().to_vec(),
         simulated,
@@ -219,14 +220,20 @@ impl Written {
     }
 }
 
-/// The plan with an engine of this machine in place of `auto`.
+/// The plan with an engine of this machine in place of `auto`, and with what that needs of activations.
 ///
 /// # Errors
 /// Where libtorch has no engine.
 pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
     let mut plan = plan.clone();
-    if let Some(int8) = plan.output.int8.as_mut().filter(|int8| int8.engine == EnginePlan::Auto) {
+    let Some(int8) = plan.output.int8.as_mut() else { return Ok(plan) };
+    if int8.engine == EnginePlan::Auto {
         int8.engine = engine::fastest(&engine::trials()).ok_or(Error::NoEngine)?.engine;
+    }
+    if int8.reduce_range == ReduceRange::Auto {
+        let is_free = plan.mixed_precision.as_ref().is_some_and(|mixed| mixed.activations.is_some());
+        let is_asked_for = !is_free && trial(int8.engine)?.asks_for_7_bits();
+        int8.reduce_range = if is_asked_for { ReduceRange::Always } else { ReduceRange::Never };
     }
     Ok(plan)
 }
@@ -237,7 +244,10 @@ pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
 /// Where overrides do not fit the model, or libtorch has no engine.
 pub(super) fn settle(plan: &Plan, base: &Base) -> Result<(Sites, Settings), Error> {
     let needs = match settled(plan)?.output.int8 {
-        Some(int8) => lower::needs(base.model.listing(), &base.sites, trial(int8.engine)?),
+        Some(int8) => {
+            let has_7_bits = int8.reduce_range == ReduceRange::Always;
+            lower::needs(base.model.listing(), &base.sites, trial(int8.engine)?, has_7_bits)
+        }
         None => KernelNeeds::default(),
     };
     Ok(settings::settle_for(plan, base.sites.clone(), &needs)?)

@@ -20,6 +20,8 @@ pub struct Int8 {
     pub set_engine: String,
     /// How often each kernel computes.
     pub kernels: BTreeMap<String, usize>,
+    /// Whether activations have 7 bits where the plan says 8.
+    pub reduce_range: bool,
     /// Depthwise convolutions whose weights are kept within what the engine's 16-bit sums hold; `None` where it needs none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bounded: Option<Bounded>,

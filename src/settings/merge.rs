@@ -60,12 +60,16 @@ impl Merger {
         }
     }
 
-    pub(super) fn of_activations(plan: &Plan) -> Self {
+    /// With 7 bits in place of 8 where that is asked for.
+    pub(super) fn of_activations(plan: &Plan, has_7_bits: bool) -> Self {
         let all = &plan.activations;
         let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.activations.as_ref());
         Self {
             all: SiteSettings {
-                scheme: widest(all.scheme, budget),
+                scheme: match budget {
+                    None if has_7_bits => reduced(all.scheme),
+                    budget => widest(all.scheme, budget),
+                },
                 free: budget.map(|budget| budget.widths),
                 granularity: Granularity::PerTensor,
                 error_method: all.error_method,
@@ -150,6 +154,12 @@ impl Merger {
 /// The widest of the widths that a budget is for.
 fn widest(scheme: Scheme, budget: Option<&BudgetPlan>) -> Scheme {
     budget.map_or(scheme, |budget| Scheme { bits: budget.widths.widest(), ..scheme })
+}
+
+/// With 7 bits in place of 8.
+fn reduced(scheme: Scheme) -> Scheme {
+    let bits = if scheme.bits.get() == 8 { scheme.bits.narrower() } else { scheme.bits };
+    Scheme { bits, ..scheme }
 }
 
 /// Two ways to leave a site float are one.
