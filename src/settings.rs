@@ -45,6 +45,8 @@ pub struct KernelNeeds {
 pub struct WeightNeeds {
     /// Products are added two by two in 16 bits, which is to overflow for no activation: taps of a kernel.
     pub taps: Option<usize>,
+    /// Its kernel takes one scale for all channels.
+    pub per_tensor: bool,
 }
 
 impl SiteSettings {

@@ -26,17 +26,31 @@ pub enum Task {
     BoundedDepthwise,
     /// A linear layer.
     Linear,
-    /// A transposed convolution.
+    /// A transposed convolution in 1 or 2 dimensions, its weights with one scale.
     Transposed,
+    /// The same in 3 dimensions.
+    TransposedVolume,
 }
 
 impl Task {
-    const ALL: [Self; 6] =
-        [Self::Window, Self::Pointwise, Self::Depthwise, Self::BoundedDepthwise, Self::Linear, Self::Transposed];
+    const ALL: [Self; 7] = [
+        Self::Window,
+        Self::Pointwise,
+        Self::Depthwise,
+        Self::BoundedDepthwise,
+        Self::Linear,
+        Self::Transposed,
+        Self::TransposedVolume,
+    ];
+
+    /// A transposed convolution over so many axes.
+    pub(super) fn of_transposed(spatial: usize) -> Self {
+        if spatial == 3 { Self::TransposedVolume } else { Self::Transposed }
+    }
 
     /// Whether only some models need it.
     fn is_dispensable(self) -> bool {
-        self == Self::Transposed
+        matches!(self, Self::Transposed | Self::TransposedVolume)
     }
 
     /// In words.
@@ -49,6 +63,7 @@ impl Task {
             Self::BoundedDepthwise => "depthwise convolutions with bounded weights",
             Self::Linear => "linear layers",
             Self::Transposed => "transposed convolutions",
+            Self::TransposedVolume => "transposed convolutions in 3 dimensions",
         }
     }
 }
@@ -62,7 +77,7 @@ pub struct Trial {
     pub wrong: Vec<Task>,
     /// What of that it computes wrong even where activations have levels 0 to 127 alone.
     pub wrong_in_7_bits: Vec<Task>,
-    /// Seconds for one of each task but the transposed one; infinite where it is wrong in one of them that no bound cures.
+    /// Seconds for one of each task but the transposed ones; infinite where it is wrong in one of them that no bound cures.
     pub seconds: f64,
 }
 
@@ -178,6 +193,7 @@ fn cases(task: Task, highest: f64) -> Vec<Case> {
         Task::Depthwise | Task::BoundedDepthwise => (vec![2, 144, 9, 9], vec![144, 1, 3, 3], 144),
         Task::Linear => (vec![3, 64], vec![40, 64], 1),
         Task::Transposed => (vec![2, 16, 5, 5], vec![16, 24, 3, 3], 1),
+        Task::TransposedVolume => (vec![2, 8, 3, 3, 3], vec![8, 16, 3, 3, 3], 1),
     };
     let case = |input: Tensor, weight: Tensor| Case { task, input, weight, groups, is_centred: false };
     let mut cases = vec![
@@ -257,7 +273,10 @@ impl Case {
             if self.task == Task::Pointwise { 0 } else { self.weight.size()[2..].first().map_or(0, |k| k / 2) };
         let exact = match self.task {
             Task::Linear => self.input.f_linear(&self.weight, none)?,
-            Task::Transposed => self.input.f_conv_transpose2d(&self.weight, none, [2, 2], [1, 1], [0, 0], 1, [1, 1])?,
+            Task::Transposed => self.input.f_conv_transpose2d(&self.weight, none, [2; 2], [1; 2], [0; 2], 1, [1; 2])?,
+            Task::TransposedVolume => {
+                self.input.f_conv_transpose3d(&self.weight, none, [2; 3], [1; 3], [0; 3], 1, [1; 3])?
+            }
             _ => self.input.f_conv2d(&self.weight, none, [1, 1], [padding; 2], [1, 1], self.groups)?,
         };
         Ok(exact)
@@ -267,7 +286,7 @@ impl Case {
         let input = self.input.f_to_kind(Kind::Float)?.f_quantize_per_tensor(1.0, 0, Kind::QUInt8)?;
         let weight = self.weight.f_to_kind(Kind::Int8)?;
         // There is no kernel for transposed convolutions with a scale for each channel.
-        let weight = if self.task == Task::Transposed {
+        let weight = if self.task.is_dispensable() {
             weight.f_internal_make_per_tensor_quantized_tensor(1.0, 0)?
         } else {
             let channels = self.weight.size().first().copied().unwrap_or(1);
@@ -276,17 +295,22 @@ impl Case {
             weight.f_internal_make_per_channel_quantized_tensor(&scales, &zeros, 0)?
         };
         let padding = self.weight.size().get(2).map_or(0, |kernel| kernel / 2);
-        let pair = |number: i64| Operand::Ints(vec![number; 2]);
+        let spatial = self.weight.dim().saturating_sub(2);
+        let list = |number: i64| Operand::Ints(vec![number; spatial]);
         let groups = Operand::Int(self.groups);
         let mut operands = vec![Operand::Tensor(0), if bias.is_some() { Operand::Tensor(1) } else { Operand::None }];
         let (pack, op) = match self.task {
             Task::Linear => ("quantized::linear_prepack", "quantized::linear"),
             Task::Transposed => {
-                operands.extend([pair(2), pair(1), pair(0), pair(1), groups]);
+                operands.extend([list(2), list(1), list(0), list(1), groups]);
                 ("quantized::conv_transpose2d_prepack", "quantized::conv_transpose2d")
             }
+            Task::TransposedVolume => {
+                operands.extend([list(2), list(1), list(0), list(1), groups]);
+                ("quantized::conv_transpose3d_prepack", "quantized::conv_transpose3d")
+            }
             _ => {
-                operands.extend([pair(1), pair(padding), pair(1), groups]);
+                operands.extend([list(1), list(padding), list(1), groups]);
                 ("quantized::conv2d_prepack", "quantized::conv2d")
             }
         };

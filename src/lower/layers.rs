@@ -27,10 +27,7 @@ impl Walk<'_> {
     pub(super) fn convolution(&mut self, id: NodeId, slots: Convolution) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let (input, weight) = self.operands(node, (0, 1))?;
-        let spatial = self.given.weights[weight].image.dim().saturating_sub(2);
-        if self.graph.rank(node.inputs[0]) != Some(spatial + 2) {
-            return Err(Stay::Because(format!("its 8-bit kernel takes batches, tensors of {} axes", spatial + 2)));
-        }
+        let spatial = self.spatial(node, weight)?;
         let target = self.target(id)?;
         let numbers = self.geometry(node, slots, spatial)?;
         self.check_engine(self.task(weight, &numbers), &input)?;
@@ -45,6 +42,64 @@ impl Walk<'_> {
         let quantized = self.quantized(node.inputs[0], &input);
         self.put(id, names, vec![quantized, packed], (target, vec![(id, 0, node.inputs[0])]));
         Ok(())
+    }
+
+    /// A transposed convolution.
+    pub(super) fn transposed(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let (input, weight) = self.operands(node, (0, 1))?;
+        let spatial = self.spatial(node, weight)?;
+        self.check_engine(Task::of_transposed(spatial), &input)?;
+        if self.given.weights[weight].scale.len() != 1 {
+            return Err("its 8-bit kernel takes weights with one scale, found one for each channel".into());
+        }
+        let mut target = self.target(id)?;
+        // Its kernel has no form with a ReLU.
+        if std::mem::take(&mut target.relu) && target.eight.params.zero_point() > target.eight.params.quant_min() {
+            let [_, hi] = target.clamp.unwrap_or([0.0, f64::INFINITY]);
+            target.clamp = Some([0.0, hi]);
+        }
+        let numbers = self.transposed_geometry(node, spatial)?;
+        let (pack, name) = match spatial {
+            1 => ("quantized::conv_transpose1d_prepack", "quantized::conv_transpose1d"),
+            2 => ("quantized::conv_transpose2d_prepack", "quantized::conv_transpose2d"),
+            _ => ("quantized::conv_transpose3d_prepack", "quantized::conv_transpose3d"),
+        };
+        let bias = self.bias(node, true)?;
+        let layer = self.name(id).to_owned();
+        let packed = self.recipe(Recipe::Packed { layer, op: pack, weight, transposed: false, bias, numbers });
+        let quantized = self.quantized(node.inputs[0], &input);
+        self.put(id, [name; 2], vec![quantized, packed], (target, vec![(id, 0, node.inputs[0])]));
+        Ok(())
+    }
+
+    /// Stride, padding, output padding, dilation, groups.
+    fn transposed_geometry(&self, node: &Node, spatial: usize) -> Result<Vec<Operand>, Stay> {
+        let slots = [(3, "stride"), (4, "padding"), (5, "output_padding"), (7, "dilation")];
+        let list = |(slot, what)| Ok(Operand::Ints(self.constants(node, slot, (spatial, what))?));
+        let mut numbers = slots.into_iter().map(list).collect::<Result<Vec<_>, Stay>>()?;
+        numbers.push(Operand::Int(self.groups(node, 6)?));
+        Ok(numbers)
+    }
+
+    /// Axes that a convolution goes over; its kernel takes batches.
+    fn spatial(&self, node: &Node, weight: usize) -> Result<usize, Stay> {
+        let spatial = self.given.weights[weight].image.dim().saturating_sub(2);
+        if self.graph.rank(node.inputs[0]) != Some(spatial + 2) {
+            return Err(Stay::Because(format!("its 8-bit kernel takes batches, tensors of {} axes", spatial + 2)));
+        }
+        Ok(spatial)
+    }
+
+    /// One number for each axis.
+    fn constants(&self, node: &Node, slot: usize, (spatial, what): (usize, &str)) -> Result<Vec<i64>, Stay> {
+        let numbers = self.graph.numbers(node, slot, spatial);
+        numbers.ok_or_else(|| Stay::Because(format!("its `{what}` is no constant")))
+    }
+
+    fn groups(&self, node: &Node, slot: usize) -> Result<i64, Stay> {
+        let groups = self.graph.numbers(node, slot, 1);
+        Ok(groups.and_then(|groups| groups.first().copied()).ok_or("its `groups` is no constant")?)
     }
 
     /// What an engine has to be right in for a convolution.
@@ -69,10 +124,7 @@ impl Walk<'_> {
 
     /// Stride, padding, dilation, groups.
     fn geometry(&self, node: &Node, slots: Convolution, spatial: usize) -> Result<Vec<Operand>, Stay> {
-        let list = |slot, what: &str| {
-            let numbers = self.graph.numbers(node, slot, spatial);
-            numbers.ok_or_else(|| Stay::Because(format!("its `{what}` is no constant")))
-        };
+        let list = |slot, what: &str| self.constants(node, slot, (spatial, what));
         let (stride, dilation) = (list(3, "stride")?, list(slots.dilation, "dilation")?);
         let mode = self.graph.constant(node, 4).map(|constant| constant.text.trim_matches(['"', '\'']));
         let padding = match mode {
@@ -88,8 +140,7 @@ impl Walk<'_> {
             }
             _ => list(4, "padding")?,
         };
-        let groups = self.graph.numbers(node, slots.groups, 1);
-        let groups = groups.and_then(|groups| groups.first().copied()).ok_or("its `groups` is no constant")?;
+        let groups = self.groups(node, slots.groups)?;
         Ok(vec![Operand::Ints(stride), Operand::Ints(padding), Operand::Ints(dilation), Operand::Int(groups)])
     }
 

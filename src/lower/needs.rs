@@ -1,7 +1,7 @@
 //! What the kernels of an engine need of weights for it to compute them right. It knows the graph and what a trial showed, and
 //! nothing of thresholds.
 
-use super::engine::Trial;
+use super::engine::{Task, Trial};
 use super::graph::Graph;
 use super::kernels::{self, Kernel};
 use crate::jit::{Listing, Node};
@@ -14,9 +14,13 @@ pub fn needs(listing: &Listing, sites: &Sites, trial: &Trial, has_7_bits: bool) 
     let graph = Graph::new(listing);
     let weight = |site: &WeightSite| {
         let is_own = |node: &&Node| node.inputs.get(1).is_some_and(|value| site.values.contains(value));
-        let is_depthwise = listing.nodes.iter().filter(is_own).any(|node| is_depthwise(&graph, node, site));
+        let nodes = || listing.nodes.iter().filter(is_own);
+        let is_depthwise = nodes().any(|node| is_depthwise(&graph, node, site));
         let taps = (is_depthwise && trial.bounds_depthwise(has_7_bits)).then(|| taps(site));
-        WeightNeeds { taps }
+        let is_transposed = nodes().any(|node| kernels::of(&node.op) == Some(Kernel::Transposed));
+        let task = Task::of_transposed(site.shape.len().saturating_sub(2));
+        let per_tensor = is_transposed && trial.computes(task, has_7_bits);
+        WeightNeeds { taps, per_tensor }
     };
     KernelNeeds { weights: sites.weights.iter().map(weight).collect(), has_7_bits }
 }

@@ -210,6 +210,7 @@ impl<'a> Walk<'a> {
     fn lower(&mut self, id: NodeId, kernel: Kernel) -> Result<(), Stay> {
         match kernel {
             Kernel::Convolution(slots) => self.convolution(id, slots),
+            Kernel::Transposed => self.transposed(id),
             Kernel::Linear => self.linear(id, (0, 1), true),
             Kernel::Product { data, weight } => self.linear(id, (data, weight), false),
             Kernel::Binary { plain, relu, factor } => self.binary(id, [plain, relu], factor),

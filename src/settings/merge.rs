@@ -10,6 +10,10 @@ use crate::threshold::{ErrorMethod, Exponent};
 /// Settings of all weights or of all activations, to lay others over.
 pub(super) struct Merger {
     all: SiteSettings,
+    /// Of weights whose kernels take any.
+    granularity: Granularity,
+    /// What kernels need of weights.
+    needs: WeightNeeds,
     /// The exponent of LP where an override asks for LP and none says which.
     exponent: Exponent,
     /// Keys of bits and error method of all.
@@ -43,7 +47,9 @@ impl Merger {
     pub(super) fn of_weights(plan: &Plan, needs: WeightNeeds) -> Self {
         let all = &plan.weights;
         let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.weights.as_ref());
-        Self {
+        let mut merger = Self {
+            granularity: all.granularity,
+            needs,
             all: SiteSettings {
                 scheme: widest(all.scheme, budget),
                 free: budget.map(|budget| budget.widths),
@@ -57,7 +63,15 @@ impl Merger {
                 if budget.is_some() { "mixed_precision.weights.bits" } else { "quantization.weights.bits" },
                 "quantization.weights_error_method",
             ],
-        }
+        };
+        merger.all.granularity = merger.granularity_of(&merger.all);
+        merger
+    }
+
+    /// Where no override says it.
+    fn granularity_of(&self, settings: &SiteSettings) -> Granularity {
+        let may_run = settings.scheme.grid != Grid::Uniform && settings.widths().any(|bits| bits.get() == 8);
+        if self.needs.per_tensor && may_run { Granularity::PerTensor } else { self.granularity }
     }
 
     /// With 7 bits in place of 8 where that is asked for.
@@ -65,6 +79,8 @@ impl Merger {
         let all = &plan.activations;
         let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.activations.as_ref());
         Self {
+            granularity: Granularity::PerTensor,
+            needs: WeightNeeds::default(),
             all: SiteSettings {
                 scheme: match budget {
                     None if has_7_bits => reduced(all.scheme),
@@ -123,7 +139,7 @@ impl Merger {
             settings = settings.with_bits(bits);
         }
         settings.scheme.grid = fields.grid.unwrap_or(settings.scheme.grid);
-        settings.granularity = fields.granularity.unwrap_or(settings.granularity);
+        settings.granularity = fields.granularity.unwrap_or_else(|| self.granularity_of(&settings));
         settings.error_method = fields.method(settings.error_method, self.exponent);
         settings.z_threshold = fields.z_threshold.or(settings.z_threshold);
         self.check_bits(site, told, settings)?;
