@@ -215,9 +215,11 @@ fn int8_of_run(folder: &Folder, yaml: &str, settings: &[&str]) -> (Value, Value)
     folder.quantize(yaml, &settings.collect::<Vec<_>>()).succeeded();
     let report = folder.report("run");
     let int8 = report["int8"].clone();
+    // QNNPACK scales by whole numbers.
+    let share = if int8["engine"] == "qnnpack" { 1e-2 } else { 1e-3 };
     for layer in int8["layers"].as_array().expect("layers") {
         let [largest, different, values] = ["largest", "different", "values"].map(|key| layer[key].as_f64());
-        assert!(largest <= Some(1.0) && different <= values.map(|values| 1e-3 * values), "{layer}");
+        assert!(largest <= Some(1.0) && different <= values.map(|values| share * values), "{layer}");
     }
     let close = int8["against_simulation"]["sqnr_db"].as_f64().is_none_or(|db| db > 30.0);
     assert!(close, "{}", int8["against_simulation"]);
@@ -301,7 +303,7 @@ fn transposed_convolutions_run_where_the_engine_computes_them() {
         ("conv_dimensions", "[signal, volume]", "quantized::conv_transpose1d", "aten::conv_transpose1d"),
     ] {
         for name in ["onednn", "fbgemm", "qnnpack"] {
-            let Some(trial) = trial(name) else { continue };
+            let Some(trial) = trial(name).filter(|trial| !trial.asks_for_7_bits()) else { continue };
             let folder = Folder::new();
             let yaml = experiment(&test_model(model), &test_data(model), inputs);
             let engine = format!("output.engine={name}");

@@ -28,6 +28,9 @@ impl Walk<'_> {
         let node = self.graph.node(id);
         let (input, weight) = self.operands(node, (0, 1))?;
         let spatial = self.spatial(node, weight)?;
+        if spatial == 3 && self.runs_on_qnnpack() {
+            return Err("a file cannot hold what QNNPACK packs for 3 dimensions".into());
+        }
         let target = self.target(id)?;
         let numbers = self.geometry(node, slots, spatial)?;
         self.check_engine(self.task(weight, &numbers), &input)?;

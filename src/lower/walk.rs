@@ -9,6 +9,7 @@ use super::Given;
 use super::graph::Graph;
 use super::kernels::{self, Kernel};
 use super::recipe::Recipe;
+use crate::config::EnginePlan;
 use crate::jit::{Insertion, Listing, Makes, NodeId, Operand, Position, Reader, Rewiring, ValueId};
 use crate::quantizer::QuantParams;
 use crate::sites::{self, LeftFloat};
@@ -222,6 +223,11 @@ impl<'a> Walk<'a> {
             Kernel::Reshape => self.reshape(id),
             Kernel::Shape => Ok(()),
         }
+    }
+
+    /// Its kernels have gaps of their own.
+    pub(super) fn runs_on_qnnpack(&self) -> bool {
+        self.given.trial.is_some_and(|trial| trial.engine == EnginePlan::Qnnpack)
     }
 
     /// The name of a node's layer.
