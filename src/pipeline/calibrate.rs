@@ -8,10 +8,11 @@ use super::kept::scores::{self, NamedScores};
 use super::kept::statistics::{self, Kept, KeptScores, Key};
 use super::output_file::OutputFile;
 use super::score::Asking;
-use super::{Error, Progress, Work, device, hessian_batches, int8};
+use super::{Error, Progress, Work, device, hessian_batches};
 use crate::config::{BiasCorrection, HessianPlan, Plan};
 use crate::dataset::Shard;
 use crate::jit;
+use crate::settings;
 use crate::sites::Sites;
 
 /// What is written where.
@@ -45,7 +46,7 @@ pub fn calibrate(plan: &Plan, request: &Request, progress: &mut dyn Progress) ->
     progress.stage("load", Work::Uncounted);
     let base = Base::load(plan, taken, Calibration::open(&plan.calibration)?)?;
     let key = base.key(plan)?;
-    let (sites, settings) = int8::settle(plan, &base)?;
+    let (sites, settings) = settings::settle(plan, base.sites.clone())?;
     let data = base.calibration.data()?;
     let asked = plan.hessian.as_ref().filter(|_| !Asking::new(&settings, &sites, None).is_empty());
     let batches = match (&known, asked) {
