@@ -1,6 +1,6 @@
 //! An experiment as typed in YAML ([`Experiment`]) and the checked [`Plan`] that it resolves into.
 //!
-//! Strict: a key or value that is unknown, impossible or not built yet is an error that names file or flag, line, column
+//! Strict: a key or value that is unknown or impossible is an error that names file or flag, line, column
 //! and the key's full path. Plain data: it opens the YAML alone, and refuses to know what models and data files hold.
 
 mod accuracy;
@@ -13,9 +13,9 @@ mod hessian;
 mod inputs;
 mod keys;
 mod mixed_precision;
-mod not_built;
 mod overrides;
 mod plan;
+mod reduce_range;
 mod resolve;
 mod schema;
 mod sweep;
@@ -35,6 +35,7 @@ pub use plan::{
     EvaluationPlan, Format, HessianPlan, HessianRequest, InputSource, InputsPlan, Int8Plan, Layout, Limit, Metric,
     MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
+pub use reduce_range::ReduceRange;
 pub use schema::json_schema;
 pub use sweep::{Combination, Emit, Sweep};
 
@@ -122,7 +123,7 @@ impl Experiment {
     /// Checks everything, fills every default and makes every path absolute; relative ones start at `base`.
     ///
     /// # Errors
-    /// The first thing wrong: an unknown or missing key, an impossible value or combination, what is not built yet,
+    /// The first thing wrong: an unknown or missing key, an impossible value or combination,
     /// a model or data set that is not there.
     pub fn resolve(&self, base: &Path) -> Result<Plan, Error> {
         self.resolve_without("", base)

@@ -8,6 +8,7 @@ pub mod engine;
 mod graph;
 mod kernels;
 mod layers;
+mod needs;
 mod plain;
 mod recipe;
 mod verify;
@@ -25,10 +26,11 @@ use crate::quantizer::{Bits, Grid, QuantParams};
 use crate::report::{Kind, SiteReport};
 use crate::sites::{LeftFloat, Sites};
 
-use engine::Task;
+use engine::Trial;
 
 use recipe::Larder;
 
+pub use needs::needs;
 pub use verify::{LayerDifference, Verification};
 
 /// What was chosen for a graph whose sites were found for 8-bit kernels.
@@ -41,8 +43,8 @@ pub struct Given<'a> {
     pub weights: Vec<Weight<'a>>,
     /// Corrected biases.
     pub biases: &'a [Bias],
-    /// What the engine computes wrong on this machine: as good as without a kernel.
-    pub wrong: Vec<Task>,
+    /// What the engine that is set computes right: all else is as good as without a kernel. `None` where no kernel is asked for.
+    pub trial: Option<&'a Trial>,
 }
 
 /// A quantized weight.
@@ -59,6 +61,8 @@ pub struct Weight<'a> {
     pub scale: &'a [f32],
     /// As many.
     pub zero_point: &'a [i32],
+    /// No sum of two neighbouring products overflows 16 bits.
+    pub is_bounded: bool,
 }
 
 impl Weight<'_> {
@@ -78,7 +82,7 @@ pub struct Lowering {
 impl<'a> Given<'a> {
     /// What was chosen, with the weights as the reports have them: weights first, in the order of the sites.
     #[must_use]
-    pub fn new(emission: &Emission<'a>, reports: &'a [SiteReport], wrong: &[Task]) -> Self {
+    pub fn new(emission: &Emission<'a>, reports: &'a [SiteReport], trial: Option<&'a Trial>) -> Self {
         let reports = reports.iter().filter(|report| report.kind == Kind::Weight);
         let sites = emission.sites.weights.iter().zip(emission.weights);
         let weights = sites.zip(reports).map(|((site, image), report)| Weight {
@@ -88,9 +92,10 @@ impl<'a> Given<'a> {
             grid: report.grid,
             scale: &report.quantizers.scale,
             zero_point: &report.quantizers.zero_point,
+            is_bounded: report.bounded_channels.is_some(),
         });
         let (sites, activations, biases) = (emission.sites, emission.activations, emission.biases);
-        Self { sites, activations, weights: weights.collect(), biases, wrong: wrong.to_vec() }
+        Self { sites, activations, weights: weights.collect(), biases, trial }
     }
 
     /// Sites whose quantizer no kernel takes, each with the reason.
@@ -109,7 +114,7 @@ impl<'a> Given<'a> {
         let activations = activations.filter_map(|(site, params)| {
             let params = params.filter(|params| walk::Eight::of(*params).is_none())?;
             let levels = i64::from(params.quant_max()) - i64::from(params.quant_min()) + 1;
-            let reason = format!("8-bit kernels take activations of 256 levels, found {levels}");
+            let reason = format!("8-bit kernels take activations of 256 or 128 levels, found {levels}");
             Some(LeftFloat { name: site.name.clone(), op: site.op.clone(), reason })
         });
         weights.chain(activations).collect()

@@ -3,6 +3,7 @@
 mod base;
 mod bench;
 mod blame;
+mod bounded;
 mod calibrate;
 mod calibration;
 mod chosen;
@@ -45,7 +46,6 @@ use crate::correct::Corrections;
 use crate::dataset::Dataset;
 use crate::jit::{self, Arguments, Clean, Module};
 use crate::report::{self, Report, SiteReport, Sqnr, Timings};
-use crate::settings;
 use crate::sites::{LeftFloat, Sites};
 
 pub use bench::{BenchRequest, bench};
@@ -115,7 +115,7 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     };
     let (base, comparison) = Base::load_to_compare(plan, taken, (calibration, kept.as_ref()))?;
     let hashes = base.hashes(plan, &comparison)?;
-    let (sites, settings) = settings::settle(plan, base.sites.clone())?;
+    let (sites, settings) = int8::settle(plan, &base)?;
     mixed::check(&sites, &settings)?;
     clock.timings.load = clock.lap();
 

@@ -18,7 +18,7 @@ use crate::sites::LeftFloat;
 use crate::threshold::{Cost, ErrorMethod, Exponent, Selection};
 
 pub use files::{Alone, FilesReport, Measures};
-pub use int8::{FLOAT, INT8, Int8, Layer as Int8Layer, OPTIMIZED};
+pub use int8::{Bounded, FLOAT, INT8, Int8, Layer as Int8Layer, OPTIMIZED};
 pub use measures::{Accuracy, Comparison, Sqnr};
 pub use mixed_precision::{Allotted, Budget, MixedPrecision, Noise, Share, SiteNoise, Uniform, WidthNoise};
 pub use provenance::{NotQuantized, Provenance, QuantizedSite};
@@ -209,6 +209,9 @@ pub struct SiteReport {
     /// How its weights were rounded; `None` of activations, and of weights rounded to nearest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rounding: Option<RoundedWeight>,
+    /// Of a weight that is kept within what the engine's 16-bit sums hold: channels whose scale is larger for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bounded_channels: Option<usize>,
     /// Its quantizers and what they cost.
     #[serde(flatten)]
     pub quantizers: Quantizers,

@@ -7,7 +7,7 @@ mod merge;
 mod select;
 
 use crate::config::{At, Error, MixedPlan, Plan};
-use crate::quantizer::{Bits, Granularity, Scheme, Widths};
+use crate::quantizer::{Bits, Granularity, Grid, Scheme, Widths};
 use crate::sites::{LeftFloat, Sites};
 use crate::threshold::ErrorMethod;
 
@@ -27,6 +27,26 @@ pub struct SiteSettings {
     pub error_method: ErrorMethod,
     /// Standard deviations beyond which values of an activation do not count.
     pub z_threshold: Option<f64>,
+    /// Of a weight whose products the engine adds two by two in 16 bits: taps of a kernel.
+    pub taps: Option<usize>,
+}
+
+/// What the kernels of an 8-bit model need of its sites beyond the plan.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct KernelNeeds {
+    /// In the order of `sites.weights`; nothing where there are none.
+    pub weights: Vec<WeightNeeds>,
+    /// Activations have 7 bits where the plan says 8.
+    pub has_7_bits: bool,
+}
+
+/// What kernels need of a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WeightNeeds {
+    /// Products are added two by two in 16 bits, which is to overflow for no activation: taps of a kernel.
+    pub taps: Option<usize>,
+    /// Its kernel takes one scale for all channels.
+    pub per_tensor: bool,
 }
 
 impl SiteSettings {
@@ -38,6 +58,11 @@ impl SiteSettings {
     /// The fewest bits that it may get.
     pub fn narrowest(&self) -> Bits {
         self.free.map_or(self.scheme.bits, Widths::narrowest)
+    }
+
+    /// Taps of a kernel of which no two products may overflow 16 bits, if it is to run in 8.
+    pub fn taps_in_pairs(&self) -> Option<usize> {
+        self.taps.filter(|_| self.scheme.bits.get() == 8 && self.scheme.grid != Grid::Uniform)
     }
 
     /// With these bits.
@@ -82,14 +107,22 @@ enum Settled<'a> {
 /// layers, or that makes an impossible combination; overrides that leave nothing to quantize. Each names key and place in the
 /// experiment.
 pub fn settle(plan: &Plan, sites: Sites) -> Result<(Sites, Settings), Error> {
+    settle_for(plan, sites, &KernelNeeds::default())
+}
+
+/// The same for kernels that need something of these sites; what overrides say counts more.
+///
+/// # Errors
+/// As of [`settle`].
+pub fn settle_for(plan: &Plan, sites: Sites, needs: &KernelNeeds) -> Result<(Sites, Settings), Error> {
     let selected = select::select(&plan.overrides.entries, &sites)?;
-    let merger = Merger::of_weights(plan);
-    let weights = sites.weights.iter().map(|site| {
+    let weights = sites.weights.iter().enumerate().map(|(index, site)| {
         let reaching = site.users.iter().map(|&op| (op, Role::Weights));
+        let merger = Merger::of_weights(plan, needs.weights.get(index).copied().unwrap_or_default());
         merger.settle(&site.name, &select::told(&selected, &sites.ops, reaching))
     });
     let weights: Vec<Settled<'_>> = weights.collect::<Result<_, _>>()?;
-    let merger = Merger::of_activations(plan);
+    let merger = Merger::of_activations(plan, needs.has_7_bits);
     let activations = sites.activations.iter().map(|site| {
         let makers = site.makers.iter().map(|&op| (op, Role::Activations));
         let reaching = makers.chain(site.readers.iter().map(|&op| (op, Role::Inputs)));

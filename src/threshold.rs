@@ -19,6 +19,7 @@ mod mse;
 mod no_clipping;
 mod noise;
 mod off_diagonal;
+mod pairs;
 mod scored;
 mod search;
 mod select;
@@ -37,6 +38,7 @@ pub use hmse::{select_activation_scored, select_weights_scored};
 pub use measure::{Cost, cost_of_images};
 pub use noise::{noise_of_activation, noise_of_weights};
 pub use off_diagonal::GRADIENT_SUMS_MAX_BITS;
+pub use pairs::bound_pairs;
 pub use select::{select_activation, select_weights};
 pub use selection::{CurvePoint, Note, Selection};
 

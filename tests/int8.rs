@@ -8,19 +8,22 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use tsquant::config::{EnginePlan, Format, Int8Plan, OutputPlan, Plan};
+use serde_json::Value;
+use tch::{CModule, Kind, Tensor};
+use tsquant::config::{EnginePlan, Format, Int8Plan, OutputPlan, Plan, ReduceRange};
 use tsquant::jit::Module;
+use tsquant::lower::engine::{self, Task, Trial};
 use tsquant::pipeline::{self, Error, MODEL_FILE, Outcome};
 use tsquant::quantizer::{Bits, Grid, Scheme};
 use tsquant::report::Int8;
 
-use binary::{Folder, experiment, test_data, test_model, tsquant};
+use binary::{Folder, experiment, floats, test_data, test_model, tsquant};
 use common::{MNIST, Model, Silent};
 
 fn plan(model: Model, dir: &Path) -> Plan {
     let mut plan = model.plan(16, dir);
     plan.output.format = Format::Int8;
-    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: true });
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: true, reduce_range: ReduceRange::Auto });
     plan
 }
 
@@ -74,7 +77,7 @@ fn each_shipped_model_in_8_bits() {
 fn the_shipped_net_is_as_good_as_its_simulation() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut plan = plan(MNIST, &folder.path().join("run"));
-    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Auto, strict: true });
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Auto, strict: true, reduce_range: ReduceRange::Auto });
     let outcome = quantize(&plan).expect("a run");
     let int8 = int8_of(&outcome);
     assert!(int8.against_simulation.sqnr_db.expect("a number") > 30.0, "{:?}", int8.against_simulation);
@@ -97,14 +100,14 @@ fn what_no_kernel_takes_is_refused_or_simulated() {
     let mut plan = plan(MNIST, &folder.path().join("run"));
     plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
     let error = quantize(&plan).expect_err("a refusal").to_string();
-    assert!(error.contains("8-bit kernels take activations of 256 levels, found 64"), "{error}");
+    assert!(error.contains("8-bit kernels take activations of 256 or 128 levels, found 64"), "{error}");
     assert!(error.starts_with("input.images: ") && error.contains("strict: false"), "{error}");
     plan.activations.scheme.bits = Bits::try_from(8).expect("a width");
     plan.weights.scheme.grid = Grid::Uniform;
     let error = quantize(&plan).expect_err("a refusal").to_string();
     assert!(error.starts_with("conv1.weight: 8-bit kernels take weights of 8 bits around zero"), "{error}");
 
-    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: false });
+    plan.output.int8 = Some(Int8Plan { engine: EnginePlan::Onednn, strict: false, reduce_range: ReduceRange::Auto });
     plan.activations.scheme.bits = Bits::try_from(6).expect("a width");
     let outcome = quantize(&plan).expect("a run");
     let int8 = int8_of(&outcome);
@@ -167,7 +170,7 @@ fn the_command_line_shows_kernels_and_times() {
     let emitted = emitted.to_str().expect("UTF-8");
     let bench = ["bench", model, emitted, "--data", data, "--inputs", "x", "--seconds", "0.1", "--json"];
     let ran = tsquant(folder.path(), bench).succeeded();
-    let report: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+    let report: Value = serde_json::from_str(&ran.stdout).expect("JSON");
     let races = report["races"].as_array().expect("races");
     assert_eq!(races.iter().map(|race| race["batch_size"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(8)]);
     assert!(races.iter().all(|race| race["models"].as_array().is_some_and(|models| models.len() == 2)), "{report}");
@@ -176,4 +179,152 @@ fn the_command_line_shows_kernels_and_times() {
     assert!(tsquant(folder.path(), too_many).refused(1).contains("at least 17 rows for a batch, found 16"));
     let engine = ["bench", model, "--data", data, "--inputs", "x", "--quiet", "--engine", "mkl"];
     assert!(tsquant(folder.path(), engine).refused(2).contains("expected auto, x86, onednn"));
+}
+
+/// Numbers from −1 to 1 without a period.
+fn noise(shape: &[i64], seed: f64) -> Tensor {
+    let count: i64 = shape.iter().product();
+    let index = Tensor::arange(count, (Kind::Double, tch::Device::Cpu));
+    let numbers = ((index + 1.0) * (0.754_877_666 + 0.01 * seed)).fmod(1.0) * 2.0 - 1.0;
+    numbers.reshape(shape).to_kind(Kind::Float)
+}
+
+/// A network with a depthwise convolution of 144 channels, whose weights are large in pairs, as files and an experiment.
+fn depthwise(folder: &Folder) -> String {
+    let none: Option<Tensor> = None;
+    let (wide, deep) = (noise(&[144, 4, 1, 1], 1.0), noise(&[144, 1, 3, 3], 2.0).abs() * 0.3 + 0.2);
+    let (narrow, last) = (noise(&[8, 144, 1, 1], 3.0), noise(&[5, 8], 4.0));
+    let mut forward = |inputs: &[Tensor]| {
+        let x = inputs[0].conv2d(&wide, none.as_ref(), [1, 1], [0, 0], [1, 1], 1).relu();
+        let x = x.conv2d(&deep, none.as_ref(), [1, 1], [1, 1], [1, 1], 144).relu();
+        let x = x.conv2d(&narrow, none.as_ref(), [1, 1], [0, 0], [1, 1], 1);
+        vec![x.mean_dim([2i64, 3].as_slice(), false, Kind::Float).linear(&last, none.as_ref())]
+    };
+    let x = noise(&[16, 4, 9, 9], 5.0);
+    let module = CModule::create_by_tracing("Traced", "forward", std::slice::from_ref(&x), &mut forward);
+    let model = folder.path().join("depthwise.pt");
+    module.expect("a traced module").save(&model).expect("a writable folder");
+    let values = Vec::<f32>::try_from(x.flatten(0, -1)).expect("numbers");
+    let data = folder.write("depthwise.safetensors", floats("x", &[16, 4, 9, 9], &values));
+    experiment(&model, &data, "[x]")
+}
+
+/// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.
+fn int8_of_run(folder: &Folder, yaml: &str, settings: &[&str]) -> (Value, Value) {
+    let settings = ["output.format=int8"].into_iter().chain(settings.iter().copied());
+    folder.quantize(yaml, &settings.collect::<Vec<_>>()).succeeded();
+    let report = folder.report("run");
+    let int8 = report["int8"].clone();
+    // QNNPACK scales by whole numbers.
+    let share = if int8["engine"] == "qnnpack" { 1e-2 } else { 1e-3 };
+    for layer in int8["layers"].as_array().expect("layers") {
+        let [largest, different, values] = ["largest", "different", "values"].map(|key| layer[key].as_f64());
+        assert!(largest <= Some(1.0) && different <= values.map(|values| share * values), "{layer}");
+    }
+    let close = int8["against_simulation"]["sqnr_db"].as_f64().is_none_or(|db| db > 30.0);
+    assert!(close, "{}", int8["against_simulation"]);
+    (report, int8)
+}
+
+fn trial(engine: &str) -> Option<&'static Trial> {
+    engine::trial(EnginePlan::NAMED.into_iter().find(|named| named.name() == engine)?)
+}
+
+fn count(int8: &Value, kernel: &str) -> u64 {
+    int8["kernels"][kernel].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn depthwise_weights_are_bounded_where_the_engine_saturates() {
+    let folder = Folder::new();
+    let yaml = depthwise(&folder);
+    for name in ["onednn", "x86", "fbgemm"] {
+        let Some(trial) = trial(name) else { continue };
+        let engine = format!("output.engine={name}");
+        let (report, int8) = int8_of_run(&folder, &yaml, &[&engine]);
+        assert_eq!(int8["reduce_range"], trial.asks_for_7_bits(), "{trial:?}");
+        if trial.asks_for_7_bits() || !trial.is_right_with_bounds() {
+            continue;
+        }
+        assert_eq!(count(&int8, "quantized::conv2d_relu") + count(&int8, "quantized::conv2d"), 3, "{int8}");
+        let is_bounded = trial.bounds_depthwise(false);
+        assert_eq!(int8["bounded"]["raised"].as_u64().is_some_and(|raised| raised > 0), is_bounded, "{int8}");
+        let sites = report["sites"].as_array().expect("sites");
+        let bounded: Vec<_> = sites.iter().filter(|site| site.get("bounded_channels").is_some()).collect();
+        assert_eq!(bounded.len(), usize::from(is_bounded), "{bounded:?}");
+        if !is_bounded {
+            continue;
+        }
+        assert_eq!(int8["bounded"]["channels"], 144);
+        assert_eq!(int8["evaluation"]["agreement"], int8["simulation"]["agreement"]);
+
+        let gptq = "quantization.weights.rounding=gptq";
+        let (report, _) = int8_of_run(&folder, &yaml, &[&engine, gptq, "hessian.samples=16"]);
+        let sites = report["sites"].as_array().expect("sites");
+        assert!(sites.iter().any(|site| site.get("bounded_channels").is_some() && site.get("rounding").is_some()));
+
+        let power = "quantization.weights.grid=power_of_two";
+        let (_, int8) = int8_of_run(&folder, &yaml, &[&engine, power, "quantization.weights.granularity=per_tensor"]);
+        assert_eq!(int8["bounded"]["channels"], 1, "{int8}");
+    }
+}
+
+/// Every kernel is clamped to the levels that its site has, so that it computes what the simulation does.
+#[test]
+fn activations_of_7_bits() {
+    let folder = Folder::new();
+    let small = experiment(&test_model("conv_zoo"), &test_data("conv_zoo"), "[x]");
+    for (yaml, grid) in [(depthwise(&folder), "uniform"), (small.clone(), "uniform"), (small, "symmetric")] {
+        let grid = format!("quantization.activations.grid={grid}");
+        for method in ["NOCLIPPING", "MSE"] {
+            let method = format!("quantization.activation_error_method={method}");
+            let reduced = "output.reduce_range=true";
+            let settings = [reduced, &grid, &method, "output.format=[int8,fake_quant]", "output.engine=onednn"];
+            let (report, int8) = int8_of_run(&folder, &yaml, &settings);
+            assert_eq!(int8["reduce_range"], true);
+            let sites = report["sites"].as_array().expect("sites");
+            let activations: Vec<_> = sites.iter().filter(|site| site["kind"] == "activation").collect();
+            assert!(activations.iter().all(|site| site["bits"] == 7), "{activations:?}");
+            let written = fs_err::read_to_string(folder.path().join("run/experiment.yaml")).expect("an experiment");
+            assert!(written.contains("reduce_range: true") && written.contains("bits: 8"), "{written}");
+        }
+    }
+    let refusal = folder.refuses(2, &depthwise(&folder), &["output.reduce_range=true"]);
+    assert!(refusal.contains("it is for the format int8"), "{refusal}");
+    let settings = ["output.format=int8", "output.reduce_range=yes"];
+    let refusal = folder.refuses(2, &depthwise(&folder), &settings);
+    assert!(refusal.contains("`output.reduce_range` must be one of `auto`, `true`, `false`"), "{refusal}");
+}
+
+#[test]
+fn transposed_convolutions_run_where_the_engine_computes_them() {
+    for (model, inputs, kernel, op) in [
+        ("conv_zoo", "[x]", "quantized::conv_transpose2d", "aten::conv_transpose2d"),
+        ("conv_dimensions", "[signal, volume]", "quantized::conv_transpose1d", "aten::conv_transpose1d"),
+    ] {
+        for name in ["onednn", "fbgemm", "qnnpack"] {
+            let Some(trial) = trial(name).filter(|trial| !trial.asks_for_7_bits()) else { continue };
+            let folder = Folder::new();
+            let yaml = experiment(&test_model(model), &test_data(model), inputs);
+            let engine = format!("output.engine={name}");
+            let granularity = |report: &Value| {
+                let sites = report["sites"].as_array().expect("sites");
+                let site = sites.iter().find(|site| site["op"] == op && site["kind"] == "weight").expect("a weight");
+                site["granularity"].as_str().map(str::to_owned)
+            };
+            let is_right = trial.computes(Task::Transposed, false);
+            let (report, int8) = int8_of_run(&folder, &yaml, &[&engine]);
+            assert_eq!(count(&int8, kernel), u64::from(is_right), "{name}: {int8}");
+            let expected = if is_right { "per_tensor" } else { "per_channel" };
+            assert_eq!(granularity(&report).as_deref(), Some(expected), "{name}");
+
+            let layer = if model == "conv_zoo" { "transposed" } else { "transposed1d" };
+            let own = format!("{yaml}overrides: [{{layers: {layer}, weights: {{granularity: per_channel}}}}]\n");
+            let (report, int8) = int8_of_run(&folder, &own, &[&engine]);
+            assert_eq!(granularity(&report).as_deref(), Some("per_channel"));
+            let left = int8["in_float"].as_array().expect("a list").iter().find(|left| left["op"] == op);
+            let reason = left.and_then(|left| left["reason"].as_str()).expect("a reason");
+            assert!(reason.contains(if is_right { "one scale" } else { "wrong on this machine" }), "{reason}");
+        }
+    }
 }

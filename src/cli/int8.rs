@@ -14,6 +14,19 @@ pub(super) fn print(out: &mut impl Write, int8: &Int8) -> std::io::Result<()> {
         [first, ..] => format!("; {} ops in float (see report.json), {} for instance", int8.in_float.len(), first.name),
     };
     writeln!(out, "{}: {} on {}{float}", int8.file, table::count(kernels, "8-bit kernel"), int8.engine)?;
+    if int8.reduce_range {
+        writeln!(out, "  activations have 7 bits, for the 16-bit sums of {}", int8.engine)?;
+    }
+    if let Some(bounded) = int8.bounded {
+        writeln!(
+            out,
+            "  weights of {} are bounded for the 16-bit sums of {}: {} of {} have larger scales",
+            table::count(bounded.weights, "depthwise convolution"),
+            int8.engine,
+            bounded.raised,
+            table::count(bounded.channels, "channel")
+        )?;
+    }
     let agreement =
         |share: Option<f64>| share.map_or_else(String::new, |share| format!(", agreement {:.2}%", 100.0 * share));
     let db = |db: Option<f64>| db.map_or_else(|| "no SQNR".to_owned(), |db| format!("{db:.2} dB"));

@@ -1,6 +1,6 @@
 //! From a tree to the typed keys: a serde deserializer whose errors know the key's full path and its place.
 //!
-//! It refuses to know any key by name; those are in `keys`, and the ones to come in `not_built`.
+//! It refuses to know any key by name; those are in `keys`.
 
 use std::fmt;
 
@@ -9,13 +9,12 @@ use serde::de::{self, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess
 
 use super::document::{Key, Node, Value, join};
 use super::error::{Error, Place, Problem, printable, shortened};
-use super::not_built;
 use crate::names;
 
 /// Reads `T` from a tree.
 ///
 /// # Errors
-/// An unknown key or value, one that is not built yet, a value of another kind.
+/// An unknown key or value, a value of another kind.
 pub(super) fn decode<T: de::DeserializeOwned>(root: &Node) -> Result<T, Error> {
     T::deserialize(Reader(root)).map_err(|fault| fault.in_node(root).into_error(root))
 }
@@ -95,11 +94,7 @@ impl Fault {
 }
 
 fn unknown_key(parent: &str, name: &str, valid: &[&str]) -> Problem {
-    let key = join(parent, name);
-    if not_built::key(&key) {
-        return Problem::NotBuilt { what: key };
-    }
-    let mut hint = did_you_mean(name, valid, &not_built::keys(parent));
+    let mut hint = did_you_mean(name, valid);
     if hint.is_empty() {
         hint = format!(", expected {}", one_of(valid));
     }
@@ -108,16 +103,15 @@ fn unknown_key(parent: &str, name: &str, valid: &[&str]) -> Problem {
 }
 
 fn unknown_value(key: String, name: &str, valid: &[&str]) -> Problem {
-    let hint = did_you_mean(name, valid, &[]);
+    let hint = did_you_mean(name, valid);
     Problem::UnknownValue { key, expected: one_of(valid), found: shortened(name), hint }
 }
 
-/// The nearest name that is valid or will be, also where the case alone differs.
-fn did_you_mean(name: &str, valid: &[&str], coming: &[&str]) -> String {
-    let known = || valid.iter().chain(coming).copied();
+/// The nearest name that is valid, also where the case alone differs.
+fn did_you_mean(name: &str, valid: &[&str]) -> String {
+    let known = || valid.iter().copied();
     let nearest = known().find(|known| known.eq_ignore_ascii_case(name)).or_else(|| names::nearest(name, known()));
     match nearest {
-        Some(nearest) if coming.contains(&nearest) => format!(", did you mean `{nearest}`, which is not built yet?"),
         Some(nearest) => format!(", did you mean `{nearest}`?"),
         None => String::new(),
     }

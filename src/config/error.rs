@@ -127,12 +127,6 @@ pub enum Problem {
         /// What it takes.
         expected: String,
     },
-    /// A key or value that tsquant will know later.
-    #[error("`{what}` is not built yet")]
-    NotBuilt {
-        /// The key, or `key: value`.
-        what: String,
-    },
     /// The plan cannot be written as YAML.
     #[error("the resolved experiment cannot be written as YAML: {reason}")]
     Unwritable {

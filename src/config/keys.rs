@@ -18,6 +18,7 @@ use super::hessian::HessianKeys;
 use super::mixed_precision::MixedKeys;
 use super::overrides::OverrideKeys;
 use super::plan::{BiasCorrection, EnginePlan, Format, InputsPlan, Layout, Metric, Rounding};
+use super::reduce_range::ReduceRange;
 use super::sweep::SweepKeys;
 use crate::quantizer::{Bits, Granularity, Grid};
 use crate::threshold::{ErrorMethod, Exponent, ExponentError};
@@ -191,6 +192,9 @@ pub(super) struct OutputKeys {
     /// Whether a site that int8 has no kernel for is an error; else it is simulated in float.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) strict: Option<bool>,
+    /// Whether activations of int8 have 7 bits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reduce_range: Option<ReduceRange>,
 }
 
 /// The name of an error method; its parameters are other keys.

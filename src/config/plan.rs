@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::device::DevicePlan;
 use super::overrides::Overrides;
+use super::reduce_range::ReduceRange;
 use crate::quantizer::{Granularity, Scheme, Widths};
 use crate::threshold::ErrorMethod;
 
@@ -352,6 +353,8 @@ pub struct Int8Plan {
     pub engine: EnginePlan,
     /// A site whose quantizer no kernel takes is an error; else it is simulated in float.
     pub strict: bool,
+    /// Whether activations that the plan gives 8 bits have 7.
+    pub reduce_range: ReduceRange,
 }
 
 /// The library that 8-bit kernels run on.

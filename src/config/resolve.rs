@@ -19,6 +19,7 @@ use super::plan::{
     ActivationPlan, BiasCorrection, BudgetPlan, ComparisonPlan, DataPlan, EnginePlan, EvaluationPlan, Format,
     InputSource, InputsPlan, Int8Plan, Metric, MixedPlan, OutputPlan, Plan, Rounding, Transform, WeightPlan,
 };
+use super::reduce_range::ReduceRange;
 use crate::quantizer::{Bits, Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
 
@@ -83,6 +84,12 @@ impl Resolver<'_> {
         let (device, allow_tf32) = (keys.device.unwrap_or(DevicePlan::Auto), keys.allow_tf32.unwrap_or(false));
         let output = self.output(keys.output.unwrap_or_default())?;
         let device = self.device_for(device, &output)?;
+        let is_reduced = output.int8.is_some_and(|int8| int8.reduce_range == ReduceRange::Always);
+        if is_reduced && mixed_precision.as_ref().is_some_and(|mixed| mixed.activations.is_some()) {
+            let reason =
+                "`mixed_precision.activations` chooses the bits of activations: expected auto or false, found true";
+            return Err(self.invalid("output.reduce_range", reason));
+        }
         let evaluation = keys.evaluation.map(|keys| {
             let data = self.required_data("evaluation.data", keys.data.as_deref())?;
             self.evaluation(keys, data, Fallback::from(&calibration), seed)
@@ -406,14 +413,22 @@ impl Resolver<'_> {
             }
         }
         let is_int8 = formats.contains(&Format::Int8);
-        for (key, is_typed) in [("engine", keys.engine.is_some()), ("strict", keys.strict.is_some())] {
+        let of_int8 = [
+            ("engine", keys.engine.is_some()),
+            ("strict", keys.strict.is_some()),
+            ("reduce_range", keys.reduce_range.is_some()),
+        ];
+        for (key, is_typed) in of_int8 {
             if is_typed && !is_int8 {
                 let reason = "it is for the format int8, which `output.format` does not ask for";
                 return Err(self.invalid(&format!("output.{key}"), reason));
             }
         }
-        let engine = keys.engine.unwrap_or(EnginePlan::Auto);
-        let int8 = is_int8.then_some(Int8Plan { engine, strict: keys.strict.unwrap_or(true) });
+        let int8 = is_int8.then_some(Int8Plan {
+            engine: keys.engine.unwrap_or(EnginePlan::Auto),
+            strict: keys.strict.unwrap_or(true),
+            reduce_range: keys.reduce_range.unwrap_or(ReduceRange::Auto),
+        });
         Ok(OutputPlan { dir, format, further: further.to_vec(), int8 })
     }
 

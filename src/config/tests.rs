@@ -356,6 +356,14 @@ fn names_file_line_column_and_key() {
             ":4:9: `device`: the format int8 computes on the processor: expected cpu, found cuda:0",
         ),
         (
+            format!(
+                "{SHORTEST}output: {{format: int8, reduce_range: true}}\n\
+                 mixed_precision: {{activations: {{bits: [4, 8], average: 6}}}}"
+            ),
+            ":3:38: `output.reduce_range`: `mixed_precision.activations` chooses the bits of activations: expected auto or \
+             false, found true",
+        ),
+        (
             format!("{SHORTEST}quantization: {{l_p_value: 65}}"),
             ":3:27: `quantization.l_p_value`: expected a whole number from 1 to 64, found 65",
         ),
@@ -474,6 +482,9 @@ output.format=[] => `output.format`: expected the name of a format, found an emp
 output.format={} => `output.format` must be the name of a format, or a list of names of formats, found a map
 output.format=fakequant => `output.format` must be one of `fake_quant`, `int8`, `int8_weights`, found `fakequant`, did you mean `fake_quant`?
 output.strict=true => `output.strict`: it is for the format int8, which `output.format` does not ask for
+output.reduce_range=true => `output.reduce_range`: it is for the format int8, which `output.format` does not ask for
+output.reduce_range=always => `output.reduce_range` must be one of `auto`, `true`, `false`, found `always`
+output.reduce_range=1 => `output.reduce_range` must be auto, true or false, found the number 1
 output.engine=oneDNN => `output.engine` must be one of `auto`, `x86`, `onednn`, `fbgemm`, `qnnpack`, found `oneDNN`, did you mean `onednn`?
 evaluation.output=-1 => `evaluation.output`: expected the index of an output, 0 or more, found -1
 evaluation.output=0.1 => `evaluation.output` must be the index of an output, or its path (in quotes where it reads as a number), found the number 0.1

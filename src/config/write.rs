@@ -98,8 +98,13 @@ impl From<&OutputPlan> for OutputKeys {
             [] => OneOrMany::One(plan.format),
             _ => OneOrMany::Many(plan.formats().collect()),
         };
-        let (engine, strict) = plan.int8.map(|int8| (int8.engine, int8.strict)).unzip();
-        Self { dir: Some(plan.dir.clone()), format: Some(format), engine, strict }
+        Self {
+            dir: Some(plan.dir.clone()),
+            format: Some(format),
+            engine: plan.int8.map(|int8| int8.engine),
+            strict: plan.int8.map(|int8| int8.strict),
+            reduce_range: plan.int8.map(|int8| int8.reduce_range),
+        }
     }
 }
 

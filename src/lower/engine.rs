@@ -1,16 +1,25 @@
 //! The libraries that 8-bit kernels can run on: what each computes wrong on this machine, and how fast it is. Flags of the
 //! processor do not tell that; a trial does.
 
+mod cases;
+
 use std::sync::OnceLock;
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::config::EnginePlan;
-use crate::jit::{self, Attribute, KernelRun, Operand};
+use crate::jit;
+
+use cases::{Case, cases};
 
 /// Runs that are timed together.
 const RUNS: usize = 10;
+
+/// How many times as fast an engine has to be that needs bounded weights of depthwise convolutions, and one that needs activations
+/// of 7 bits.
+const BOUNDS: f64 = 2.0;
+const SEVEN_BITS: f64 = 4.0;
 
 /// What engines have kernels of their own for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,14 +30,37 @@ pub enum Task {
     Pointwise,
     /// A convolution of each channel by itself.
     Depthwise,
+    /// The same, with weights of which the positive and the negative ones in each pair of neighbouring taps add up to at most 128
+    /// levels: no sum of two products overflows 16 bits then.
+    BoundedDepthwise,
     /// A linear layer.
     Linear,
-    /// A transposed convolution.
+    /// A transposed convolution in 1 or 2 dimensions, its weights with one scale.
     Transposed,
+    /// The same in 3 dimensions.
+    TransposedVolume,
 }
 
 impl Task {
-    const ALL: [Self; 5] = [Self::Window, Self::Pointwise, Self::Depthwise, Self::Linear, Self::Transposed];
+    const ALL: [Self; 7] = [
+        Self::Window,
+        Self::Pointwise,
+        Self::Depthwise,
+        Self::BoundedDepthwise,
+        Self::Linear,
+        Self::Transposed,
+        Self::TransposedVolume,
+    ];
+
+    /// A transposed convolution over so many axes.
+    pub(super) fn of_transposed(spatial: usize) -> Self {
+        if spatial == 3 { Self::TransposedVolume } else { Self::Transposed }
+    }
+
+    /// Whether only some models need it.
+    fn is_dispensable(self) -> bool {
+        matches!(self, Self::Transposed | Self::TransposedVolume)
+    }
 
     /// In words.
     #[must_use]
@@ -37,8 +69,10 @@ impl Task {
             Self::Window => "convolutions",
             Self::Pointwise => "1x1 convolutions",
             Self::Depthwise => "depthwise convolutions",
+            Self::BoundedDepthwise => "depthwise convolutions with bounded weights",
             Self::Linear => "linear layers",
             Self::Transposed => "transposed convolutions",
+            Self::TransposedVolume => "transposed convolutions in 3 dimensions",
         }
     }
 }
@@ -50,7 +84,9 @@ pub struct Trial {
     pub engine: EnginePlan,
     /// What it computes wrong, or not at all.
     pub wrong: Vec<Task>,
-    /// Seconds for one of each task but the transposed one; infinite where it is wrong in one of them.
+    /// What of that it computes wrong even where activations have levels 0 to 127 alone.
+    pub wrong_in_7_bits: Vec<Task>,
+    /// Seconds for one of each task but the transposed ones; infinite where it is wrong in one of them that nothing cures.
     pub seconds: f64,
 }
 
@@ -58,7 +94,49 @@ impl Trial {
     /// Whether it computes all that a model without transposed convolutions needs.
     #[must_use]
     pub fn is_right(&self) -> bool {
-        self.wrong.iter().all(|&task| task == Task::Transposed)
+        self.wrong.iter().all(|task| task.is_dispensable())
+    }
+
+    /// The same, where depthwise convolutions have bounded weights.
+    #[must_use]
+    pub fn is_right_with_bounds(&self) -> bool {
+        self.wrong.iter().all(|&task| task.is_dispensable() || task == Task::Depthwise)
+    }
+
+    /// How many times as fast it has to be as one that is right for its price in accuracy to be paid; `None` where it stays wrong.
+    fn price(&self) -> Option<f64> {
+        let is_cured = |task: &Task| {
+            let is_bounded = *task == Task::Depthwise && self.bounds_depthwise(true);
+            task.is_dispensable() || is_bounded || self.computes(*task, true)
+        };
+        if self.is_right() {
+            Some(1.0)
+        } else if self.is_right_with_bounds() {
+            Some(BOUNDS)
+        } else {
+            self.wrong.iter().all(is_cured).then_some(SEVEN_BITS)
+        }
+    }
+
+    /// Whether it computes a task right whose activations have levels 0 to 255, or else 0 to 127.
+    #[must_use]
+    pub fn computes(&self, task: Task, has_7_bits: bool) -> bool {
+        let wrong = if has_7_bits { &self.wrong_in_7_bits } else { &self.wrong };
+        !wrong.contains(&task)
+    }
+
+    /// Whether weights of depthwise convolutions have to be bounded, and are right then.
+    #[must_use]
+    pub fn bounds_depthwise(&self, has_7_bits: bool) -> bool {
+        !self.computes(Task::Depthwise, has_7_bits) && self.computes(Task::BoundedDepthwise, has_7_bits)
+    }
+
+    /// Whether activations of 7 bits cure what bounded weights do not.
+    #[must_use]
+    pub fn asks_for_7_bits(&self) -> bool {
+        let is_bounded = self.bounds_depthwise(false);
+        let is_cured = |task: &Task| task.is_dispensable() || is_bounded && *task == Task::Depthwise;
+        self.wrong.iter().any(|task| !is_cured(task) && self.computes(*task, true))
     }
 }
 
@@ -83,117 +161,33 @@ pub fn trial(engine: EnginePlan) -> Option<&'static Trial> {
     trial.as_ref()
 }
 
-/// The fastest engine that is right; the one that gets fewest tasks wrong where there is none.
+/// The fastest engine that is right, or is made right by bounded weights or, where they may be had, by activations of 7 bits; what
+/// costs accuracy has to be that much faster. The one that gets fewest tasks wrong where there is none.
 #[must_use]
-pub fn fastest<'a>(trials: &[&'a Trial]) -> Option<&'a Trial> {
-    let order = |trial: &&&Trial| (!trial.is_right(), if trial.is_right() { 0 } else { trial.wrong.len() });
-    trials.iter().min_by(|a, b| order(a).cmp(&order(b)).then(a.seconds.total_cmp(&b.seconds))).copied()
+pub fn fastest<'a>(trials: &[&'a Trial], may_reduce: bool) -> Option<&'a Trial> {
+    let order = |trial: &Trial| match trial.price().filter(|&price| may_reduce || price < SEVEN_BITS) {
+        Some(price) => (0, price * trial.seconds),
+        None => (trial.wrong.len(), trial.seconds),
+    };
+    let compare = |a: &Trial, b: &Trial| {
+        let ((wrong, seconds), (other_wrong, other_seconds)) = (order(a), order(b));
+        wrong.cmp(&other_wrong).then(seconds.total_cmp(&other_seconds))
+    };
+    trials.iter().copied().min_by(|a, b| compare(a, b))
 }
 
 fn try_out(engine: EnginePlan) -> Option<Trial> {
     jit::set_engine(engine.name()).ok()?;
-    let is_wrong = |task: &Task| !cases(*task).iter().all(|case| case.is_right().unwrap_or(false));
-    let wrong: Vec<Task> = Task::ALL.into_iter().filter(is_wrong).collect();
-    let mut trial = Trial { engine, wrong, seconds: f64::INFINITY };
-    if trial.is_right() {
-        let tasks = Task::ALL.into_iter().filter(|task| *task != Task::Transposed);
+    let is_wrong = |task: Task, highest: f64| !cases(task, highest).iter().all(|case| case.is_right().unwrap_or(false));
+    let wrong: Vec<Task> = Task::ALL.into_iter().filter(|&task| is_wrong(task, 255.0)).collect();
+    let wrong_in_7_bits = wrong.iter().copied().filter(|&task| is_wrong(task, 127.0)).collect();
+    let mut trial = Trial { engine, wrong, wrong_in_7_bits, seconds: f64::INFINITY };
+    if trial.price().is_some() {
+        let timed = [Task::Window, Task::Pointwise, Task::Depthwise, Task::Linear];
+        let tasks = timed.into_iter();
         trial.seconds = tasks.filter_map(|task| time(task).ok()).sum();
     }
     Some(trial)
-}
-
-/// A layer with its input as whole numbers.
-struct Case {
-    task: Task,
-    /// Values 0 to 255, as numbers.
-    input: Tensor,
-    /// Values −128 to 127, as numbers.
-    weight: Tensor,
-    groups: i64,
-}
-
-/// Extreme values and others: products of 255 and −128 do not fit 16 bits when two are added.
-fn cases(task: Task) -> Vec<Case> {
-    let extreme = |shape: &[i64], seed: i64, ends: [f64; 2]| -> Tensor {
-        let count: i64 = shape.iter().product();
-        // A sequence without a period that windows share.
-        let index = Tensor::arange(count, (Kind::Double, Device::Cpu));
-        let noise = (index * (0.754_877_666 + 0.01 * seed as f64)).fmod(1.0);
-        (noise.ge(0.5).to_kind(Kind::Double) * (ends[1] - ends[0]) + ends[0]).reshape(shape)
-    };
-    let full = |shape: &[i64], value: f64| Tensor::full(shape, value, (Kind::Double, Device::Cpu));
-    let (input, weight, groups): (Vec<i64>, Vec<i64>, i64) = match task {
-        Task::Window => (vec![2, 16, 9, 9], vec![24, 16, 3, 3], 1),
-        Task::Pointwise => (vec![2, 64, 5, 5], vec![32, 64, 1, 1], 1),
-        Task::Depthwise => (vec![2, 144, 9, 9], vec![144, 1, 3, 3], 144),
-        Task::Linear => (vec![3, 64], vec![40, 64], 1),
-        Task::Transposed => (vec![2, 16, 5, 5], vec![16, 24, 3, 3], 1),
-    };
-    let case = |input: Tensor, weight: Tensor| Case { task, input, weight, groups };
-    let mut cases = vec![
-        case(full(&input, 255.0), full(&weight, 127.0)),
-        case(full(&input, 255.0), full(&weight, -128.0)),
-        case(extreme(&input, 1, [0.0, 255.0]), extreme(&weight, 2, [-128.0, 127.0])),
-        case(full(&input, 255.0), extreme(&weight, 3, [-128.0, 127.0])),
-    ];
-    if task == Task::Depthwise {
-        cases.push(case(full(&input, 255.0), full(&[144, 1, 5, 5], 127.0)));
-    }
-    cases
-}
-
-impl Case {
-    /// Whether no value is more than a level off; an error is as good as a wrong answer.
-    fn is_right(&self) -> Result<bool, jit::Error> {
-        let exact = self.exact()?;
-        let scale = exact.f_abs()?.f_max()?.f_double_value(&[])? / 120.0;
-        let expected = exact.f_mul_scalar(1.0 / scale)?.f_round()?.f_add_scalar(128.0)?;
-        let found = self.run(scale, 1)?.f_int_repr()?.f_to_kind(Kind::Double)?;
-        Ok(found.size() == expected.size() && found.f_sub(&expected)?.f_abs()?.f_max()?.f_double_value(&[])? <= 1.0)
-    }
-
-    fn exact(&self) -> Result<Tensor, jit::Error> {
-        let none: Option<&Tensor> = None;
-        let padding =
-            if self.task == Task::Pointwise { 0 } else { self.weight.size()[2..].first().map_or(0, |k| k / 2) };
-        let exact = match self.task {
-            Task::Linear => self.input.f_linear(&self.weight, none)?,
-            Task::Transposed => self.input.f_conv_transpose2d(&self.weight, none, [2, 2], [1, 1], [0, 0], 1, [1, 1])?,
-            _ => self.input.f_conv2d(&self.weight, none, [1, 1], [padding; 2], [1, 1], self.groups)?,
-        };
-        Ok(exact)
-    }
-
-    fn run(&self, scale: f64, runs: usize) -> Result<Tensor, jit::Error> {
-        let input = self.input.f_to_kind(Kind::Float)?.f_quantize_per_tensor(1.0, 0, Kind::QUInt8)?;
-        let weight = self.weight.f_to_kind(Kind::Int8)?;
-        // There is no kernel for transposed convolutions with a scale for each channel.
-        let weight = if self.task == Task::Transposed {
-            weight.f_internal_make_per_tensor_quantized_tensor(1.0, 0)?
-        } else {
-            let channels = self.weight.size().first().copied().unwrap_or(1);
-            let scales = Tensor::f_ones([channels], (Kind::Double, Device::Cpu))?;
-            let zeros = Tensor::f_zeros([channels], (Kind::Int64, Device::Cpu))?;
-            weight.f_internal_make_per_channel_quantized_tensor(&scales, &zeros, 0)?
-        };
-        let padding = self.weight.size().get(2).map_or(0, |kernel| kernel / 2);
-        let pair = |number: i64| Operand::Ints(vec![number; 2]);
-        let groups = Operand::Int(self.groups);
-        let mut operands = vec![Operand::Tensor(0), Operand::None];
-        let (pack, op) = match self.task {
-            Task::Linear => ("quantized::linear_prepack", "quantized::linear"),
-            Task::Transposed => {
-                operands.extend([pair(2), pair(1), pair(0), pair(1), groups]);
-                ("quantized::conv_transpose2d_prepack", "quantized::conv_transpose2d")
-            }
-            _ => {
-                operands.extend([pair(1), pair(padding), pair(1), groups]);
-                ("quantized::conv2d_prepack", "quantized::conv2d")
-            }
-        };
-        let pack = Attribute { name: String::new(), op: Some(pack), operands };
-        jit::pack_and_run(&pack, &[weight], op, (&input, KernelRun { scale, zero_point: 128, runs }))
-    }
 }
 
 /// Seconds of one task at a size that networks have.
@@ -208,18 +202,22 @@ fn time(task: Task) -> Result<f64, jit::Error> {
     let (input, weight) = (ones(input)?, ones(weight)?);
     let is_linear = task == Task::Linear;
     let flat = |tensor: Tensor| if is_linear { tensor.f_flatten(1, -1) } else { Ok(tensor) };
-    let case = Case { task, input: flat(input)?, weight: flat(weight)?, groups };
-    let mut best = f64::INFINITY;
-    for _ in 0..2 {
-        // Packing, and first runs, take longer than all the others.
-        let seconds = [2, 2 + RUNS].map(|runs| {
-            let start = Instant::now();
-            case.run(1000.0, runs).map(|_| start.elapsed().as_secs_f64())
-        });
-        let [few, many] = seconds;
-        best = best.min((many? - few?).max(f64::MIN_POSITIVE) / RUNS as f64);
+    let case = Case { task, input: flat(input)?, weight: flat(weight)?, groups, is_centred: false };
+    let seconds = |runs: usize| {
+        let start = Instant::now();
+        case.run(None, 1000.0, runs).map(|_| start.elapsed().as_secs_f64())
+    };
+    // What is made once for all runs of a kernel takes long.
+    seconds(1)?;
+    let (mut few, mut many) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..3 {
+        // Packing takes as long as many runs.
+        few = few.min(seconds(2)?);
+        many = many.min(seconds(2 + RUNS)?);
     }
-    Ok(best)
+    // Where other programs disturb, fewer runs may have taken longer.
+    let between = many - few;
+    Ok(if between > 0.0 { between / RUNS as f64 } else { many / (2 + RUNS) as f64 })
 }
 
 #[cfg(test)]
@@ -227,20 +225,65 @@ mod tests {
     use super::*;
 
     fn tried(engine: EnginePlan, wrong: &[Task], seconds: f64) -> Trial {
-        Trial { engine, wrong: wrong.to_vec(), seconds }
+        Trial { engine, wrong: wrong.to_vec(), wrong_in_7_bits: Vec::new(), seconds }
     }
 
     #[test]
     fn a_fast_engine_that_is_wrong_loses() {
+        let reduced = |wrong: &[Task], seconds| Trial {
+            wrong_in_7_bits: wrong.to_vec(),
+            ..tried(EnginePlan::Fbgemm, wrong, seconds)
+        };
         let trials = [
             tried(EnginePlan::Onednn, &[Task::Transposed], 3.0),
-            tried(EnginePlan::X86, &[Task::Depthwise], 1.0),
+            tried(EnginePlan::X86, &[Task::Depthwise], 2.0),
             tried(EnginePlan::Qnnpack, &[], 4.0),
+            reduced(&[Task::Window], f64::INFINITY),
         ];
         let trials: Vec<&Trial> = trials.iter().collect();
-        assert_eq!(fastest(&trials).map(|trial| trial.engine), Some(EnginePlan::Onednn));
-        assert_eq!(fastest(&trials[1..2]).map(|trial| trial.engine), Some(EnginePlan::X86));
-        assert_eq!(fastest(&[]), None);
+        let engine = |trials: &[&Trial]| fastest(trials, true).map(|trial| trial.engine);
+        assert_eq!(engine(&trials), Some(EnginePlan::Onednn));
+        assert_eq!(engine(&trials[1..2]), Some(EnginePlan::X86));
+        assert_eq!(engine(&trials[3..]), Some(EnginePlan::Fbgemm));
+        assert_eq!(engine(&[]), None);
+    }
+
+    #[test]
+    fn accuracy_is_given_up_for_much_time_alone() {
+        let qnnpack = tried(EnginePlan::Qnnpack, &[], 6.0);
+        let engine = |wrong: &[Task], seconds, may_reduce| {
+            let other = tried(EnginePlan::X86, wrong, seconds);
+            fastest(&[&qnnpack, &other], may_reduce).map(|trial| trial.engine)
+        };
+        let (right, other) = (Some(EnginePlan::Qnnpack), Some(EnginePlan::X86));
+        assert_eq!([engine(&[Task::Depthwise], 4.0, true), engine(&[Task::Depthwise], 2.0, true)], [right, other]);
+        assert_eq!([engine(&[Task::Window], 2.0, true), engine(&[Task::Window], 1.0, true)], [right, other]);
+        assert_eq!(engine(&[Task::Window], 1.0, false), right);
+    }
+
+    #[test]
+    fn what_an_engine_needs_of_activations_and_weights() {
+        let trial = |wrong: &[Task], wrong_in_7_bits: &[Task]| {
+            let trial = tried(EnginePlan::Fbgemm, wrong, 1.0);
+            Trial { wrong_in_7_bits: wrong_in_7_bits.to_vec(), ..trial }
+        };
+        let needs = |trial: &Trial| {
+            let has_7_bits = trial.asks_for_7_bits();
+            (has_7_bits, trial.bounds_depthwise(has_7_bits))
+        };
+        use Task::{BoundedDepthwise, Depthwise, Linear, Transposed, Window};
+        assert_eq!(needs(&trial(&[], &[])), (false, false));
+        assert_eq!(needs(&trial(&[Transposed], &[])), (false, false));
+        // What bounded weights cure needs no narrower activations.
+        assert_eq!(needs(&trial(&[Depthwise, Transposed], &[])), (false, true));
+        assert_eq!(needs(&trial(&[Depthwise], &[Depthwise])), (false, true));
+        // What they do not cure does, and is cured along with the rest.
+        assert_eq!(needs(&trial(&[Depthwise, BoundedDepthwise], &[])), (true, false));
+        assert_eq!(needs(&trial(&[Window, Depthwise, Linear], &[])), (true, false));
+        assert_eq!(needs(&trial(&[Window, Depthwise], &[Depthwise])), (true, true));
+        // Where nothing is cured, nothing is given up.
+        assert_eq!(needs(&trial(&[Window, Depthwise], &[Window, Depthwise])), (false, true));
+        assert_eq!(needs(&trial(&[Window], &[Window])), (false, false));
     }
 
     #[test]

@@ -5,6 +5,8 @@
 pub(super) enum Kernel {
     /// A convolution with a constant weight.
     Convolution(Convolution),
+    /// A transposed convolution with a constant weight, which has one scale.
+    Transposed,
     /// A linear layer, input and weight in the first two slots, the bias in the third.
     Linear,
     /// A product of an activation and a constant matrix, in these slots.
@@ -70,6 +72,8 @@ const VOLUMES: Kernel = Kernel::KeepOf(5);
 const TABLE: &[(&str, Kernel)] = &[
     ("aten::conv1d", CONVOLUTION), ("aten::conv2d", CONVOLUTION), ("aten::conv3d", CONVOLUTION),
     ("aten::_convolution_mode", CONVOLUTION),
+    ("aten::conv_transpose1d", Kernel::Transposed), ("aten::conv_transpose2d", Kernel::Transposed),
+    ("aten::conv_transpose3d", Kernel::Transposed),
     ("aten::linear", Kernel::Linear),
     ("aten::matmul", Kernel::Product { data: 0, weight: 1 }), ("aten::mm", Kernel::Product { data: 0, weight: 1 }),
     ("aten::add", ADD), ("aten::mul", MUL), ("aten::cat", Kernel::Concat),
@@ -124,7 +128,7 @@ mod tests {
 
     #[test]
     fn what_has_no_kernel_has_no_row() {
-        for op in ["aten::softmax", "aten::silu", "aten::conv_transpose2d", "aten::gru"] {
+        for op in ["aten::softmax", "aten::silu", "aten::gelu", "aten::gru"] {
             assert_eq!(of(op), None, "{op}");
         }
     }

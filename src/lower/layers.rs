@@ -14,7 +14,7 @@ pub(super) struct Target {
     /// The last op that it stands for.
     pub(super) last: NodeId,
     pub(super) eight: Eight,
-    /// What it clamps to, beyond what the quantizer clamps to anyway.
+    /// What it clamps to, beyond what the kernel clamps to anyway.
     pub(super) clamp: Option<[f64; 2]>,
     /// A ReLU is computed along with it.
     pub(super) relu: bool,
@@ -27,13 +27,13 @@ impl Walk<'_> {
     pub(super) fn convolution(&mut self, id: NodeId, slots: Convolution) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let (input, weight) = self.operands(node, (0, 1))?;
-        let spatial = self.given.weights[weight].image.dim().saturating_sub(2);
-        if self.graph.rank(node.inputs[0]) != Some(spatial + 2) {
-            return Err(Stay::Because(format!("its 8-bit kernel takes batches, tensors of {} axes", spatial + 2)));
+        let spatial = self.spatial(node, weight)?;
+        if spatial == 3 && self.runs_on_qnnpack() {
+            return Err("a file cannot hold what QNNPACK packs for 3 dimensions".into());
         }
         let target = self.target(id)?;
         let numbers = self.geometry(node, slots, spatial)?;
-        self.check_engine(self.task(weight, &numbers))?;
+        self.check_engine(self.task(weight, &numbers), &input)?;
         let (pack, names) = match spatial {
             1 => ("quantized::conv1d_prepack", ["quantized::conv1d", "quantized::conv1d_relu"]),
             2 => ("quantized::conv2d_prepack", ["quantized::conv2d", "quantized::conv2d_relu"]),
@@ -47,12 +47,70 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// A transposed convolution.
+    pub(super) fn transposed(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let (input, weight) = self.operands(node, (0, 1))?;
+        let spatial = self.spatial(node, weight)?;
+        self.check_engine(Task::of_transposed(spatial), &input)?;
+        if self.given.weights[weight].scale.len() != 1 {
+            return Err("its 8-bit kernel takes weights with one scale, found one for each channel".into());
+        }
+        let mut target = self.target(id)?;
+        // Its kernel has no form with a ReLU.
+        if std::mem::take(&mut target.relu) && target.eight.params.zero_point() > target.eight.params.quant_min() {
+            let [_, hi] = target.clamp.unwrap_or([0.0, f64::INFINITY]);
+            target.clamp = Some([0.0, hi]);
+        }
+        let numbers = self.transposed_geometry(node, spatial)?;
+        let (pack, name) = match spatial {
+            1 => ("quantized::conv_transpose1d_prepack", "quantized::conv_transpose1d"),
+            2 => ("quantized::conv_transpose2d_prepack", "quantized::conv_transpose2d"),
+            _ => ("quantized::conv_transpose3d_prepack", "quantized::conv_transpose3d"),
+        };
+        let bias = self.bias(node, true)?;
+        let layer = self.name(id).to_owned();
+        let packed = self.recipe(Recipe::Packed { layer, op: pack, weight, transposed: false, bias, numbers });
+        let quantized = self.quantized(node.inputs[0], &input);
+        self.put(id, [name; 2], vec![quantized, packed], (target, vec![(id, 0, node.inputs[0])]));
+        Ok(())
+    }
+
+    /// Stride, padding, output padding, dilation, groups.
+    fn transposed_geometry(&self, node: &Node, spatial: usize) -> Result<Vec<Operand>, Stay> {
+        let slots = [(3, "stride"), (4, "padding"), (5, "output_padding"), (7, "dilation")];
+        let list = |(slot, what)| Ok(Operand::Ints(self.constants(node, slot, (spatial, what))?));
+        let mut numbers = slots.into_iter().map(list).collect::<Result<Vec<_>, Stay>>()?;
+        numbers.push(Operand::Int(self.groups(node, 6)?));
+        Ok(numbers)
+    }
+
+    /// Axes that a convolution goes over; its kernel takes batches.
+    fn spatial(&self, node: &Node, weight: usize) -> Result<usize, Stay> {
+        let spatial = self.given.weights[weight].image.dim().saturating_sub(2);
+        if self.graph.rank(node.inputs[0]) != Some(spatial + 2) {
+            return Err(Stay::Because(format!("its 8-bit kernel takes batches, tensors of {} axes", spatial + 2)));
+        }
+        Ok(spatial)
+    }
+
+    /// One number for each axis.
+    fn constants(&self, node: &Node, slot: usize, (spatial, what): (usize, &str)) -> Result<Vec<i64>, Stay> {
+        let numbers = self.graph.numbers(node, slot, spatial);
+        numbers.ok_or_else(|| Stay::Because(format!("its `{what}` is no constant")))
+    }
+
+    fn groups(&self, node: &Node, slot: usize) -> Result<i64, Stay> {
+        let groups = self.graph.numbers(node, slot, 1);
+        Ok(groups.and_then(|groups| groups.first().copied()).ok_or("its `groups` is no constant")?)
+    }
+
     /// What an engine has to be right in for a convolution.
     fn task(&self, weight: usize, numbers: &[Operand]) -> Task {
         let shape = self.given.weights[weight].image.size();
         let is_grouped = !matches!(numbers.last(), Some(Operand::Int(1)));
         if is_grouped && shape.get(1) == Some(&1) {
-            Task::Depthwise
+            if self.given.weights[weight].is_bounded { Task::BoundedDepthwise } else { Task::Depthwise }
         } else if shape.iter().skip(2).all(|&taps| taps == 1) {
             Task::Pointwise
         } else {
@@ -60,8 +118,8 @@ impl Walk<'_> {
         }
     }
 
-    fn check_engine(&self, task: Task) -> Result<(), Stay> {
-        if self.given.wrong.contains(&task) {
+    fn check_engine(&self, task: Task, input: &Eight) -> Result<(), Stay> {
+        if self.given.trial.is_some_and(|trial| !trial.computes(task, input.has_7_bits())) {
             return Err(Stay::Because(format!("the engine computes {} wrong on this machine", task.name())));
         }
         Ok(())
@@ -69,10 +127,7 @@ impl Walk<'_> {
 
     /// Stride, padding, dilation, groups.
     fn geometry(&self, node: &Node, slots: Convolution, spatial: usize) -> Result<Vec<Operand>, Stay> {
-        let list = |slot, what: &str| {
-            let numbers = self.graph.numbers(node, slot, spatial);
-            numbers.ok_or_else(|| Stay::Because(format!("its `{what}` is no constant")))
-        };
+        let list = |slot, what: &str| self.constants(node, slot, (spatial, what));
         let (stride, dilation) = (list(3, "stride")?, list(slots.dilation, "dilation")?);
         let mode = self.graph.constant(node, 4).map(|constant| constant.text.trim_matches(['"', '\'']));
         let padding = match mode {
@@ -88,8 +143,7 @@ impl Walk<'_> {
             }
             _ => list(4, "padding")?,
         };
-        let groups = self.graph.numbers(node, slots.groups, 1);
-        let groups = groups.and_then(|groups| groups.first().copied()).ok_or("its `groups` is no constant")?;
+        let groups = self.groups(node, slots.groups)?;
         Ok(vec![Operand::Ints(stride), Operand::Ints(padding), Operand::Ints(dilation), Operand::Int(groups)])
     }
 
@@ -103,7 +157,7 @@ impl Walk<'_> {
         if self.given.weights[weight].image.dim() != 2 {
             return Err("its 8-bit kernel takes weights of two axes".into());
         }
-        self.check_engine(Task::Linear)?;
+        self.check_engine(Task::Linear, &input)?;
         let bias = self.bias(node, rows)?;
         let layer = self.name(id).to_owned();
         let op = "quantized::linear_prepack";
@@ -147,7 +201,7 @@ impl Walk<'_> {
         let list = self.insert_making(position, "prim::ListConstruct", vec![float, row], crate::jit::Makes::Tensors);
         let rows = self.insert(position, "aten::cat", vec![list, Operand::Int(0)]);
         let kernel = "quantized::linear_dynamic";
-        let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(false)]);
+        let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(input.has_7_bits())]);
         let ends = [Operand::Int(0), Operand::Int(0), Operand::Int(-1), Operand::Int(1)];
         let result = self.insert(position, "aten::slice", [all].into_iter().chain(ends).collect());
         let node = self.graph.node(id);
@@ -213,6 +267,10 @@ impl Walk<'_> {
             let cuts_low = lo != 0.0 && level(lo) > eight.params.quant_min();
             let cuts = cuts_low || level(hi) < eight.params.quant_max();
             target.clamp = cuts.then_some([lo, hi]);
+        }
+        if eight.has_7_bits() {
+            let [lo, hi] = target.clamp.unwrap_or([f64::NEG_INFINITY, f64::INFINITY]);
+            target.clamp = Some([lo, hi.min(eight.params.range().hi)]);
         }
         Ok(target)
     }

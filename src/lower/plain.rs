@@ -52,6 +52,9 @@ impl Walk<'_> {
         let value = node.inputs[0];
         let input = self.native(value).ok_or(Stay::AsItIs)?;
         let target = self.target(id)?;
+        if self.runs_on_qnnpack() && node.op == "aten::sigmoid" && target.eight.scale != 1.0 / 256.0 {
+            return Err("QNNPACK's kernel writes a scale of 1/256 alone".into());
+        }
         let quantized = self.quantized(value, &input);
         let reads = vec![(id, 0, value)];
         let further = |slot| node.inputs.get(slot).map_or(Operand::Int(1), |&value| Operand::Value(value));
@@ -76,6 +79,7 @@ impl Walk<'_> {
         let (kernel, eight, value, position) = ("quantized::elu", target.eight, target.value, Position::Before(id));
         let inputs = [quantized].into_iter().chain(eight.operands()).chain(further);
         let result = self.insert(position, kernel, inputs.collect());
+        let result = self.clamped(position, result, &eight);
         self.add_8_bit(id, kernel, (value, result, eight), reads, position);
     }
 

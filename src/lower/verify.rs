@@ -143,7 +143,7 @@ impl Visit for Found<'_> {
         let exact = expected.f_to_kind(Kind::Double)?.f_mul_scalar(1.0 / eight.scale)?;
         #[allow(clippy::cast_precision_loss)]
         let exact = exact.f_add_scalar(eight.zero_point as f64)?;
-        let rounded = |by: f64| exact.f_add_scalar(by)?.f_round()?.f_clamp(0.0, 255.0);
+        let rounded = |by: f64| exact.f_add_scalar(by)?.f_round()?.f_clamp(0.0, eight.highest as f64);
         let (low, high) = (rounded(-TIE)?, rounded(TIE)?);
         let above = levels.f_sub(&high)?.f_clamp_min(0.0)?;
         let apart = low.f_sub(&levels)?.f_clamp_min(0.0)?.f_add(&above)?;

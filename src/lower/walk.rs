@@ -9,6 +9,7 @@ use super::Given;
 use super::graph::Graph;
 use super::kernels::{self, Kernel};
 use super::recipe::Recipe;
+use crate::config::EnginePlan;
 use crate::jit::{Insertion, Listing, Makes, NodeId, Operand, Position, Reader, Rewiring, ValueId};
 use crate::quantizer::QuantParams;
 use crate::sites::{self, LeftFloat};
@@ -18,24 +19,32 @@ const QUINT8: i64 = 13;
 /// libtorch's number of the dtype float32.
 pub(super) const FLOAT: i64 = 6;
 
-/// A quantizer as kernels take it: levels 0 to 255.
+/// A quantizer as kernels take it: levels 0 to 255, or 0 to 127, above which kernels have to be clamped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Eight {
     pub(super) params: QuantParams,
     pub(super) scale: f64,
     pub(super) zero_point: i64,
+    pub(super) highest: i64,
 }
 
 impl Eight {
-    /// `None` where the quantizer has other than 256 levels.
+    /// `None` where the quantizer has other than 256 or 128 levels.
     pub(super) fn of(params: QuantParams) -> Option<Self> {
-        let shift = match (params.quant_min(), params.quant_max()) {
-            (0, 255) => 0,
-            (-128, 127) => 128,
+        let (shift, highest) = match (params.quant_min(), params.quant_max()) {
+            (0, 255) => (0, 255),
+            (-128, 127) => (128, 255),
+            (0, 127) => (0, 127),
+            (-64, 63) => (64, 127),
             _ => return None,
         };
         let zero_point = i64::from(params.zero_point() + shift);
-        Some(Self { params, scale: f64::from(params.scale()), zero_point })
+        Some(Self { params, scale: f64::from(params.scale()), zero_point, highest })
+    }
+
+    /// Whether its levels end at 127.
+    pub(super) fn has_7_bits(&self) -> bool {
+        self.highest == 127
     }
 
     pub(super) fn operands(&self) -> [Operand; 2] {
@@ -202,6 +211,7 @@ impl<'a> Walk<'a> {
     fn lower(&mut self, id: NodeId, kernel: Kernel) -> Result<(), Stay> {
         match kernel {
             Kernel::Convolution(slots) => self.convolution(id, slots),
+            Kernel::Transposed => self.transposed(id),
             Kernel::Linear => self.linear(id, (0, 1), true),
             Kernel::Product { data, weight } => self.linear(id, (data, weight), false),
             Kernel::Binary { plain, relu, factor } => self.binary(id, [plain, relu], factor),
@@ -213,6 +223,11 @@ impl<'a> Walk<'a> {
             Kernel::Reshape => self.reshape(id),
             Kernel::Shape => Ok(()),
         }
+    }
+
+    /// Its kernels have gaps of their own.
+    pub(super) fn runs_on_qnnpack(&self) -> bool {
+        self.given.trial.is_some_and(|trial| trial.engine == EnginePlan::Qnnpack)
     }
 
     /// The name of a node's layer.
@@ -282,8 +297,18 @@ impl<'a> Walk<'a> {
         let raw = self.forms[value].raw.clone().unwrap_or(Operand::Value(value));
         let inputs = vec![raw, scale, zero_point, Operand::Int(QUINT8)];
         let operand = self.insert(self.positions[value], "aten::quantize_per_tensor", inputs);
+        let operand = self.clamped(self.positions[value], operand, eight);
         self.forms[value].quantized = Some(operand.clone());
         operand
+    }
+
+    /// A quantized value without levels that its quantizer has not: kernels write up to 255.
+    pub(super) fn clamped(&mut self, position: Position, operand: Operand, eight: &Eight) -> Operand {
+        if !eight.has_7_bits() {
+            return operand;
+        }
+        let highest = Operand::Float(eight.params.range().hi);
+        self.insert(position, "quantized::clamp", vec![operand, Operand::None, highest])
     }
 
     /// The value as ops in float read it.

@@ -9,7 +9,7 @@ use super::base::{Base, Observed};
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
-use super::{Error, Progress, Work, device, refine, worst};
+use super::{Error, Progress, Work, bounded, device, refine, worst};
 use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
@@ -69,6 +69,7 @@ impl Chosen {
         if refine::asked(plan).is_in_sequence() {
             let start = Instant::now();
             refine::refine(base, plan, (&mut chosen, settings), known, progress)?;
+            bounded::keep(base, &mut chosen, settings)?;
             chosen.correct = start.elapsed().as_secs_f64();
         } else {
             chosen.corrections = known;
@@ -134,7 +135,7 @@ impl Chosen {
             self.selections.reports.iter().filter(|site| site.kind == Kind::Weight).cloned().collect();
         let none = vec![None; self.sites.activations.len()];
         let emission = Emission { activations: &none, ..self.emission_of(&reports, base, plan, hashes)? };
-        let given = lower::Given::new(&emission, &reports, &[]);
+        let given = lower::Given::new(&emission, &reports, None);
         Lowering::of_weights(&base.model, &given, &emission)?.emit(&base.model, (&given, &emission), file)?;
         Simulation::of_weights(&base.model, &self.sites, &self.selections, &self.corrections)
             .map_err(device::blame_weights)

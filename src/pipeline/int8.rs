@@ -3,17 +3,19 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::base::Base;
 use super::compare::{self, Comparison, Measured};
 use super::simulation::Simulation;
 use super::{CHECK_BATCHES, Error};
-use crate::config::{EnginePlan, Int8Plan, Plan};
+use crate::config::{EnginePlan, Int8Plan, Plan, ReduceRange};
 use crate::emit::Emission;
 use crate::feed;
 use crate::jit::{self, Arguments, Clean, Frozen, Instrumented, Module, NoVisit};
-use crate::lower::engine::{self, Task};
-use crate::lower::{Given, LayerDifference, Lowering};
+use crate::lower::engine::{self, Trial};
+use crate::lower::{self, Given, LayerDifference, Lowering};
 use crate::report::{self, SiteReport};
-use crate::sites::{Kernels, LeftFloat};
+use crate::settings::{self, KernelNeeds, Settings};
+use crate::sites::{Kernels, LeftFloat, Sites};
 use crate::speed::{self, Contender};
 
 /// Levels by which a kernel may differ from the op that it stands for.
@@ -50,7 +52,7 @@ pub(super) fn write(
     comparison: &Comparison,
     path: &Path,
 ) -> Result<Written, Error> {
-    let given = Given::new(emission, reports, wrong(int8.engine)?);
+    let given = Given::new(emission, reports, Some(trial(int8.engine)?));
     let simulated = given.unfit();
     if let (true, Some(first)) = (int8.strict, simulated.first()) {
         return Err(unfit(first, simulated.len()));
@@ -67,6 +69,8 @@ pub(super) fn write(
         engine: int8.engine.name().to_owned(),
         set_engine: format!("torch.backends.quantized.engine = '{}'", int8.engine.name()),
         kernels,
+        reduce_range: int8.reduce_range == ReduceRange::Always,
+        bounded: report::Bounded::of(reports),
         in_float: lowering.in_float().to_vec(),
         simulated,
         layers: layers.iter().map(layer).collect(),
@@ -216,22 +220,44 @@ impl Written {
     }
 }
 
-/// The plan with an engine of this machine in place of `auto`.
+/// The plan with an engine of this machine in place of `auto`, and with what that needs of activations.
 ///
 /// # Errors
 /// Where libtorch has no engine.
 pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
     let mut plan = plan.clone();
-    if let Some(int8) = plan.output.int8.as_mut().filter(|int8| int8.engine == EnginePlan::Auto) {
-        int8.engine = engine::fastest(&engine::trials()).ok_or(Error::NoEngine)?.engine;
+    let Some(int8) = plan.output.int8.as_mut() else { return Ok(plan) };
+    let is_free = plan.mixed_precision.as_ref().is_some_and(|mixed| mixed.activations.is_some());
+    if int8.engine == EnginePlan::Auto {
+        let may_reduce = !is_free && int8.reduce_range != ReduceRange::Never;
+        int8.engine = engine::fastest(&engine::trials(), may_reduce).ok_or(Error::NoEngine)?.engine;
+    }
+    if int8.reduce_range == ReduceRange::Auto {
+        let is_asked_for = !is_free && trial(int8.engine)?.asks_for_7_bits();
+        int8.reduce_range = if is_asked_for { ReduceRange::Always } else { ReduceRange::Never };
     }
     Ok(plan)
 }
 
-/// What the engine computes wrong on this machine.
+/// How each site of the model is quantized, as the plan says and its kernels need it.
+///
+/// # Errors
+/// Where overrides do not fit the model, or libtorch has no engine.
+pub(super) fn settle(plan: &Plan, base: &Base) -> Result<(Sites, Settings), Error> {
+    let needs = match settled(plan)?.output.int8 {
+        Some(int8) => {
+            let has_7_bits = int8.reduce_range == ReduceRange::Always;
+            lower::needs(base.model.listing(), &base.sites, trial(int8.engine)?, has_7_bits)
+        }
+        None => KernelNeeds::default(),
+    };
+    Ok(settings::settle_for(plan, base.sites.clone(), &needs)?)
+}
+
+/// What the engine computes right on this machine.
 ///
 /// # Errors
 /// Where libtorch has no such engine.
-fn wrong(engine: EnginePlan) -> Result<&'static [Task], Error> {
-    engine::trial(engine).map(|trial| trial.wrong.as_slice()).ok_or(Error::NoSuchEngine { engine: engine.name() })
+fn trial(engine: EnginePlan) -> Result<&'static Trial, Error> {
+    engine::trial(engine).ok_or(Error::NoSuchEngine { engine: engine.name() })
 }

@@ -221,7 +221,7 @@ pub(super) fn selected_weight<R>(
     };
     let misfit = |source| Error::Channels { site: site.name.clone(), source };
     let select = |values: &[f32]| -> Result<R, Error> {
-        let channels = Channels::new(values, &shape, axis).map_err(misfit)?;
+        let channels = Channels::new(values, &shape, axis).map_err(misfit)?.in_pairs(settings.taps_in_pairs());
         let selection = match method.scores {
             Some(scores) => jit::with_values(&scores.f_contiguous()?, |scores| {
                 threshold::select_weights_scored(&channels, scores, settings.scheme)
@@ -270,6 +270,7 @@ fn report<T>(
         l_p_value: method.error_method.exponent(),
         scores,
         rounding: None,
+        bounded_channels: selection.raised,
         quantizers,
     }
 }

@@ -10,11 +10,11 @@ use super::compare::Comparison;
 use super::device::Taken;
 use super::experiment::Silent;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
-use super::{Clock, Error, Progress, Work, hessian_batches, mixed};
+use super::{Clock, Error, Progress, Work, hessian_batches, int8, mixed};
 use crate::config::{HessianPlan, Plan};
 use crate::correct::Targets;
 use crate::report::Timings;
-use crate::settings::{self, Settings};
+use crate::settings::Settings;
 use crate::sites::Sites;
 use crate::statistics::Activation;
 
@@ -61,7 +61,7 @@ impl Shared {
         let (base, comparison) = Base::load_to_compare(first, taken, (Calibration::open(&first.calibration)?, None))?;
         // What is wrong with the overrides of one run is told when its turn comes.
         let settle = |plan: &&Plan| {
-            let (sites, settings) = settings::settle(plan, base.sites.clone()).ok()?;
+            let (sites, settings) = int8::settle(plan, &base).ok()?;
             Some(Settled { sites, settings, scored: None })
         };
         let mut settled: Vec<Option<Settled>> = plans.iter().map(settle).collect();
@@ -102,7 +102,7 @@ impl Shared {
     /// # Errors
     /// Where overrides do not fit the model, scores are of no use, or a threshold cannot be chosen.
     pub(super) fn choose(&mut self, number: usize, plan: &Plan) -> Result<(Chosen, ScoresTold), Error> {
-        let (sites, settings) = settings::settle(plan, self.base.sites.clone())?;
+        let (sites, settings) = int8::settle(plan, &self.base)?;
         mixed::check(&sites, &settings)?;
         let scored = self.settled.get(number).and_then(|run| run.as_ref()?.scored.clone());
         if let Some(scored) = &scored {

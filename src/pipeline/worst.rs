@@ -230,6 +230,7 @@ mod tests {
             l_p_value: None,
             scores: None,
             rounding: None,
+            bounded_channels: None,
             quantizers,
         }
     }

@@ -25,6 +25,12 @@ impl Bits {
         self.0
     }
 
+    /// One bit fewer, down to [`MIN`](Self::MIN).
+    #[must_use]
+    pub fn narrower(self) -> Self {
+        Self(self.0 - 1).max(Self::MIN)
+    }
+
     /// The number of levels, 2^bits: from 4 to 65536.
     pub fn level_count(self) -> i32 {
         1 << self.0

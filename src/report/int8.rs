@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Comparison, Race};
+use super::{Comparison, Race, SiteReport};
 use crate::sites::LeftFloat;
 
 /// The 8-bit model of a run.
@@ -20,6 +20,11 @@ pub struct Int8 {
     pub set_engine: String,
     /// How often each kernel computes.
     pub kernels: BTreeMap<String, usize>,
+    /// Whether activations have 7 bits where the plan says 8.
+    pub reduce_range: bool,
+    /// Depthwise convolutions whose weights are kept within what the engine's 16-bit sums hold; `None` where it needs none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bounded: Option<Bounded>,
     /// Sites and ops around them that compute in float, each with the reason.
     pub in_float: Vec<LeftFloat>,
     /// Sites whose quantizer no kernel takes, which are simulated in float.
@@ -39,6 +44,30 @@ pub struct Int8 {
     pub threads: usize,
     /// Times of the frozen models [`FLOAT`], [`OPTIMIZED`] and [`INT8`]; none where the model does not run on such batches.
     pub speed: Vec<Race>,
+}
+
+/// Weights that are kept within what 16-bit sums hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Bounded {
+    /// How many weights.
+    pub weights: usize,
+    /// Their channels; one of a weight with one threshold.
+    pub channels: usize,
+    /// Those whose scale is larger for that.
+    pub raised: usize,
+}
+
+impl Bounded {
+    /// Over all sites.
+    #[must_use]
+    pub fn of(sites: &[SiteReport]) -> Option<Self> {
+        let bounded = sites.iter().filter_map(|site| Some((site.quantizers.scale.len(), site.bounded_channels?)));
+        bounded.fold(None, |sum: Option<Self>, (channels, raised)| {
+            let sum = sum.unwrap_or(Self { weights: 0, channels: 0, raised: 0 });
+            let (weights, channels, raised) = (sum.weights + 1, sum.channels + channels, sum.raised + raised);
+            Some(Self { weights, channels, raised })
+        })
+    }
 }
 
 /// Name of the float model in times, frozen.

@@ -2,7 +2,7 @@
 //! share the site have to agree.
 
 use super::select::{Numbered, Role, Told};
-use super::{Settled, SiteSettings};
+use super::{Settled, SiteSettings, WeightNeeds};
 use crate::config::{BudgetPlan, Error, Fields, Located, Plan, SiteOverride};
 use crate::quantizer::{Granularity, Grid, Scheme};
 use crate::threshold::{ErrorMethod, Exponent};
@@ -10,6 +10,10 @@ use crate::threshold::{ErrorMethod, Exponent};
 /// Settings of all weights or of all activations, to lay others over.
 pub(super) struct Merger {
     all: SiteSettings,
+    /// Of weights whose kernels take any.
+    granularity: Granularity,
+    /// What kernels need of weights.
+    needs: WeightNeeds,
     /// The exponent of LP where an override asks for LP and none says which.
     exponent: Exponent,
     /// Keys of bits and error method of all.
@@ -40,35 +44,53 @@ const FIELDS: [Field; 5] = [
 ];
 
 impl Merger {
-    pub(super) fn of_weights(plan: &Plan) -> Self {
+    pub(super) fn of_weights(plan: &Plan, needs: WeightNeeds) -> Self {
         let all = &plan.weights;
         let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.weights.as_ref());
-        Self {
+        let mut merger = Self {
+            granularity: all.granularity,
+            needs,
             all: SiteSettings {
                 scheme: widest(all.scheme, budget),
                 free: budget.map(|budget| budget.widths),
                 granularity: all.granularity,
                 error_method: all.error_method,
                 z_threshold: None,
+                taps: needs.taps,
             },
             exponent: plan.overrides.exponent,
             keys: [
                 if budget.is_some() { "mixed_precision.weights.bits" } else { "quantization.weights.bits" },
                 "quantization.weights_error_method",
             ],
-        }
+        };
+        merger.all.granularity = merger.granularity_of(&merger.all);
+        merger
     }
 
-    pub(super) fn of_activations(plan: &Plan) -> Self {
+    /// Where no override says it.
+    fn granularity_of(&self, settings: &SiteSettings) -> Granularity {
+        let may_run = settings.scheme.grid != Grid::Uniform && settings.widths().any(|bits| bits.get() == 8);
+        if self.needs.per_tensor && may_run { Granularity::PerTensor } else { self.granularity }
+    }
+
+    /// With 7 bits in place of 8 where that is asked for.
+    pub(super) fn of_activations(plan: &Plan, has_7_bits: bool) -> Self {
         let all = &plan.activations;
         let budget = plan.mixed_precision.as_ref().and_then(|mixed| mixed.activations.as_ref());
         Self {
+            granularity: Granularity::PerTensor,
+            needs: WeightNeeds::default(),
             all: SiteSettings {
-                scheme: widest(all.scheme, budget),
+                scheme: match budget {
+                    None if has_7_bits => reduced(all.scheme),
+                    budget => widest(all.scheme, budget),
+                },
                 free: budget.map(|budget| budget.widths),
                 granularity: Granularity::PerTensor,
                 error_method: all.error_method,
                 z_threshold: all.z_threshold,
+                taps: None,
             },
             exponent: plan.overrides.exponent,
             keys: [
@@ -117,7 +139,7 @@ impl Merger {
             settings = settings.with_bits(bits);
         }
         settings.scheme.grid = fields.grid.unwrap_or(settings.scheme.grid);
-        settings.granularity = fields.granularity.unwrap_or(settings.granularity);
+        settings.granularity = fields.granularity.unwrap_or_else(|| self.granularity_of(&settings));
         settings.error_method = fields.method(settings.error_method, self.exponent);
         settings.z_threshold = fields.z_threshold.or(settings.z_threshold);
         self.check_bits(site, told, settings)?;
@@ -148,6 +170,12 @@ impl Merger {
 /// The widest of the widths that a budget is for.
 fn widest(scheme: Scheme, budget: Option<&BudgetPlan>) -> Scheme {
     budget.map_or(scheme, |budget| Scheme { bits: budget.widths.widest(), ..scheme })
+}
+
+/// With 7 bits in place of 8.
+fn reduced(scheme: Scheme) -> Scheme {
+    let bits = if scheme.bits.get() == 8 { scheme.bits.narrower() } else { scheme.bits };
+    Scheme { bits, ..scheme }
 }
 
 /// Two ways to leave a site float are one.

@@ -15,6 +15,8 @@ pub struct Channels<'a> {
     values: &'a [f32],
     count: usize,
     run_length: usize,
+    /// Taps of a kernel where its products are added two by two in 16 bits.
+    taps_in_pairs: Option<usize>,
 }
 
 /// Values, shape, axis and quantizers that do not fit together.
@@ -66,12 +68,23 @@ impl<'a> Channels<'a> {
             return Err(ChannelsError::Empty { shape: shape.to_vec() });
         }
         let Some(axis) = channel_axis else {
-            return Ok(Self { values, count: 1, run_length: values.len() });
+            return Ok(Self { values, count: 1, run_length: values.len(), taps_in_pairs: None });
         };
         let (Some(&count), Some(inner)) = (shape.get(axis), shape.get(axis + 1..)) else {
             return Err(ChannelsError::Axis { axis, rank: shape.len() });
         };
-        Ok(Self { values, count, run_length: inner.iter().product() })
+        Ok(Self { values, count, run_length: inner.iter().product(), taps_in_pairs: None })
+    }
+
+    /// Quantizers are to be such that no sum of two products of a kernel, of so many taps, overflows 16 bits.
+    #[must_use]
+    pub fn in_pairs(self, taps: Option<usize>) -> Self {
+        Self { taps_in_pairs: taps, ..self }
+    }
+
+    /// Taps of a kernel whose products are added two by two in 16 bits.
+    pub(super) fn taps_in_pairs(&self) -> Option<usize> {
+        self.taps_in_pairs
     }
 
     /// Number of channels, at least 1.
@@ -86,8 +99,8 @@ impl<'a> Channels<'a> {
 
     /// As many other values, divided in the same way; `None` if they are more or less.
     pub(super) fn with_values<'b>(&self, values: &'b [f32]) -> Option<Channels<'b>> {
-        let Self { count, run_length, .. } = *self;
-        (values.len() == self.values.len()).then_some(Channels { values, count, run_length })
+        let Self { count, run_length, taps_in_pairs, .. } = *self;
+        (values.len() == self.values.len()).then_some(Channels { values, count, run_length, taps_in_pairs })
     }
 
     /// The channel to which the value at this place in memory belongs.

@@ -7,8 +7,8 @@ use super::choose::{Chooser, Chosen, Data, choose};
 use super::family::Sign;
 use super::measure::Measured;
 use super::selection::{Note, notes};
-use super::{Channels, ErrorMethod, SelectError, Selection};
-use crate::quantizer::Scheme;
+use super::{Channels, ErrorMethod, SelectError, Selection, pairs};
+use crate::quantizer::{Grid, Scheme, Threshold};
 use crate::statistics::{Histogram, MinMax, Observed};
 
 /// Chooses one quantizer for each channel of a weight tensor; symmetric grids are signed whatever the values.
@@ -58,12 +58,14 @@ pub(super) fn each_channel(
 ) -> Result<Selection, SelectError> {
     let select = |index| {
         let values = weights.channel(index);
-        select_channel(&values, scheme, |chooser| by(index, &values, chooser)).map_err(|error| match error {
-            SelectError::NotFinite(found) if weights.count() > 1 => {
-                SelectError::NotFiniteChannel { channel: index, found }
-            }
-            other => other,
-        })
+        select_channel(&values, (scheme, weights.taps_in_pairs()), |chooser| by(index, &values, chooser)).map_err(
+            |error| match error {
+                SelectError::NotFinite(found) if weights.count() > 1 => {
+                    SelectError::NotFiniteChannel { channel: index, found }
+                }
+                other => other,
+            },
+        )
     };
     // All results first: collected into one Result in parallel, the error would be that of a random channel.
     let results: Vec<_> = (0..weights.count()).into_par_iter().map(select).collect();
@@ -75,6 +77,7 @@ pub(super) fn each_channel(
     }
     let observed: Vec<Observed> = channels.iter().map(|channel| channel.observed).collect();
     let mut selection = Selection { notes: notes(&observed), ..Selection::measured(&measured) };
+    selection.raised = weights.taps_in_pairs().map(|_| channels.iter().filter(|channel| channel.is_raised).count());
     for SelectedChannel { chosen, .. } in channels {
         selection.params.push(chosen.threshold.params(scheme.bits));
         selection.thresholds.push(chosen.threshold);
@@ -126,17 +129,37 @@ struct SelectedChannel {
     chosen: Chosen,
     observed: Observed,
     measured: Measured,
+    is_raised: bool,
 }
 
 fn select_channel(
     values: &[f32],
-    scheme: Scheme,
+    (scheme, taps_in_pairs): (Scheme, Option<usize>),
     by: impl FnOnce(&Chooser) -> Result<Chosen, SelectError>,
 ) -> Result<SelectedChannel, SelectError> {
     let mut min_max = MinMax::new();
     min_max.observe(values);
     let observed = min_max.observed()?.ok_or(SelectError::Empty)?;
-    let chosen = choose(observed, Sign::Signed, scheme, by)?;
+    let mut chosen = choose(observed, Sign::Signed, scheme, by)?;
+    let raised = taps_in_pairs.and_then(|taps| raised(values, taps, scheme, &chosen));
+    let is_raised = raised.is_some();
+    chosen.threshold = raised.unwrap_or(chosen.threshold);
     let measured = Measured::of(values, &chosen.threshold.params(scheme.bits));
-    Ok(SelectedChannel { chosen, observed, measured })
+    Ok(SelectedChannel { chosen, observed, measured, is_raised })
+}
+
+/// The threshold with which sums of two products fit 16 bits, if that is another.
+fn raised(values: &[f32], taps: usize, scheme: Scheme, chosen: &Chosen) -> Option<Threshold> {
+    // Kernels take no weights on a grid with a zero point of its own.
+    let is_continuous = match scheme.grid {
+        Grid::Uniform => return None,
+        Grid::Symmetric => true,
+        Grid::PowerOfTwo => false,
+    };
+    let threshold = |scale: f32| {
+        Threshold::Signed(f64::from(scale) * f64::from(scheme.bits.level_count() / 2)).snapped(scheme.bits)
+    };
+    let with_scale = |scale: f32| threshold(scale).params(scheme.bits);
+    let params = chosen.threshold.params(scheme.bits);
+    pairs::raised(values, taps, &params, (is_continuous, with_scale)).map(threshold)
 }

@@ -31,6 +31,9 @@ pub struct Selection {
     pub off_diagonal: Option<f64>,
     /// Share of clipped values, from 0 to 1.
     pub clipped_share: f64,
+    /// Channels whose scale is larger than the method chose, so that no sum of two products overflows 16 bits; `None` where that
+    /// was not asked for.
+    pub raised: Option<usize>,
     /// What a reader of the report should know.
     pub notes: Vec<Note>,
 }
@@ -89,6 +92,7 @@ impl Selection {
             weighted_error: None,
             off_diagonal: None,
             clipped_share: measured.clipped_share(),
+            raised: None,
             notes: Vec::new(),
         }
     }
