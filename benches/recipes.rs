@@ -50,18 +50,22 @@ const fn word(name: &'static str, settings: &'static [&'static str]) -> Variant 
     Variant { name, settings, is_drawn: true, for_cost: false }
 }
 
-const fn alone(name: &'static str, settings: &'static [&'static str]) -> Variant {
-    Variant { name, settings, is_drawn: true, for_cost: true }
-}
-
-const VARIANTS: [Variant; 7] = [
+const VARIANTS: [Variant; 6] = [
     PLAIN,
+    Variant { name: "default", settings: &[], is_drawn: false, for_cost: false },
     word("fast", &["quantization.accuracy=fast"]),
     word("balanced", &["quantization.accuracy=balanced"]),
     word("high", &["quantization.accuracy=high"]),
-    alone("closed form alone", &["quantization.weights_bias_correction=closed_form"]),
-    alone("weighted alone", &["quantization.weights_bias_correction=weighted"]),
-    alone("gptq alone", &["quantization.weights.rounding=gptq", "quantization.weights.rounding_fallback=true"]),
+    Variant {
+        name: "gptq alone",
+        settings: &[
+            "quantization.weights_bias_correction=none",
+            "quantization.weights.rounding=gptq",
+            "quantization.weights.rounding_fallback=true",
+        ],
+        is_drawn: false,
+        for_cost: true,
+    },
 ];
 
 fn main() -> Result<()> {
@@ -94,6 +98,9 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
             format!("quantization.activations.bits={activations}"),
             "quantization.weights_error_method=".to_owned(),
             "quantization.activation_error_method=".to_owned(),
+            "quantization.weights_bias_correction=".to_owned(),
+            "quantization.weights.rounding=".to_owned(),
+            "quantization.weights.rounding_fallback=".to_owned(),
             format!("output.dir={}", dir.display()),
         ];
         for Variant { name, settings, is_drawn, for_cost } in &VARIANTS {

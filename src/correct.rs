@@ -10,6 +10,7 @@ mod live;
 mod moments;
 mod rounding;
 mod sequence;
+mod shift;
 mod steps;
 mod sums;
 mod targets;

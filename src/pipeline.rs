@@ -3,7 +3,6 @@
 mod base;
 mod bench;
 mod blame;
-mod bounded;
 mod calibrate;
 mod calibration;
 mod chosen;

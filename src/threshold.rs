@@ -38,7 +38,6 @@ pub use hmse::{select_activation_scored, select_weights_scored};
 pub use measure::{Cost, cost_of_images};
 pub use noise::{noise_of_activation, noise_of_weights};
 pub use off_diagonal::GRADIENT_SUMS_MAX_BITS;
-pub use pairs::bound_pairs;
 pub use select::{select_activation, select_weights};
 pub use selection::{CurvePoint, Note, Selection};
 

@@ -218,8 +218,8 @@ fn int8_of_run(folder: &Folder, yaml: &str, settings: &[&str]) -> (Value, Value)
     // QNNPACK scales by whole numbers.
     let share = if int8["engine"] == "qnnpack" { 1e-2 } else { 1e-3 };
     for layer in int8["layers"].as_array().expect("layers") {
-        let [largest, different, values] = ["largest", "different", "values"].map(|key| layer[key].as_f64());
-        assert!(largest <= Some(1.0) && different <= values.map(|values| share * values), "{layer}");
+        let number = |key: &str| layer[key].as_f64().expect("a number");
+        assert!(number("largest") <= 1.0 && number("different") <= share * number("values"), "{layer}");
     }
     let close = int8["against_simulation"]["sqnr_db"].as_f64().is_none_or(|db| db > 30.0);
     assert!(close, "{}", int8["against_simulation"]);

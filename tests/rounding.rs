@@ -100,20 +100,76 @@ fn recurrent_layers_round_what_reads_their_input() {
     assert!(names.iter().all(|name| !name.contains("weight_hh") && !name.contains("weight_ih_l1")), "{names:?}");
 }
 
+/// The experiment of what `forward` does, traced with the first of these rows, on all of them.
+fn traced(folder: &Folder, rows: &Tensor, first: i64, mut forward: impl FnMut(&Tensor) -> Tensor) -> String {
+    let (model, data) = (folder.path().join("model.pt"), folder.path().join("rows.safetensors"));
+    Tensor::write_safetensors(&[("x", rows)], &data).unwrap();
+    let mut forward = |inputs: &[Tensor]| vec![forward(&inputs[0])];
+    let module = CModule::create_by_tracing("Traced", "forward", &[rows.narrow(0, 0, first)], &mut forward).unwrap();
+    module.save(&model).unwrap();
+    binary::experiment(&model, &data, "[x]")
+}
+
+fn randn(shape: &[i64]) -> Tensor {
+    Tensor::randn(shape, (Kind::Float, tch::Device::Cpu))
+}
+
+/// Each layer and direction has a tensor more in its list.
+#[test]
+fn recurrent_layers_with_projections_round_what_reads_their_input() {
+    let folder = Folder::new();
+    tch::manual_seed(1);
+    let (inputs, hidden, projected, batch) = (6, 8, 3, 8);
+    let one = || {
+        [
+            randn(&[4 * hidden, inputs]),
+            randn(&[4 * hidden, projected]) * 0.3,
+            randn(&[4 * hidden]),
+            randn(&[4 * hidden]),
+            randn(&[projected, hidden]),
+        ]
+    };
+    let weights: Vec<Tensor> = one().into_iter().chain(one()).collect();
+    let states = [randn(&[2, batch, projected]), randn(&[2, batch, hidden])];
+    let yaml = traced(&folder, &randn(&[2 * batch, 5, inputs]), batch, |x| {
+        x.lstm(&states, &weights, true, 1, 0.0, false, true, true).0
+    });
+    let few = "hessian={samples: 16, batch_size: 8}";
+    folder.quantize(&yaml, &[GPTQ, COARSE, few, "calibration.batch_size=8"]).succeeded();
+    let rounded = rounded(&folder.report("run"));
+    assert_eq!(rounded.len(), 2, "{:?}", rounded.iter().map(|site| &site.name).collect::<Vec<_>>());
+    for site in rounded {
+        assert!(0.0 < site.error && site.error < site.nearest, "{}: {} {}", site.name, site.error, site.nearest);
+    }
+}
+
+#[test]
+fn convolutions_of_single_images_are_rounded_and_corrected() {
+    let folder = Folder::new();
+    tch::manual_seed(2);
+    let (weight, bias) = (randn(&[6, 2, 3, 3]), randn(&[6]));
+    let yaml = traced(&folder, &(randn(&[6, 4, 9, 9]) + 0.2), 1, |x| {
+        x.squeeze_dim(0).conv2d(&weight, Some(&bias), 2, 1, 1, 2).relu().unsqueeze(0)
+    });
+    let each = "hessian={samples: 6, batch_size: 1}";
+    for settings in [&[GPTQ, COARSE, each][..], &[GPTQ, COARSE, each, WEIGHTED]] {
+        let all: Vec<&str> = settings.iter().copied().chain(["calibration.batch_size=1"]).collect();
+        folder.quantize(&yaml, &all).succeeded();
+        let report = folder.report("run");
+        let [site] = &rounded(&report)[..] else { panic!("{}", report["not_rounded"]) };
+        assert!(0.0 < site.error && site.error < site.nearest, "{} {}", site.error, site.nearest);
+        assert_eq!(report["bias_correction"]["layers"][0]["added"].as_array().map(Vec::len), Some(6));
+    }
+}
+
 /// The two batches are the same rows, so that each half confirms all that the other asks for; the outputs' squared gradients are 1.
 #[test]
 fn a_correction_is_fitted_to_what_a_clamp_lets_through() {
     let folder = Folder::new();
-    let (model, data) = (folder.path().join("model.pt"), folder.path().join("rows.safetensors"));
     tch::manual_seed(3);
-    let cpu = (Kind::Float, tch::Device::Cpu);
-    let (weight, half) = (Tensor::randn([3, 6], cpu), Tensor::randn([40, 6], cpu) + 0.3);
-    let rows = Tensor::cat(&[&half, &half], 0);
-    Tensor::write_safetensors(&[("x", &rows)], &data).unwrap();
+    let (weight, half) = (randn(&[3, 6]), randn(&[40, 6]) + 0.3);
     let none: Option<&Tensor> = None;
-    let mut forward = |inputs: &[Tensor]| vec![inputs[0].linear(&weight, none).relu()];
-    let module = CModule::create_by_tracing("Traced", "forward", &[half.shallow_clone()], &mut forward).unwrap();
-    module.save(&model).unwrap();
+    let yaml = traced(&folder, &Tensor::cat(&[&half, &half], 0), 40, |x| x.linear(&weight, none).relu());
     let bias = |correction: &str| {
         let settings = [
             correction,
@@ -121,7 +177,7 @@ fn a_correction_is_fitted_to_what_a_clamp_lets_through() {
             "overrides=[{layers: input, activations: float}]",
             "hessian={samples: 80, batch_size: 40, probes: 1}",
         ];
-        folder.quantize(&binary::experiment(&model, &data, "[x]"), &settings).succeeded();
+        folder.quantize(&yaml, &settings).succeeded();
         let emitted = CModule::load(folder.path().join("run/quantized.pt")).unwrap();
         let parameters = emitted.named_parameters().unwrap();
         let of =

@@ -15,7 +15,7 @@ pub(super) fn print(out: &mut impl Write, int8: &Int8) -> std::io::Result<()> {
     };
     writeln!(out, "{}: {} on {}{float}", int8.file, table::count(kernels, "8-bit kernel"), int8.engine)?;
     if int8.reduce_range {
-        writeln!(out, "  activations have 7 bits, for the 16-bit sums of {}", int8.engine)?;
+        writeln!(out, "  activations of 8 bits have 7 (reduce_range)")?;
     }
     if let Some(bounded) = int8.bounded {
         writeln!(

@@ -46,7 +46,7 @@ impl Recipe {
             None => default,
             Some(Accuracy::Fast) => fast,
             Some(Accuracy::Balanced) => balanced,
-            // One word is to do for any model: a layer that is too large is rounded to nearest, and listed.
+            // A layer whose Hessian is too large is rounded to nearest, and listed: a word is not to ask for another key.
             Some(Accuracy::High) => Self { rounding: Rounding::Gptq, rounding_fallback: true, ..balanced },
         }
     }

@@ -12,6 +12,7 @@ use super::bias::{self, by_group};
 use super::layout::{by_channel, grouped, patches};
 use super::moments::{Means, Moments};
 use super::rounding::{self, Problem, Rounded};
+use super::shift::{Seen, is_within, share, shift};
 use super::steps::{Asked, Clamp, Step, Steps};
 use super::targets::{Form, Reading, Target};
 use super::{Corrections, LeftOut};
@@ -466,8 +467,8 @@ impl<'a> Sequence<'a> {
     /// b += λ·Σ g²·(y − y_q) / Σ g² per channel, behind the closed form, as far as what that is on half of the batches helps on
     /// the other half.
     fn correct(&mut self, place: Place, pairs: &mut [Pair]) -> Result<(), jit::Error> {
-        let mut halves: [Option<(Tensor, Tensor)>; 2] = [None, None];
-        let mut seen = Vec::new();
+        let mut halves = [Vec::new(), Vec::new()];
+        let mut waiting = Vec::new();
         for (batch, pair) in pairs.iter_mut().enumerate() {
             let Some(quantized) = pair.waits_with(place) else { continue };
             self.ops[place.op].rank = quantized.dim();
@@ -477,35 +478,20 @@ impl<'a> Sequence<'a> {
                     Some(known) => quantized.f_add(&known.f_to_device(quantized.device())?)?,
                     None => quantized.shallow_clone(),
                 };
-                let seen = |value: &Tensor| self.looks.look(batch, place.op, value)?.f_to_kind(Kind::Double);
-                let [result, found] = [seen(&result)?, seen(&found)?];
+                let look = |value: &Tensor| self.looks.look(batch, place.op, value)?.f_to_kind(Kind::Double);
                 let squares = squares.f_to_kind(Kind::Double)?;
-                let (difference, squares) = match self.ops[place.op].step.clamp {
-                    None => (result.f_sub(&found)?, squares),
-                    Some(Clamp { bounds, .. }) => {
-                        let difference = clamped(&result, bounds)?.f_sub(&clamped(&found, bounds)?)?;
-                        (difference, squares.f_mul(&is_within(&found, bounds)?)?)
-                    }
-                };
-                let along = |of: &Tensor| {
-                    of.f_sum_dim_intlist([0i64, 2].as_slice(), false, Kind::Double)?.f_to_device(Device::Cpu)
-                };
-                let (moved, weight) = (along(&squares.f_mul(&difference)?)?, along(&squares)?);
-                let half = &mut halves[batch % 2];
-                *half = Some(match half.take() {
-                    None => (moved, weight),
-                    Some((a, b)) => (a.f_add(&moved)?, b.f_add(&weight)?),
-                });
+                halves[batch % 2].push(Seen { wanted: look(&result)?, found: look(&found)?, squares });
             }
-            seen.push(quantized);
+            waiting.push(quantized);
         }
+        let bounds = self.ops[place.op].step.clamp.map(|clamp| clamp.bounds);
         let op = &mut self.ops[place.op];
         op.is_corrected = true;
-        op.added = match (op.added.take(), weighted(&halves)?) {
+        op.added = match (op.added.take(), shift(&halves, bounds)?) {
             (Some(known), Some(added)) => Some(known.f_add(&added)?),
             (known, added) => known.or(added),
         };
-        seen.iter().try_for_each(|quantized| add(op, quantized))
+        waiting.iter().try_for_each(|quantized| add(op, quantized))
     }
 
     fn finish(mut self) -> Result<Refined, jit::Error> {
@@ -553,50 +539,12 @@ fn product(input: &Tensor, weight: &Tensor, reading: &Reading, groups: i64) -> R
 const NEVER_RAN: &str = "never ran on the rows that it is looked at on";
 const NOT_BETTER: &str = "no outputs depend on it, or what half of the batches asks for does not help the other half";
 
-fn clamped(value: &Tensor, [lo, hi]: [f64; 2]) -> Result<Tensor, tch::TchError> {
-    value.f_clamp(lo, hi)
-}
-
-/// 1 where a clamp to these bounds lets changes pass, 0 elsewhere.
-fn is_within(value: &Tensor, [lo, hi]: [f64; 2]) -> Result<Tensor, tch::TchError> {
-    value.f_gt(lo)?.f_logical_and(&value.f_lt(hi)?)?.f_to_kind(value.kind())
-}
-
 /// Adds to the model's own result.
 fn add(op: &Op<'_>, value: &Tensor) -> Result<(), jit::Error> {
     if let Some(added) = op.shaped(value.dim())? {
         let _ = value.shallow_clone().f_add_(&added.f_to_device(value.device())?)?;
     }
     Ok(())
-}
-
-/// What is added to each channel; `None` where nothing is known.
-fn weighted(halves: &[Option<(Tensor, Tensor)>; 2]) -> Result<Option<Tensor>, tch::TchError> {
-    let [Some((even, even_weight)), Some((odd, odd_weight))] = halves else { return Ok(None) };
-    let mean = |moved: &Tensor, weight: &Tensor| {
-        let mean = moved.f_div(weight)?;
-        mean.f_where_self(&weight.f_gt(0.0)?, &mean.f_zeros_like()?)
-    };
-    let product = |a: &Tensor, b: &Tensor| a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[]);
-    // Along what one half asks for, the other half's Σ g²·(r − λ·b)² is least where λ is the first over the second.
-    let [mut gain, mut cost] = [0.0; 2];
-    for (b, moved, weight) in [(mean(even, even_weight)?, odd, odd_weight), (mean(odd, odd_weight)?, even, even_weight)]
-    {
-        gain += product(&b, moved)?;
-        cost += product(&b.f_square()?, weight)?;
-    }
-    let all = mean(&even.f_add(odd)?, &even_weight.f_add(odd_weight)?)?;
-    if !(gain * cost).is_finite() || all.f_isfinite()?.f_all()?.f_int64_value(&[])? != 1 {
-        return Ok(None);
-    }
-    share(gain, cost).map(|share| all.f_mul_scalar(share)?.f_to_kind(Kind::Float)).transpose()
-}
-
-/// How far to go; `None` for nowhere.
-fn share(gain: f64, cost: f64) -> Option<f64> {
-    // Of nothing to gain at no cost this is NaN.
-    let share = gain / cost;
-    (share > 0.0).then(|| share.min(1.0))
 }
 
 /// W + α·E(g²·(y − W·x_q)·x_qᵀ)·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come

@@ -97,7 +97,8 @@ impl Steps {
         let known = targets.ops.iter().filter_map(|target| {
             let reading = targets.inputs.get(target.input)?.reading.clone();
             let has_other_terms = !corrects || target.op == "aten::addmm";
-            let clamp = Clamp::behind(listing, target.result);
+            // Whose own terms are not all known: what comes through the clamp is not either.
+            let clamp = if has_other_terms { None } else { Clamp::behind(listing, target.result) };
             let (target, rounds) = (target.clone(), false);
             Some(Step { target, reading, rounds, corrects, has_other_terms, clamp, hessian_bytes: 0 })
         });
@@ -134,6 +135,15 @@ impl Steps {
             step.corrects = false;
         }
         step
+    }
+
+    /// Leaves weights rounded to nearest after all.
+    pub fn keep_nearest(&mut self, is_kept: impl Fn(usize) -> bool, reason: &str) {
+        for step in self.steps.iter_mut().filter(|step| step.rounds && is_kept(step.target.weight)) {
+            step.rounds = false;
+            self.not_rounded.push(step.target.left_out(reason));
+        }
+        self.steps.retain(|step| step.rounds || step.corrects);
     }
 
     /// Weights that are rounded.

@@ -8,10 +8,10 @@ use crate::dataset::Dataset;
 use crate::feed;
 use crate::jit::{self, BoxError, Clean, Tap, TapKind, ValueId, Visit};
 
-/// Of each batch, for each value: Σ over probes of g², bfloat16; `None` where none was asked for or came.
+/// Of each batch, for each value: g², bfloat16; `None` where none was asked for or came.
 pub type Squares = Vec<Vec<Option<Tensor>>>;
 
-/// Walks back from random directions of the outputs, as [`score`](super::score) does, and keeps the squared gradients of these
+/// Walks back from one random direction of the outputs, that of the first probe of [`score`](super::score), and keeps the squared gradients of these
 /// values where `look` looks: it is given the number of the batch, that of the value, and a tensor of the value's shape.
 /// `advance` is called with the rows of each finished batch.
 ///
@@ -36,36 +36,29 @@ pub fn squares(
         let outputs = recording.output().tensors();
         let outputs: Vec<_> = outputs.iter().map(|(_, output)| *output).enumerate().collect();
         let outputs: Vec<_> = outputs.into_iter().filter(|(_, output)| is_probed(output)).collect();
-        let mut sums = Sums { batch: number, look, sums: values.iter().map(|_| None).collect() };
-        let directions = Directions { request, first_row, rows };
-        let probes = if outputs.is_empty() { 0 } else { request.probes.get() };
-        for probe in 0..probes {
-            let drawn = directions.draw(&outputs, probe)?;
+        let mut seen = Seen { batch: number, look, squares: values.iter().map(|_| None).collect() };
+        if !outputs.is_empty() {
+            let drawn = Directions { request, first_row, rows }.draw(&outputs, 0)?;
             let directed: Vec<_> = outputs.iter().map(|(_, output)| *output).zip(drawn).collect();
-            recording.backward(&directed, probe + 1 < probes, &mut sums)?;
+            recording.backward(&directed, false, &mut seen)?;
         }
-        let small = |sum: Option<Tensor>| sum.map(|sum| sum.f_to_kind(Kind::BFloat16)).transpose();
-        all.push(sums.sums.into_iter().map(small).collect::<Result<_, _>>().map_err(jit::Error::from)?);
+        all.push(seen.squares);
         advance(rows);
     }
     Ok(all)
 }
 
-/// Sums up over the probes of a batch.
-struct Sums<'a> {
+/// Looks at the gradients of a batch.
+struct Seen<'a> {
     batch: usize,
     look: &'a (dyn Fn(usize, usize, &Tensor) -> Result<Tensor, tch::TchError> + Sync),
-    sums: Vec<Option<Tensor>>,
+    squares: Vec<Option<Tensor>>,
 }
 
-impl Visit for Sums<'_> {
+impl Visit for Seen<'_> {
     fn gradient(&mut self, tap: usize, _: &Tensor, gradient: &Tensor) -> Result<(), BoxError> {
-        let Some(sum) = self.sums.get_mut(tap) else { return Err(format!("tap {tap} belongs to no op").into()) };
-        let seen = (self.look)(self.batch, tap, gradient)?;
-        *sum = Some(match sum.take() {
-            None => seen.f_square()?,
-            Some(mut sum) => sum.f_addcmul_(&seen, &seen)?,
-        });
+        let Some(own) = self.squares.get_mut(tap) else { return Err(format!("tap {tap} belongs to no op").into()) };
+        *own = Some((self.look)(self.batch, tap, gradient)?.f_square()?.f_to_kind(Kind::BFloat16)?);
         Ok(())
     }
 }

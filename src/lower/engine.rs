@@ -18,8 +18,8 @@ const RUNS: usize = 10;
 
 /// How many times as fast an engine has to be that needs bounded weights of depthwise convolutions, and one that needs activations
 /// of 7 bits.
-const BOUNDS: f64 = 2.0;
-const SEVEN_BITS: f64 = 4.0;
+const PRICE_OF_BOUNDS: f64 = 2.0;
+const PRICE_OF_7_BITS: f64 = 4.0;
 
 /// What engines have kernels of their own for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -112,9 +112,9 @@ impl Trial {
         if self.is_right() {
             Some(1.0)
         } else if self.is_right_with_bounds() {
-            Some(BOUNDS)
+            Some(PRICE_OF_BOUNDS)
         } else {
-            self.wrong.iter().all(is_cured).then_some(SEVEN_BITS)
+            self.wrong.iter().all(is_cured).then_some(PRICE_OF_7_BITS)
         }
     }
 
@@ -165,7 +165,7 @@ pub fn trial(engine: EnginePlan) -> Option<&'static Trial> {
 /// costs accuracy has to be that much faster. The one that gets fewest tasks wrong where there is none.
 #[must_use]
 pub fn fastest<'a>(trials: &[&'a Trial], may_reduce: bool) -> Option<&'a Trial> {
-    let order = |trial: &Trial| match trial.price().filter(|&price| may_reduce || price < SEVEN_BITS) {
+    let order = |trial: &Trial| match trial.price().filter(|&price| may_reduce || price < PRICE_OF_7_BITS) {
         Some(price) => (0, price * trial.seconds),
         None => (trial.wrong.len(), trial.seconds),
     };

@@ -1,6 +1,7 @@
 //! What a lowering asks of a graph: who reads what, and the constants among arguments. It knows no kernels.
 
 use crate::jit::{Constant, Listing, Node, NodeId, Position, ValueId};
+use crate::sites;
 
 /// A graph with the readers of its values.
 pub(super) struct Graph<'a> {
@@ -55,6 +56,12 @@ impl<'a> Graph<'a> {
             (&[reader], 0) => Some(reader),
             _ => None,
         }
+    }
+
+    /// What the clamp makes of a value that alone reads it.
+    pub(super) fn behind(&self, value: ValueId) -> Option<ValueId> {
+        let reader = self.node(self.only_reader(value)?);
+        reader.outputs.first().copied().filter(|_| sites::is_clamp(&reader.op))
     }
 
     /// Whether the model returns the value, by itself or in a tuple, list or dict.

@@ -176,6 +176,9 @@ impl Walk<'_> {
                     weight.shape.get(axis).copied()
                 });
                 let features = features.filter(|&features| features >= 2 && rank == 2).ok_or(stay)?;
+                if self.runs_on_qnnpack() && input.has_7_bits() {
+                    return Err("QNNPACK's kernel that writes float numbers takes inputs of 8 bits alone".into());
+                }
                 self.linear_into_float(id, (value, data), (packed, features), &input);
                 Ok(())
             }
@@ -298,8 +301,8 @@ impl Walk<'_> {
         let kernel = names[usize::from(relu)];
         let mut result = self.insert(position, kernel, inputs);
         if let Some(bounds) = clamp {
-            let bounds = bounds.map(|bound| if bound.is_finite() { Operand::Float(bound) } else { Operand::None });
-            result = self.insert(position, "quantized::clamp", [result].into_iter().chain(bounds).collect());
+            result =
+                self.insert(position, "quantized::clamp", [result].into_iter().chain(eight.clamp(bounds)).collect());
         }
         if last != id {
             self.merge(last);

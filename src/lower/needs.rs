@@ -4,7 +4,7 @@
 use super::engine::{Task, Trial};
 use super::graph::Graph;
 use super::kernels::{self, Kernel};
-use crate::jit::{Listing, Node};
+use crate::jit::{Listing, Node, ValueId};
 use crate::settings::{KernelNeeds, WeightNeeds};
 use crate::sites::{Sites, WeightSite};
 
@@ -13,7 +13,13 @@ use crate::sites::{Sites, WeightSite};
 pub fn needs(listing: &Listing, sites: &Sites, trial: &Trial, has_7_bits: bool) -> KernelNeeds {
     let graph = Graph::new(listing);
     let weight = |site: &WeightSite| {
-        let is_own = |node: &&Node| node.inputs.get(1).is_some_and(|value| site.values.contains(value));
+        // A convolution that makes an output of the model computes in float.
+        let is_output = |value: &ValueId| {
+            graph.is_output(*value) || graph.behind(*value).is_some_and(|value| graph.is_output(value))
+        };
+        let is_own = |node: &&Node| {
+            node.inputs.get(1).is_some_and(|value| site.values.contains(value)) && !node.outputs.iter().any(is_output)
+        };
         let nodes = || listing.nodes.iter().filter(is_own);
         let is_depthwise = nodes().any(|node| is_depthwise(&graph, node, site));
         let taps = (is_depthwise && trial.bounds_depthwise(has_7_bits)).then(|| taps(site));

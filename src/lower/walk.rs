@@ -47,6 +47,12 @@ impl Eight {
         self.highest == 127
     }
 
+    /// The arguments of a clamp to these bounds: QNNPACK wants both.
+    pub(super) fn clamp(&self, [lo, hi]: [f64; 2]) -> [Operand; 2] {
+        let range = self.params.range();
+        [Operand::Float(lo.max(range.lo)), Operand::Float(hi.min(range.hi))]
+    }
+
     pub(super) fn operands(&self) -> [Operand; 2] {
         [Operand::Float(self.scale), Operand::Int(self.zero_point)]
     }
@@ -307,8 +313,8 @@ impl<'a> Walk<'a> {
         if !eight.has_7_bits() {
             return operand;
         }
-        let highest = Operand::Float(eight.params.range().hi);
-        self.insert(position, "quantized::clamp", vec![operand, Operand::None, highest])
+        let ends = eight.clamp([f64::NEG_INFINITY, f64::INFINITY]);
+        self.insert(position, "quantized::clamp", [operand].into_iter().chain(ends).collect())
     }
 
     /// The value as ops in float read it.

@@ -32,7 +32,7 @@ pub struct BenchRequest {
 pub fn bench(request: &BenchRequest, plan: &DataPlan, progress: &mut dyn Progress) -> Result<Bench, Error> {
     progress.stage("load", Work::Uncounted);
     let engine = match request.engine {
-        EnginePlan::Auto => engine::fastest(&engine::trials(), true).ok_or(Error::NoEngine)?.engine,
+        EnginePlan::Auto => engine::fastest(&engine::trials(), false).ok_or(Error::NoEngine)?.engine,
         named => named,
     };
     if !jit::engines().iter().any(|name| name == engine.name()) {

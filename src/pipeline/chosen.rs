@@ -9,7 +9,7 @@ use super::base::{Base, Observed};
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
-use super::{Error, Progress, Work, bounded, device, refine, worst};
+use super::{Error, Progress, Work, device, refine, worst};
 use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
@@ -69,7 +69,6 @@ impl Chosen {
         if refine::asked(plan).is_in_sequence() {
             let start = Instant::now();
             refine::refine(base, plan, (&mut chosen, settings), known, progress)?;
-            bounded::keep(base, &mut chosen, settings)?;
             chosen.correct = start.elapsed().as_secs_f64();
         } else {
             chosen.corrections = known;

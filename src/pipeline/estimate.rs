@@ -114,7 +114,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
         None => (0.0, 0),
     };
 
-    let sequence = InSequence::of(&base, plan, &sites)?;
+    let sequence = InSequence::of(&base, plan, (&sites, &settings))?;
     let elements = |shape: &[i64]| shape.iter().map(|size| size.unsigned_abs()).product::<u64>();
     let weights: Vec<u64> = sites.weights.iter().map(|site| elements(&site.shape)).collect();
     let weight_elements: u64 = weights.iter().sum();
@@ -182,20 +182,19 @@ struct InSequence<'a> {
     largest_weight: u64,
     rows: usize,
     batches: usize,
-    probes: usize,
 }
 
 impl<'a> InSequence<'a> {
-    fn of(base: &Base, plan: &'a Plan, sites: &Sites) -> Result<Option<Self>, Error> {
+    fn of(base: &Base, plan: &'a Plan, (sites, settings): (&Sites, &Settings)) -> Result<Option<Self>, Error> {
         let Some(HessianPlan { request, .. }) = plan.hessian.as_ref().filter(|_| refine::asked(plan).is_in_sequence())
         else {
             return Ok(None);
         };
         let rows = request.samples.get().min(base.calibration.rows);
-        let (batches, probes) = (rows.div_ceil(request.batch_size.get()), request.probes.get());
-        let steps = refine::steps(base, plan, sites)?;
+        let batches = rows.div_ceil(request.batch_size.get());
+        let steps = refine::steps(base, plan, (sites, settings))?;
         let largest_weight = steps.largest_weight(sites);
-        Ok(Some(Self { plan, steps, largest_weight, rows, batches, probes }))
+        Ok(Some(Self { plan, steps, largest_weight, rows, batches }))
     }
 
     fn is_rounded(&self) -> bool {
@@ -217,7 +216,7 @@ impl<'a> InSequence<'a> {
 
     /// What it takes in plain forwards of a row.
     fn forwards(&self) -> f64 {
-        let gradients = if self.is_weighted() { GRADIENTS + WAY_BACK * self.probes as f64 } else { 0.0 };
+        let gradients = if self.is_weighted() { GRADIENTS + WAY_BACK } else { 0.0 };
         let rounding = if self.is_rounded() { ROUNDING } else { 0.0 };
         (SIDE_BY_SIDE + gradients + rounding) * self.rows as f64
     }

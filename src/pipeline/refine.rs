@@ -25,7 +25,7 @@ pub(super) fn asked(plan: &Plan) -> Asked {
 ///
 /// # Errors
 /// Where the Hessian of a layer would be too large, and that is not allowed.
-pub(super) fn steps(base: &Base, plan: &Plan, sites: &Sites) -> Result<Steps, Error> {
+pub(super) fn steps(base: &Base, plan: &Plan, (sites, settings): (&Sites, &Settings)) -> Result<Steps, Error> {
     if let Some(HessianPlan { request, .. }) = &plan.hessian {
         let rows = request.samples.get().min(base.calibration.rows);
         let is_weighted = plan.weights.bias_correction == BiasCorrection::Weighted;
@@ -35,6 +35,8 @@ pub(super) fn steps(base: &Base, plan: &Plan, sites: &Sites) -> Result<Steps, Er
     }
     let targets = Targets::find(base.model.listing(), sites);
     let mut steps = Steps::find(base.model.listing(), sites, &targets, asked(plan));
+    let is_bounded = |weight: usize| settings.weights.get(weight).is_some_and(|own| own.taps_in_pairs().is_some());
+    steps.keep_nearest(is_bounded, "its levels are bounded for the 16-bit sums of the engine");
     if let Some((left, bytes)) = steps.too_large.first().filter(|_| !plan.weights.rounding_fallback) {
         return Err(Error::LargeHessian { layer: left.layer.clone(), bytes: *bytes, most: MOST_HESSIAN_BYTES });
     }
@@ -56,7 +58,7 @@ pub(super) fn refine(
 ) -> Result<(), Error> {
     // Planned wherever something is done op by op.
     let Some(hessian) = &plan.hessian else { return Ok(()) };
-    let steps = steps(base, plan, &chosen.sites)?;
+    let steps = steps(base, plan, (&chosen.sites, settings))?;
     let looks = Looks::new(&steps, hessian.request.seed);
     // All batches are in memory together.
     let blame = || Batches { key: "hessian.samples", rows: hessian.request.samples }.blame();

@@ -51,23 +51,6 @@ pub(super) fn raised(
     Some(f32::from_bits(high))
 }
 
-/// Moves levels, counted from the one that stands for zero, towards zero until each pair of a kernel keeps the bound; how many
-/// levels moved.
-pub fn bound_pairs(kernel: &mut [i32]) -> usize {
-    let mut moved = 0;
-    for pair in kernel.chunks_mut(2) {
-        for sign in [1, -1] {
-            let before = pair.to_vec();
-            while pair.iter().map(|level| (sign * level).max(0)).sum::<i32>() > MOST {
-                let Some(largest) = pair.iter_mut().max_by_key(|level| sign * **level) else { break };
-                *largest -= sign;
-            }
-            moved += before.iter().zip(pair.iter()).filter(|(before, after)| before != after).count();
-        }
-    }
-    moved
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,14 +81,6 @@ mod tests {
         for (pair, fits) in [([127, -128], true), ([64, 64], true), ([127, 2], false), ([-128, -1], false)] {
             assert_eq!(fit(&pair.map(|level| level as f32), 2, &params(1.0)), fits, "{pair:?}");
         }
-    }
-
-    #[test]
-    fn levels_move_towards_zero() {
-        let mut kernel = [127, 3, -128, -7, 127, -128, 127];
-        assert_eq!(bound_pairs(&mut kernel), 2);
-        assert_eq!(kernel, [125, 3, -121, -7, 127, -128, 127]);
-        assert_eq!(bound_pairs(&mut kernel), 0);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #include "shim.h"
 
 #include <mutex>
+#include <unordered_set>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -105,10 +106,10 @@ private:
 
 // An embedding's flags change its gradient alone: rows that count by how often they are asked for, a row without any, a
 // sparse result. Where nothing else reads a weight that is asked about, the gradient has the rows that were asked for alone.
-void use_plain_gradients(torch::jit::Block *block) {
+void use_plain_gradients(torch::jit::Block *block, const std::unordered_set<const torch::jit::Value *> &lifted) {
   for (auto *node : block->nodes()) {
     for (auto *inner : node->blocks())
-      use_plain_gradients(inner);
+      use_plain_gradients(inner, lifted);
     if (node->kind() != c10::aten::embedding || node->inputs().size() != 5)
       continue;
     torch::jit::WithInsertPoint before(node);
@@ -116,12 +117,12 @@ void use_plain_gradients(torch::jit::Block *block) {
     node->replaceInput(2, graph.insertConstant(std::int64_t{-1}));
     node->replaceInput(3, graph.insertConstant(false));
     const auto *weight = node->input(0);
-    const bool is_own = weight->node() == graph.param_node() && weight->uses().size() == 1;
+    const bool is_own = lifted.count(weight) != 0 && weight->uses().size() == 1;
     node->replaceInput(4, graph.insertConstant(is_own));
   }
 }
 
-// A value that gradients flow through to its users, not to a model output that is the same tensor.
+// A value that gradients flow through to those who read it behind the tap.
 at::Tensor own_path(Recording &recording, const at::Tensor &value) {
   if (value.requires_grad())
     return at::alias(value);
@@ -160,12 +161,14 @@ std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const Ta
   executable->graph = f.graph->copy();
   auto &graph = *executable->graph;
   const auto values = enumerate_values(graph);
+  std::unordered_set<const torch::jit::Value *> inputs;
   for (const auto index : lifted) {
     auto *input = graph.addInput();
+    inputs.insert(input);
     input->setType(c10::TensorType::get());
     values.at(index)->replaceAllUsesWith(input);
   }
-  use_plain_gradients(graph.block());
+  use_plain_gradients(graph.block(), inputs);
   insert_taps(graph, values, taps);
   prepare(*executable, f.module);
   return executable;
