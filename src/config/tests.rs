@@ -527,7 +527,7 @@ evaluation.metrics=[top1, top1] => `evaluation.metrics[1]`: expected each metric
 evaluation.metrics=[top2] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `top2`, did you mean `top5`?
 evaluation.metrics=[accuracy] => `evaluation.metrics[0]` must be one of `top1`, `top5`, `agreement`, `sqnr`, `cosine`, `max_abs_diff`, found `accuracy`
 evaluation.metrics=[] => `evaluation.metrics`: expected at least one metric, found an empty list
-evaluation.labels= => /dir/e.yaml:55:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
+evaluation.labels= => /dir/e.yaml:57:13: `evaluation.metrics[0]`: top1 needs labels, expected the key `evaluation.labels`, found none
 evaluation.labels=5 => `evaluation.labels` must be text (in quotes where it reads as a number), found the number 5
 evaluation.data= => `evaluation.data` is missing, expected the path of a data file or a folder of images
 evaluation.data=nope.npz => `evaluation.data`: expected a file that exists, found nothing at /dir/nope.npz
