@@ -261,7 +261,11 @@ fn depthwise_weights_are_bounded_where_the_engine_saturates() {
         let gptq = "quantization.weights.rounding=gptq";
         let (report, _) = int8_of_run(&folder, &yaml, &[&engine, gptq, "hessian.samples=16"]);
         let sites = report["sites"].as_array().expect("sites");
-        assert!(sites.iter().any(|site| site.get("bounded_channels").is_some() && site.get("rounding").is_some()));
+        assert!(sites.iter().any(|site| site.get("rounding").is_some()));
+        assert!(sites.iter().all(|site| site.get("bounded_channels").is_none() || site.get("rounding").is_none()));
+        let not_rounded = report["not_rounded"].as_array().expect("a list");
+        let is_told = |left: &Value| left["reason"].as_str().is_some_and(|reason| reason.contains("are bounded"));
+        assert_eq!(not_rounded.iter().filter(|left| is_told(left)).count(), 1, "{not_rounded:?}");
 
         let power = "quantization.weights.grid=power_of_two";
         let (_, int8) = int8_of_run(&folder, &yaml, &[&engine, power, "quantization.weights.granularity=per_tensor"]);
@@ -274,6 +278,12 @@ fn depthwise_weights_are_bounded_where_the_engine_saturates() {
 fn activations_of_7_bits() {
     let folder = Folder::new();
     let small = experiment(&test_model("conv_zoo"), &test_data("conv_zoo"), "[x]");
+    if trial("qnnpack").is_some() {
+        for yaml in [depthwise(&folder), small.clone()] {
+            let (_, int8) = int8_of_run(&folder, &yaml, &["output.reduce_range=true", "output.engine=qnnpack"]);
+            assert!(!int8["kernels"].as_object().expect("kernels").is_empty(), "{int8}");
+        }
+    }
     for (yaml, grid) in [(depthwise(&folder), "uniform"), (small.clone(), "uniform"), (small, "symmetric")] {
         let grid = format!("quantization.activations.grid={grid}");
         for method in ["NOCLIPPING", "MSE"] {
