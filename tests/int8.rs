@@ -278,12 +278,6 @@ fn depthwise_weights_are_bounded_where_the_engine_saturates() {
 fn activations_of_7_bits() {
     let folder = Folder::new();
     let small = experiment(&test_model("conv_zoo"), &test_data("conv_zoo"), "[x]");
-    if trial("qnnpack").is_some() {
-        for yaml in [depthwise(&folder), small.clone()] {
-            let (_, int8) = int8_of_run(&folder, &yaml, &["output.reduce_range=true", "output.engine=qnnpack"]);
-            assert!(!int8["kernels"].as_object().expect("kernels").is_empty(), "{int8}");
-        }
-    }
     for (yaml, grid) in [(depthwise(&folder), "uniform"), (small.clone(), "uniform"), (small, "symmetric")] {
         let grid = format!("quantization.activations.grid={grid}");
         for method in ["NOCLIPPING", "MSE"] {

@@ -3,7 +3,7 @@
 
 mod cases;
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
@@ -152,6 +152,9 @@ pub fn trial(engine: EnginePlan) -> Option<&'static Trial> {
     static TRIALS: [OnceLock<Option<Trial>>; 4] = [const { OnceLock::new() }; 4];
     let place = EnginePlan::NAMED.iter().position(|named| *named == engine)?;
     let trial = TRIALS.get(place)?.get_or_init(|| {
+        // One engine is set for the whole process.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let before = jit::engine();
         let trial = try_out(engine);
         // One that was set can be set again.
