@@ -25,7 +25,7 @@ use crate::simulate::{fake_quantize, substitutes};
 use crate::sites::Sites;
 
 /// Numbers of a batch whose squared gradients are kept for one op.
-pub(super) const SEEN: i64 = 1 << 18;
+pub(super) const SEEN: i64 = 1 << 16;
 
 /// Share of the mean diagonal that is added to the diagonal of the Hessian by which weights make up for the errors of inputs.
 const PULL_DAMPING: f64 = 0.05;
@@ -474,13 +474,13 @@ impl<'a> Sequence<'a> {
             self.ops[place.op].rank = quantized.dim();
             let squares = self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
             if let (Some(squares), Some(result)) = (squares, pair.float(place)?) {
-                let found = match self.ops[place.op].shaped(quantized.dim())? {
-                    Some(known) => quantized.f_add(&known.f_to_device(quantized.device())?)?,
-                    None => quantized.shallow_clone(),
+                let look = |value: &Tensor| self.looks.look(batch, place.op, value)?.f_to_kind(Kind::Float);
+                let (wanted, found) = (look(&result)?, look(&quantized)?);
+                let found = match &self.ops[place.op].added {
+                    Some(known) => found.f_add(&known.f_to_device(found.device())?.f_reshape([1, -1, 1])?)?,
+                    None => found,
                 };
-                let look = |value: &Tensor| self.looks.look(batch, place.op, value)?.f_to_kind(Kind::Double);
-                let squares = squares.f_to_kind(Kind::Double)?;
-                halves[batch % 2].push(Seen { wanted: look(&result)?, found: look(&found)?, squares });
+                halves[batch % 2].push(Seen { wanted, found, squares: squares.f_to_kind(Kind::Float)? });
             }
             waiting.push(quantized);
         }
