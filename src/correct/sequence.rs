@@ -25,10 +25,13 @@ use crate::simulate::{fake_quantize, substitutes};
 use crate::sites::Sites;
 
 /// Numbers of a batch whose squared gradients are kept for one op.
-pub(super) const SEEN: i64 = 1 << 16;
+pub(super) const SEEN: i64 = 1 << 17;
 
 /// Share of the mean diagonal that is added to the diagonal of the Hessian by which weights make up for the errors of inputs.
 const PULL_DAMPING: f64 = 0.05;
+
+/// Share of the squared means that is added at least: the sums are of float32 products.
+const LEAST_SPREAD: f64 = 1e-5;
 
 /// A quantized weight.
 #[derive(Debug)]
@@ -566,15 +569,17 @@ fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<Tensor, tch::TchError
     weight.f_add(&step(&all)?.f_mul_scalar(share)?)
 }
 
-/// The whole way.
+/// The whole way; groups that nothing is known of stay.
 fn step(means: &Means) -> Result<Tensor, tch::TchError> {
     let diagonal = means.xx.f_diagonal(0, 1, 2)?;
-    let damping = diagonal.f_mean_dim([1i64].as_slice(), true, Kind::Double)?.f_mul_scalar(PULL_DAMPING)?;
-    let damping = damping.f_clamp_min(f64::MIN_POSITIVE)?.f_expand_as(&diagonal)?;
+    let mean = |of: &Tensor| of.f_mean_dim([1i64].as_slice(), true, Kind::Double);
+    // Where next to nothing is left without the means, that is rounding.
+    let least = mean(&means.x.f_square()?)?.f_mul_scalar(LEAST_SPREAD)?.f_clamp_min(f64::MIN_POSITIVE)?;
+    let damping = mean(&diagonal)?.f_mul_scalar(PULL_DAMPING)?.f_maximum(&least)?.f_expand_as(&diagonal)?;
     let damped = means.xx.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
-    let step = Tensor::f_linalg_solve(&damped, &means.xr, true)?.f_transpose(1, 2)?;
-    // A group whose scores are all zero has nowhere to go.
-    step.f_nan_to_num(0.0, 0.0, 0.0)
+    let (step, singular) = Tensor::f_linalg_solve_ex(&damped, &means.xr, true, false)?;
+    let step = step.f_transpose(1, 2)?.f_nan_to_num(0.0, 0.0, 0.0)?;
+    step.f_mul(&singular.f_eq(0)?.f_reshape([-1, 1, 1])?)
 }
 
 /// A weight as (groups, outputs of a group, features and taps).
