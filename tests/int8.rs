@@ -7,6 +7,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 use tch::{CModule, Kind, Tensor};
@@ -27,12 +28,20 @@ fn plan(model: Model, dir: &Path) -> Plan {
     plan
 }
 
+/// One engine is set for the whole process, so what depends on it here takes turns.
+fn alone() -> MutexGuard<'static, ()> {
+    static ENGINE: Mutex<()> = Mutex::new(());
+    ENGINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn quantize(plan: &Plan) -> Result<Outcome, Error> {
+    let _alone = alone();
     pipeline::quantize(plan, None, &mut Silent)
 }
 
 /// Ops of the written file that compute on quantized tensors, or go there and back.
 fn quantized_ops(file: &Path) -> BTreeMap<String, usize> {
+    let _alone = alone();
     let counts = Module::load(file).expect("the emitted file").op_counts().expect("its ops");
     let is_one =
         |op: &str| op.starts_with("quantized::") || op == "aten::quantize_per_tensor" || op == "aten::dequantize";
@@ -227,6 +236,7 @@ fn int8_of_run(folder: &Folder, yaml: &str, settings: &[&str]) -> (Value, Value)
 }
 
 fn trial(engine: &str) -> Option<&'static Trial> {
+    let _alone = alone();
     engine::trial(EnginePlan::NAMED.into_iter().find(|named| named.name() == engine)?)
 }
 
