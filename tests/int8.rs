@@ -133,6 +133,7 @@ fn both_forms_beside_each_other() {
     plan.output.further = vec![Format::Int8, Format::Int8Weights];
     let outcome = quantize(&plan).expect("a run");
     for file in ["quantized.pt", "quantized_int8.pt", "quantized_int8_weights.pt"] {
+        let _alone = alone();
         Module::load(&outcome.dir.join(file)).expect("a model");
     }
     assert_eq!(int8_of(&outcome).file, "quantized_int8.pt");
