@@ -8,6 +8,7 @@ mod geometry;
 mod layout;
 mod live;
 mod moments;
+mod pull;
 mod rounding;
 mod sequence;
 mod shift;

@@ -29,6 +29,8 @@ pub(super) struct Problem<'a> {
     pub(super) nearest: &'a Tensor,
     /// Of x_q and y.
     pub(super) means: &'a Means,
+    /// The same where positions count as much as the outputs depend on them, if that is known.
+    pub(super) weighted: Option<&'a Means>,
     /// One for each channel, or one for all.
     pub(super) params: &'a [QuantParams],
     /// Whether a channel's scale may change.
@@ -51,9 +53,17 @@ pub(super) struct Rounded {
 }
 
 /// Rounds towards `target`, which is the weight itself, or what makes up for the errors of x_q. `None` where the inputs do not
-/// tell anything: they never differ.
+/// tell anything: they never differ. What is found makes the weighted error small; a channel takes it only if its error is less
+/// without weights too.
 pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rounded>, tch::TchError> {
-    let hessian = &problem.means.xx;
+    let hessian = &match problem.weighted {
+        None => problem.means.xx.shallow_clone(),
+        // Groups that the outputs do not depend on have no other.
+        Some(weighted) => {
+            let trace = weighted.xx.f_diagonal(0, 1, 2)?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double)?;
+            weighted.xx.f_where_self(&trace.f_gt(0.0)?.f_unsqueeze(2)?, &problem.means.xx)?
+        }
+    };
     let Some(found) = factor(hessian)? else { return Ok(None) };
     let [_, outputs, features] = <[i64; 3]>::try_from(problem.weight.size()).unwrap_or_default();
     let (outputs, features) = (outputs.unsigned_abs() as usize, features.unsigned_abs() as usize);
@@ -115,12 +125,16 @@ fn chosen(
         .flat_map(|(levels, params)| levels.iter().map(|&level| params.dequantize(level as i32 + params.zero_point())))
         .collect();
     let rounded = Tensor::f_from_slice(&values)?.f_reshape(problem.weight.size())?;
-    let error = |weight: &Tensor| -> Result<Tensor, tch::TchError> {
+    let error = |weight: &Tensor, means: &Means| {
         // Of the difference, which is small: y − W_q·x is (W − W_q)·x + r.
         form(&problem.weight.f_sub(&weight.f_to_kind(Kind::Double)?)?, means)
     };
-    let (nearest, found) = (error(problem.nearest)?, error(&rounded)?);
-    let is_better = found.f_lt_tensor(&nearest)?;
+    let (nearest, found) = (error(problem.nearest, means)?, error(&rounded, means)?);
+    let mut is_better = found.f_lt_tensor(&nearest)?;
+    if let Some(weighted) = problem.weighted {
+        let falls = error(&rounded, weighted)?.f_le_tensor(&error(problem.nearest, weighted)?)?;
+        is_better = is_better.f_logical_and(&falls)?;
+    }
     let weight = rounded.f_where_self(&is_better.f_unsqueeze(-1)?, &problem.nearest.f_to_kind(Kind::Float)?)?;
     let better = Vec::<i64>::try_from(is_better.f_reshape([-1])?.f_to_kind(Kind::Int64)?)?;
     let best = found.f_where_self(&is_better, &nearest)?;

@@ -10,9 +10,10 @@ use tch::{Device, Kind, Tensor};
 
 use super::bias::{self, by_group};
 use super::layout::{by_channel, grouped, patches};
-use super::moments::{Means, Moments};
+use super::moments::Moments;
+use super::pull::{by_position, pulled};
 use super::rounding::{self, Problem, Rounded};
-use super::shift::{Seen, is_within, share, shift};
+use super::shift::{Seen, is_within, shift};
 use super::steps::{Asked, Clamp, Step, Steps};
 use super::targets::{Form, Reading, Target};
 use super::{Corrections, LeftOut};
@@ -26,12 +27,6 @@ use crate::sites::Sites;
 
 /// Numbers of a batch whose squared gradients are kept for one op.
 pub(super) const SEEN: i64 = 1 << 17;
-
-/// Share of the mean diagonal that is added to the diagonal of the Hessian by which weights make up for the errors of inputs.
-const PULL_DAMPING: f64 = 0.05;
-
-/// Share of the squared means that is added at least: the sums are of float32 products.
-const LEAST_SPREAD: f64 = 1e-5;
 
 /// A quantized weight.
 #[derive(Debug)]
@@ -394,8 +389,9 @@ impl<'a> Sequence<'a> {
         let weight = &mut self.network.weights[target.weight];
         let nearest = flat(&weight.tensor, target.form)?;
         let Weight { params, refits, .. } = &*weight;
-        let problem = Problem { weight: &float, nearest: &nearest, means: &means, params, refits: *refits };
-        let goal = pulled(&float, halves)?;
+        let (goal, weighted) = pulled(&float, halves)?;
+        let weighted = weighted.as_ref();
+        let problem = Problem { weight: &float, nearest: &nearest, means: &means, weighted, params, refits: *refits };
         match rounding::round(&problem, &goal)? {
             None => self
                 .not_rounded
@@ -455,7 +451,6 @@ impl<'a> Sequence<'a> {
             moments.add(x, &missing, None)?;
             let Some(squares) = &squares else { return Ok(()) };
             let weights = grouped(&squares.f_narrow(0, first, count)?, groups)?;
-            let weights = weights.f_mean_dim([1i64].as_slice(), false, Kind::Float)?;
             let seen = |of: &Tensor| match &positions {
                 None => Ok(of.shallow_clone()),
                 Some(positions) => {
@@ -463,7 +458,8 @@ impl<'a> Sequence<'a> {
                     of.f_reshape([groups, channels, count, -1])?.f_index_select(3, positions)?.f_flatten(2, 3)
                 }
             };
-            Ok(pull.add(&seen(x)?, &seen(&missing)?, Some(&weights))?)
+            let missing = seen(&missing)?;
+            Ok(pull.add(&seen(x)?, &missing, Some(&by_position(&weights, &missing)?))?)
         })
     }
 
@@ -548,38 +544,6 @@ fn add(op: &Op<'_>, value: &Tensor) -> Result<(), jit::Error> {
         let _ = value.shallow_clone().f_add_(&added.f_to_device(value.device())?)?;
     }
     Ok(())
-}
-
-/// W + α·E(g²·(y − W·x_q)·x_qᵀ)·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come
-/// nearer to the results that there should be; α is how far what one half of the batches asks for helps on the other half.
-fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<Tensor, tch::TchError> {
-    let all = halves[0].with(&halves[1])?;
-    let [even, odd] = halves;
-    let (Some(even), Some(odd), Some(all)) = (even.means(true)?, odd.means(true)?, all.means(true)?) else {
-        return Ok(weight.shallow_clone());
-    };
-    let product = |a: &Tensor, b: &Tensor| a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[]);
-    let [mut gain, mut cost] = [0.0; 2];
-    for (own, other) in [(&even, &odd), (&odd, &even)] {
-        let step = step(own)?;
-        gain += product(&step, &other.xr.f_transpose(1, 2)?)?;
-        cost += product(&step.f_bmm(&other.xx)?, &step)?;
-    }
-    let Some(share) = share(gain, cost) else { return Ok(weight.shallow_clone()) };
-    weight.f_add(&step(&all)?.f_mul_scalar(share)?)
-}
-
-/// The whole way; groups that nothing is known of stay.
-fn step(means: &Means) -> Result<Tensor, tch::TchError> {
-    let diagonal = means.xx.f_diagonal(0, 1, 2)?;
-    let mean = |of: &Tensor| of.f_mean_dim([1i64].as_slice(), true, Kind::Double);
-    // Where next to nothing is left without the means, that is rounding.
-    let least = mean(&means.x.f_square()?)?.f_mul_scalar(LEAST_SPREAD)?.f_clamp_min(f64::MIN_POSITIVE)?;
-    let damping = mean(&diagonal)?.f_mul_scalar(PULL_DAMPING)?.f_maximum(&least)?.f_expand_as(&diagonal)?;
-    let damped = means.xx.f_add(&damping.f_diag_embed(0, 1, 2)?)?;
-    let (step, singular) = Tensor::f_linalg_solve_ex(&damped, &means.xr, true, false)?;
-    let step = step.f_transpose(1, 2)?.f_nan_to_num(0.0, 0.0, 0.0)?;
-    step.f_mul(&singular.f_eq(0)?.f_reshape([-1, 1, 1])?)
 }
 
 /// A weight as (groups, outputs of a group, features and taps).

@@ -59,7 +59,7 @@ pub(super) fn shift(halves: &[Vec<Seen>; 2], bounds: Option<[f64; 2]>) -> Result
 }
 
 /// How far to go; `None` for nowhere.
-pub(super) fn share(gain: f64, cost: f64) -> Option<f64> {
+fn share(gain: f64, cost: f64) -> Option<f64> {
     // Of nothing to gain at no cost this is NaN.
     let share = gain / cost;
     (share > 0.0).then(|| share.min(1.0))
