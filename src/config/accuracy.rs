@@ -28,6 +28,7 @@ pub(super) struct Recipe {
     pub(super) bias_correction: BiasCorrection,
     pub(super) rounding: Rounding,
     pub(super) rounding_fallback: bool,
+    pub(super) hessian_fallback: bool,
 }
 
 impl Recipe {
@@ -39,14 +40,15 @@ impl Recipe {
             bias_correction: BiasCorrection::ClosedForm,
             rounding: Rounding::Nearest,
             rounding_fallback: false,
+            hessian_fallback: false,
         };
         let fast = Self { bias_correction: BiasCorrection::Weighted, ..default };
-        let balanced = Self { activation_error_method: Method::Hmse, ..fast };
+        // A layer that cannot have what the word asks for is listed with what it has: a word is not to ask for another key.
+        let balanced = Self { activation_error_method: Method::Hmse, hessian_fallback: true, ..fast };
         match accuracy {
             None => default,
             Some(Accuracy::Fast) => fast,
             Some(Accuracy::Balanced) => balanced,
-            // A layer whose Hessian is too large is rounded to nearest, and listed: a word is not to ask for another key.
             Some(Accuracy::High) => Self { rounding: Rounding::Gptq, rounding_fallback: true, ..balanced },
         }
     }

@@ -73,12 +73,12 @@ impl HessianPlan {
     }
 }
 
-/// The plan of `keys` in an experiment with this seed.
+/// The plan of `keys` in an experiment with this seed, with `fallback` where they do not say whether layers may do without scores.
 ///
 /// # Errors
 /// The key that is wrong, below `hessian`, and why.
-pub(super) fn resolve(keys: &HessianKeys, seed: u64) -> Result<HessianPlan, (&'static str, String)> {
-    let HessianPlan { request, allow_fallback, save } = HessianPlan::with_seed(keys.seed.unwrap_or(seed));
+pub(super) fn resolve(keys: &HessianKeys, seed: u64, fallback: bool) -> Result<HessianPlan, (&'static str, String)> {
+    let HessianPlan { request, save, .. } = HessianPlan::with_seed(keys.seed.unwrap_or(seed));
     let count = |typed: Option<Count>, default| typed.map_or(default, |Count(count)| count);
     let request = HessianRequest {
         samples: count(keys.samples, request.samples),
@@ -96,7 +96,7 @@ pub(super) fn resolve(keys: &HessianKeys, seed: u64) -> Result<HessianPlan, (&'s
         let reason = "expected at least 2 probes, as `tolerance` is about how much they differ, found 1".to_owned();
         return Err(("probes", reason));
     }
-    let allow_fallback = keys.allow_fallback.unwrap_or(allow_fallback);
+    let allow_fallback = keys.allow_fallback.unwrap_or(fallback);
     Ok(HessianPlan { request, allow_fallback, save: keys.save.unwrap_or(save) })
 }
 
@@ -125,7 +125,7 @@ mod tests {
 
     fn plan(yaml: &str) -> HessianPlan {
         let node = Node::parse(yaml, &Origin::Flag("here".to_owned()).into()).unwrap();
-        resolve(&decode::<HessianKeys>(&node).unwrap(), 9).unwrap()
+        resolve(&decode::<HessianKeys>(&node).unwrap(), 9, false).unwrap()
     }
 
     #[test]

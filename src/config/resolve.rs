@@ -66,12 +66,13 @@ impl Resolver<'_> {
         let seed = keys.seed.unwrap_or(0);
         let calibration = self.calibration(keys.calibration.unwrap_or_default(), seed)?;
         let quantization = keys.quantization.unwrap_or_default();
+        let fallback = Recipe::of(quantization.accuracy).hessian_fallback;
         let exponent = quantization.l_p_value.map(|LpValue(p)| p).unwrap_or_default();
         let mixed_precision = keys.mixed_precision.as_ref().map(super::mixed_precision::resolve).transpose();
         let mixed_precision = mixed_precision.map_err(|(key, reason)| self.invalid(&key, reason))?;
         let (weights, activations) = self.quantization(quantization, exponent, mixed_precision.as_ref())?;
         let overrides = Overrides::resolve(self.root, keys.overrides.unwrap_or_default(), exponent)?;
-        let hessian = super::hessian::resolve(&keys.hessian.unwrap_or_default(), seed)
+        let hessian = super::hessian::resolve(&keys.hessian.unwrap_or_default(), seed, fallback)
             .map_err(|(key, reason)| self.invalid(&format!("hessian.{key}"), reason))?;
         let methods = [weights.error_method, activations.error_method];
         // They are computed on the rows that weights are rounded and biases corrected on.

@@ -182,6 +182,15 @@ fn one_word_stands_for_keys() {
     assert_eq!(chosen(&["quantization.accuracy=fast"]), (mse, mse, BiasCorrection::Weighted, nearest));
     assert_eq!(chosen(&["quantization.accuracy=balanced"]), (mse, hmse, BiasCorrection::Weighted, nearest));
     let high = (mse, hmse, BiasCorrection::Weighted, (Rounding::Gptq, true));
+    let falls_back = |settings: &[&str]| {
+        let folder = folder();
+        run_in(folder.path(), SHORTEST, settings).unwrap().hessian.unwrap().allow_fallback
+    };
+    assert!(falls_back(&["quantization.accuracy=balanced"]) && falls_back(&["quantization.accuracy=high"]));
+    assert!(
+        !falls_back(&["quantization.accuracy=fast"]) && !falls_back(&["quantization.activation_error_method=HMSE"])
+    );
+    assert!(!falls_back(&["quantization.accuracy=high", "hessian.allow_fallback=false"]));
     assert_eq!(chosen(&["quantization.accuracy=high"]), high);
     // Keys of their own win, wherever they stand.
     let keys = "quantization={accuracy: high, weights: {rounding: nearest, rounding_fallback: false}, \

@@ -8,10 +8,12 @@ use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::config::EnginePlan;
+use crate::config::{EnginePlan, ReduceRange};
 use crate::jit;
 
-use cases::{Case, cases};
+use cases::{Case, cases, cases_of};
+
+pub(super) use cases::Geometry;
 
 /// Runs that are timed together.
 const RUNS: usize = 10;
@@ -104,7 +106,12 @@ impl Trial {
     }
 
     /// How many times as fast it has to be as one that is right for its price in accuracy to be paid; `None` where it stays wrong.
-    fn price(&self) -> Option<f64> {
+    fn price(&self, reduce_range: ReduceRange) -> Option<f64> {
+        if reduce_range == ReduceRange::Always {
+            // Activations have 7 bits whatever the engine.
+            let reduced = Self { wrong: self.wrong_in_7_bits.clone(), ..self.clone() };
+            return reduced.price(ReduceRange::Never);
+        }
         let is_cured = |task: &Task| {
             let is_bounded = *task == Task::Depthwise && self.bounds_depthwise(true);
             task.is_dispensable() || is_bounded || self.computes(*task, true)
@@ -114,7 +121,7 @@ impl Trial {
         } else if self.is_right_with_bounds() {
             Some(PRICE_OF_BOUNDS)
         } else {
-            self.wrong.iter().all(is_cured).then_some(PRICE_OF_7_BITS)
+            (reduce_range != ReduceRange::Never && self.wrong.iter().all(is_cured)).then_some(PRICE_OF_7_BITS)
         }
     }
 
@@ -151,24 +158,50 @@ pub fn trials() -> Vec<&'static Trial> {
 pub fn trial(engine: EnginePlan) -> Option<&'static Trial> {
     static TRIALS: [OnceLock<Option<Trial>>; 4] = [const { OnceLock::new() }; 4];
     let place = EnginePlan::NAMED.iter().position(|named| *named == engine)?;
-    let trial = TRIALS.get(place)?.get_or_init(|| {
-        // One engine is set for the whole process.
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = jit::engine();
-        let trial = try_out(engine);
-        // One that was set can be set again.
-        let _ = jit::set_engine(&before);
-        trial
-    });
+    let trial = TRIALS.get(place)?.get_or_init(|| on(engine, || try_out(engine)));
     trial.as_ref()
+}
+
+/// What `work` gives while this engine is set; `None` where this libtorch has it not.
+fn on<T>(engine: EnginePlan, work: impl FnOnce() -> T) -> Option<T> {
+    // One engine is set for the whole process.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = jit::engine();
+    jit::set_engine(engine.name()).ok()?;
+    let found = work();
+    // One that was set can be set again.
+    let _ = jit::set_engine(&before);
+    Some(found)
+}
+
+/// Whether an engine computes a convolution with a weight of this shape right; `is_bounded`: under the bound of
+/// [`Task::BoundedDepthwise`]. Each kind of layer is tried once in a process.
+pub(super) fn computes(
+    engine: EnginePlan,
+    (geometry, shape): (&Geometry, &[i64]),
+    is_bounded: bool,
+    has_7_bits: bool,
+) -> bool {
+    type Layer = (EnginePlan, Geometry, Vec<i64>, [bool; 2]);
+    static KNOWN: Mutex<Vec<(Layer, bool)>> = Mutex::new(Vec::new());
+    let layer = (engine, geometry.clone(), shape.to_vec(), [is_bounded, has_7_bits]);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, is_right)) = known.iter().find(|(other, _)| *other == layer) {
+        return *is_right;
+    }
+    let highest = if has_7_bits { 127.0 } else { 255.0 };
+    let cases = cases_of(geometry, shape, is_bounded, highest);
+    let is_right = on(engine, || cases.iter().all(|case| case.is_right().unwrap_or(false))).unwrap_or(false);
+    known.push((layer, is_right));
+    is_right
 }
 
 /// The fastest engine that is right, or is made right by bounded weights or, where they may be had, by activations of 7 bits; what
 /// costs accuracy has to be that much faster. The one that gets fewest tasks wrong where there is none.
 #[must_use]
-pub fn fastest<'a>(trials: &[&'a Trial], may_reduce: bool) -> Option<&'a Trial> {
-    let order = |trial: &Trial| match trial.price().filter(|&price| may_reduce || price < PRICE_OF_7_BITS) {
+pub fn fastest<'a>(trials: &[&'a Trial], reduce_range: ReduceRange) -> Option<&'a Trial> {
+    let order = |trial: &Trial| match trial.price(reduce_range) {
         Some(price) => (0, price * trial.seconds),
         None => (trial.wrong.len(), trial.seconds),
     };
@@ -179,18 +212,17 @@ pub fn fastest<'a>(trials: &[&'a Trial], may_reduce: bool) -> Option<&'a Trial> 
     trials.iter().copied().min_by(|a, b| compare(a, b))
 }
 
-fn try_out(engine: EnginePlan) -> Option<Trial> {
-    jit::set_engine(engine.name()).ok()?;
+fn try_out(engine: EnginePlan) -> Trial {
     let is_wrong = |task: Task, highest: f64| !cases(task, highest).iter().all(|case| case.is_right().unwrap_or(false));
     let wrong: Vec<Task> = Task::ALL.into_iter().filter(|&task| is_wrong(task, 255.0)).collect();
     let wrong_in_7_bits = wrong.iter().copied().filter(|&task| is_wrong(task, 127.0)).collect();
     let mut trial = Trial { engine, wrong, wrong_in_7_bits, seconds: f64::INFINITY };
-    if trial.price().is_some() {
+    if [ReduceRange::Auto, ReduceRange::Always].into_iter().any(|asked| trial.price(asked).is_some()) {
         let timed = [Task::Window, Task::Pointwise, Task::Depthwise, Task::Linear];
         let tasks = timed.into_iter();
         trial.seconds = tasks.filter_map(|task| time(task).ok()).sum();
     }
-    Some(trial)
+    trial
 }
 
 /// Seconds of one task at a size that networks have.
@@ -205,7 +237,8 @@ fn time(task: Task) -> Result<f64, jit::Error> {
     let (input, weight) = (ones(input)?, ones(weight)?);
     let is_linear = task == Task::Linear;
     let flat = |tensor: Tensor| if is_linear { tensor.f_flatten(1, -1) } else { Ok(tensor) };
-    let case = Case { task, input: flat(input)?, weight: flat(weight)?, groups, is_centred: false };
+    let geometry = (!is_linear).then(|| Geometry::plain(&weight.size()[2..], groups));
+    let case = Case { geometry, input: flat(input)?, weight: flat(weight)?, is_centred: false };
     let seconds = |runs: usize| {
         let start = Instant::now();
         case.run(None, 1000.0, runs).map(|_| start.elapsed().as_secs_f64())
@@ -244,7 +277,7 @@ mod tests {
             reduced(&[Task::Window], f64::INFINITY),
         ];
         let trials: Vec<&Trial> = trials.iter().collect();
-        let engine = |trials: &[&Trial]| fastest(trials, true).map(|trial| trial.engine);
+        let engine = |trials: &[&Trial]| fastest(trials, ReduceRange::Auto).map(|trial| trial.engine);
         assert_eq!(engine(&trials), Some(EnginePlan::Onednn));
         assert_eq!(engine(&trials[1..2]), Some(EnginePlan::X86));
         assert_eq!(engine(&trials[3..]), Some(EnginePlan::Fbgemm));
@@ -256,12 +289,16 @@ mod tests {
         let qnnpack = tried(EnginePlan::Qnnpack, &[], 6.0);
         let engine = |wrong: &[Task], seconds, may_reduce| {
             let other = tried(EnginePlan::X86, wrong, seconds);
-            fastest(&[&qnnpack, &other], may_reduce).map(|trial| trial.engine)
+            let reduce_range = if may_reduce { ReduceRange::Auto } else { ReduceRange::Never };
+            fastest(&[&qnnpack, &other], reduce_range).map(|trial| trial.engine)
         };
         let (right, other) = (Some(EnginePlan::Qnnpack), Some(EnginePlan::X86));
         assert_eq!([engine(&[Task::Depthwise], 4.0, true), engine(&[Task::Depthwise], 2.0, true)], [right, other]);
         assert_eq!([engine(&[Task::Window], 2.0, true), engine(&[Task::Window], 1.0, true)], [right, other]);
         assert_eq!(engine(&[Task::Window], 1.0, false), right);
+        // Where all have 7 bits, that is no price.
+        let slower = tried(EnginePlan::X86, &[Task::Window, Task::Depthwise], 5.0);
+        assert_eq!(fastest(&[&qnnpack, &slower], ReduceRange::Always).map(|trial| trial.engine), other);
     }
 
     #[test]
@@ -287,6 +324,32 @@ mod tests {
         // Where nothing is cured, nothing is given up.
         assert_eq!(needs(&trial(&[Window, Depthwise], &[Window, Depthwise])), (false, true));
         assert_eq!(needs(&trial(&[Window], &[Window])), (false, false));
+    }
+
+    /// Wherever one is right in convolutions, it is in those over other axes, with strides, holes and groups too.
+    #[test]
+    fn layers_are_tried_as_they_are() {
+        let conv = |spatial: usize, groups: i64| Geometry {
+            stride: vec![2; spatial],
+            padding: vec![1; spatial],
+            dilation: vec![2; spatial],
+            groups,
+            output_padding: None,
+        };
+        let transposed = |spatial: usize| Geometry { output_padding: Some(vec![1; spatial]), ..conv(spatial, 2) };
+        for trial in trials().into_iter().filter(|trial| trial.engine != EnginePlan::Qnnpack) {
+            let of = |geometry: Geometry, shape: &[i64]| computes(trial.engine, (&geometry, shape), false, false);
+            for (geometry, shape) in
+                [(conv(1, 1), vec![40, 24, 3]), (conv(2, 4), vec![40, 8, 3, 3]), (conv(3, 1), vec![8, 200, 3, 3, 3])]
+            {
+                assert_eq!(of(geometry, &shape), trial.computes(Task::Window, false), "{:?} {shape:?}", trial.engine);
+            }
+            // The second time as the first.
+            let [first, second] = [(); 2].map(|()| of(transposed(2), &[8, 4, 3, 3]));
+            assert_eq!(first, second, "{:?}", trial.engine);
+            let saturates = of(Geometry::plain(&[3, 3], 144), &[144, 1, 3, 3]);
+            assert_eq!(saturates, trial.computes(Task::Depthwise, false), "{:?}", trial.engine);
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Convolutions, linear layers and products with a constant matrix as 8-bit kernels. It knows no other ops.
 
-use super::engine::Task;
+use super::engine::{self, Geometry, Task};
 use super::kernels::Convolution;
 use super::recipe::{BiasOf, Recipe};
 use super::walk::{Eight, Lowered, Stay, Walk};
@@ -32,8 +32,10 @@ impl Walk<'_> {
             return Err("a file cannot hold what QNNPACK packs for 3 dimensions".into());
         }
         let target = self.target(id)?;
-        let numbers = self.geometry(node, slots, spatial)?;
-        self.check_engine(self.task(weight, &numbers), &input)?;
+        let geometry = self.geometry(node, slots, spatial)?;
+        self.check_engine(self.task(weight, &geometry), &input)?;
+        self.check_layer((weight, &geometry), &input)?;
+        let numbers = geometry.operands();
         let (pack, names) = match spatial {
             1 => ("quantized::conv1d_prepack", ["quantized::conv1d", "quantized::conv1d_relu"]),
             2 => ("quantized::conv2d_prepack", ["quantized::conv2d", "quantized::conv2d_relu"]),
@@ -62,7 +64,9 @@ impl Walk<'_> {
             let [_, hi] = target.clamp.unwrap_or([0.0, f64::INFINITY]);
             target.clamp = Some([0.0, hi]);
         }
-        let numbers = self.transposed_geometry(node, spatial)?;
+        let geometry = self.transposed_geometry(node, spatial)?;
+        self.check_layer((weight, &geometry), &input)?;
+        let numbers = geometry.operands();
         let (pack, name) = match spatial {
             1 => ("quantized::conv_transpose1d_prepack", "quantized::conv_transpose1d"),
             2 => ("quantized::conv_transpose2d_prepack", "quantized::conv_transpose2d"),
@@ -76,13 +80,15 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Stride, padding, output padding, dilation, groups.
-    fn transposed_geometry(&self, node: &Node, spatial: usize) -> Result<Vec<Operand>, Stay> {
-        let slots = [(3, "stride"), (4, "padding"), (5, "output_padding"), (7, "dilation")];
-        let list = |(slot, what)| Ok(Operand::Ints(self.constants(node, slot, (spatial, what))?));
-        let mut numbers = slots.into_iter().map(list).collect::<Result<Vec<_>, Stay>>()?;
-        numbers.push(Operand::Int(self.groups(node, 6)?));
-        Ok(numbers)
+    fn transposed_geometry(&self, node: &Node, spatial: usize) -> Result<Geometry, Stay> {
+        let list = |slot, what: &str| self.constants(node, slot, (spatial, what));
+        Ok(Geometry {
+            stride: list(3, "stride")?,
+            padding: list(4, "padding")?,
+            output_padding: Some(list(5, "output_padding")?),
+            groups: self.groups(node, 6)?,
+            dilation: list(7, "dilation")?,
+        })
     }
 
     /// Axes that a convolution goes over; its kernel takes batches.
@@ -106,10 +112,9 @@ impl Walk<'_> {
     }
 
     /// What an engine has to be right in for a convolution.
-    fn task(&self, weight: usize, numbers: &[Operand]) -> Task {
+    fn task(&self, weight: usize, geometry: &Geometry) -> Task {
         let shape = self.given.weights[weight].image.size();
-        let is_grouped = !matches!(numbers.last(), Some(Operand::Int(1)));
-        if is_grouped && shape.get(1) == Some(&1) {
+        if geometry.groups != 1 && shape.get(1) == Some(&1) {
             if self.given.weights[weight].is_bounded { Task::BoundedDepthwise } else { Task::Depthwise }
         } else if shape.iter().skip(2).all(|&taps| taps == 1) {
             Task::Pointwise
@@ -125,8 +130,18 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Stride, padding, dilation, groups.
-    fn geometry(&self, node: &Node, slots: Convolution, spatial: usize) -> Result<Vec<Operand>, Stay> {
+    /// Whether the engine is right in a layer with such a window, whatever its values.
+    fn check_layer(&self, (weight, geometry): (usize, &Geometry), input: &Eight) -> Result<(), Stay> {
+        let Some(trial) = self.given.trial else { return Ok(()) };
+        let weight = &self.given.weights[weight];
+        let shape = weight.image.size();
+        if !engine::computes(trial.engine, (geometry, &shape), weight.is_bounded, input.has_7_bits()) {
+            return Err("the engine computes layers with such windows wrong on this machine".into());
+        }
+        Ok(())
+    }
+
+    fn geometry(&self, node: &Node, slots: Convolution, spatial: usize) -> Result<Geometry, Stay> {
         let list = |slot, what: &str| self.constants(node, slot, (spatial, what));
         let (stride, dilation) = (list(3, "stride")?, list(slots.dilation, "dilation")?);
         let mode = self.graph.constant(node, 4).map(|constant| constant.text.trim_matches(['"', '\'']));
@@ -144,7 +159,7 @@ impl Walk<'_> {
             _ => list(4, "padding")?,
         };
         let groups = self.groups(node, slots.groups)?;
-        Ok(vec![Operand::Ints(stride), Operand::Ints(padding), Operand::Ints(dilation), Operand::Int(groups)])
+        Ok(Geometry { stride, padding, dilation, groups, output_padding: None })
     }
 
     /// A layer whose weight has its output channels in rows, or else in columns.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{Error, Progress, Work, blame, versions};
-use crate::config::{DataPlan, EnginePlan};
+use crate::config::{DataPlan, EnginePlan, ReduceRange};
 use crate::jit::{self, Frozen, Module};
 use crate::lower::engine;
 use crate::report::{self, Bench};
@@ -32,7 +32,7 @@ pub struct BenchRequest {
 pub fn bench(request: &BenchRequest, plan: &DataPlan, progress: &mut dyn Progress) -> Result<Bench, Error> {
     progress.stage("load", Work::Uncounted);
     let engine = match request.engine {
-        EnginePlan::Auto => engine::fastest(&engine::trials(), false).ok_or(Error::NoEngine)?.engine,
+        EnginePlan::Auto => engine::fastest(&engine::trials(), ReduceRange::Never).ok_or(Error::NoEngine)?.engine,
         named => named,
     };
     if !jit::engines().iter().any(|name| name == engine.name()) {

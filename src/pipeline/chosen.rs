@@ -9,7 +9,7 @@ use super::base::{Base, Observed};
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
-use super::{Error, Progress, Work, device, refine, worst};
+use super::{Error, Progress, Work, device, int8, refine, worst};
 use crate::config::Plan;
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
@@ -61,7 +61,8 @@ impl Chosen {
         progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
         let selections = select::select(given, model, &mut sites, |count| progress.advance(count))?;
         let rows = worst::Rows { seen: calibration.rows, stored: calibration.stored_rows };
-        let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, rows)?;
+        let told = (rows, int8::kernels_of(plan));
+        let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, told)?;
         let seen = correct::Seen { inputs, statistics: &statistics };
         let known = correct::closed_form(model, &sites, &selections.weights, &targets, seen)?;
         let (corrections, not_rounded) = (Corrections::default(), Vec::new());

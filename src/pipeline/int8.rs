@@ -229,8 +229,8 @@ pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
     let Some(int8) = plan.output.int8.as_mut() else { return Ok(plan) };
     let is_free = plan.mixed_precision.as_ref().is_some_and(|mixed| mixed.activations.is_some());
     if int8.engine == EnginePlan::Auto {
-        let may_reduce = !is_free && int8.reduce_range != ReduceRange::Never;
-        int8.engine = engine::fastest(&engine::trials(), may_reduce).ok_or(Error::NoEngine)?.engine;
+        let reduce_range = if is_free { ReduceRange::Never } else { int8.reduce_range };
+        int8.engine = engine::fastest(&engine::trials(), reduce_range).ok_or(Error::NoEngine)?.engine;
     }
     if int8.reduce_range == ReduceRange::Auto {
         let is_asked_for = !is_free && trial(int8.engine)?.asks_for_7_bits();

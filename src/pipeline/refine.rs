@@ -1,10 +1,12 @@
 //! Rounding and bias correction of a model whose thresholds are chosen: which rows it runs on, and what the report says.
 
+use std::num::NonZeroUsize;
+
 use super::base::Base;
 use super::chosen::Chosen;
 use super::device::Batches;
 use super::{Error, Progress, Work};
-use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
+use crate::config::{BiasCorrection, HessianRequest, Plan, Rounding};
 use crate::correct::{
     self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
 };
@@ -26,12 +28,11 @@ pub(super) fn asked(plan: &Plan) -> Asked {
 /// # Errors
 /// Where the Hessian of a layer would be too large, and that is not allowed.
 pub(super) fn steps(base: &Base, plan: &Plan, (sites, settings): (&Sites, &Settings)) -> Result<Steps, Error> {
-    if let Some(HessianPlan { request, .. }) = &plan.hessian {
-        let rows = request.samples.get().min(base.calibration.rows);
-        let is_weighted = plan.weights.bias_correction == BiasCorrection::Weighted;
-        if is_weighted && rows <= request.batch_size.get() {
-            return Err(Error::OneBatch { rows, batch_size: request.batch_size.get() });
-        }
+    let is_weighted = plan.weights.bias_correction == BiasCorrection::Weighted;
+    if is_weighted
+        && plan.hessian.as_ref().is_some_and(|hessian| hessian.request.samples.get().min(base.calibration.rows) < 2)
+    {
+        return Err(Error::OneRow);
     }
     let targets = Targets::find(base.model.listing(), sites);
     let mut steps = Steps::find(base.model.listing(), sites, &targets, asked(plan));
@@ -59,11 +60,11 @@ pub(super) fn refine(
     // Planned wherever something is done op by op.
     let Some(hessian) = &plan.hessian else { return Ok(()) };
     let steps = steps(base, plan, (&chosen.sites, settings))?;
-    let looks = Looks::new(&steps, hessian.request.seed);
+    let request = &in_two(&hessian.request, base.calibration.rows);
+    let looks = Looks::new(&steps, request.seed);
     // All batches are in memory together.
-    let blame = || Batches { key: "hessian.samples", rows: hessian.request.samples }.blame();
+    let blame = || Batches { key: "hessian.samples", rows: request.samples }.blame();
     let data = base.calibration.data()?;
-    let request = &hessian.request;
     let squares = if plan.weights.bias_correction == BiasCorrection::Weighted {
         progress.stage("gradients", Work::Rows(request.samples.get().min(base.calibration.rows)));
         let look = |batch, op, value: &_| looks.look(batch, op, value);
@@ -73,7 +74,7 @@ pub(super) fn refine(
     } else {
         Vec::new()
     };
-    let batches: Vec<Arguments> = batches(base, hessian)?;
+    let batches: Vec<Arguments> = batches(base, request)?;
     progress.stage("correct", Work::Sites(steps.count()));
     let weights = chosen.selections.take_weights(settings);
     let network =
@@ -83,9 +84,17 @@ pub(super) fn refine(
     take(base, chosen, refined.map_err(Error::from).map_err(blame())?, plan.weights.rounding)
 }
 
+/// In two batches at least, as one cannot confirm what it asks for itself.
+fn in_two(request: &HessianRequest, rows: usize) -> HessianRequest {
+    let half = NonZeroUsize::new(request.samples.get().min(rows).div_ceil(2));
+    HessianRequest {
+        batch_size: half.map_or(request.batch_size, |half| request.batch_size.min(half)),
+        ..request.clone()
+    }
+}
+
 /// The rows that Hessian scores are computed on, batch by batch.
-fn batches(base: &Base, hessian: &HessianPlan) -> Result<Vec<Arguments>, Error> {
-    let request = &hessian.request;
+fn batches(base: &Base, request: &HessianRequest) -> Result<Vec<Arguments>, Error> {
     let data = base.calibration.data()?;
     let batches = data.sample(request.samples, request.seed, request.batch_size);
     batches.map(|batch| Ok(feed::bind(base.model.module(), batch?)?)).collect()

@@ -7,7 +7,7 @@ use super::Error;
 use crate::jit::{self, Clean};
 use crate::quantizer::{Bits, Granularity};
 use crate::report::{Kind, SiteReport, WorstSite};
-use crate::sites::{Sites, WeightSite};
+use crate::sites::{Kernels, Sites, WeightSite};
 use crate::statistics::{Activation, Channel, ChannelLayout, Counter};
 use crate::threshold::ErrorMethod;
 
@@ -32,6 +32,9 @@ const MANY_DEAD: f64 = 0.1;
 /// Bits that are tried next where nothing but the number of levels is to blame.
 const MORE_BITS: [u8; 3] = [4, 8, 16];
 
+/// From so many bits on 8-bit kernels have no more to give: an activation of 7 has them because its engine needs it.
+const MOST_BITS_OF_KERNELS: u8 = 7;
+
 /// Rows of calibration.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Rows {
@@ -41,7 +44,8 @@ pub(super) struct Rows {
     pub(super) stored: usize,
 }
 
-/// The worst sites by signal to noise, worst first. `statistics` are those of `sites.activations`, in order.
+/// The worst sites by signal to noise, worst first. `statistics` are those of `sites.activations`, in order, and `kernels` those that
+/// the model is to run on.
 ///
 /// # Errors
 /// Where a weight cannot be read.
@@ -50,7 +54,7 @@ pub(super) fn worst(
     sites: &Sites,
     statistics: &[Vec<Activation>],
     reports: &[SiteReport],
-    rows: Rows,
+    (rows, kernels): (Rows, Kernels),
 ) -> Result<Vec<WorstSite>, Error> {
     let finite = reports.iter().filter_map(|site| Some((site.quantizers.sqnr_db?, site)));
     let mut ranked: Vec<(f64, &SiteReport)> = finite.collect();
@@ -78,7 +82,7 @@ pub(super) fn worst(
             (traits.unevenness, traits.peak) = (None, None);
         }
         let cause = traits.cause(report);
-        let line = cause.line_to_try(report);
+        let line = cause.line_to_try(report, kernels);
         told.push(WorstSite { name: report.name.clone(), kind: report.kind, sqnr_db, cause: cause.to_string(), line });
     }
     Ok(told)
@@ -177,7 +181,7 @@ impl fmt::Display for Cause {
 
 impl Cause {
     /// A line of YAML that may help, if any can.
-    fn line_to_try(&self, site: &SiteReport) -> Option<String> {
+    fn line_to_try(&self, site: &SiteReport, kernels: Kernels) -> Option<String> {
         let (sites, current) = match site.kind {
             Kind::Weight => ("weights", site.bits.get()),
             Kind::Activation => ("activations", site.bits.get()),
@@ -189,7 +193,7 @@ impl Cause {
             }
             Self::Outliers { .. } if site.error_method == ErrorMethod::NoClipping => "error_method: MSE".to_owned(),
             Self::WideRange { .. } if site.kind == Kind::Weight => "granularity: per_channel".to_owned(),
-            _ => match MORE_BITS.into_iter().find(|&bits| bits > current) {
+            _ => match more_bits(current, kernels) {
                 Some(bits) if site.error_method == ErrorMethod::Kl && bits > ErrorMethod::KL_MAX_BITS => {
                     format!("bits: {bits}, error_method: MSE")
                 }
@@ -199,6 +203,11 @@ impl Cause {
         };
         Some(format!("overrides: [{{layers: \"{}\", {sites}: {{{setting}}}}}]", site.layer))
     }
+}
+
+fn more_bits(current: u8, kernels: Kernels) -> Option<u8> {
+    let may_grow = kernels == Kernels::Float || current < MOST_BITS_OF_KERNELS;
+    MORE_BITS.into_iter().find(|&bits| may_grow && bits > current)
 }
 
 #[cfg(test)]
@@ -246,7 +255,7 @@ mod tests {
     fn more_samples_are_asked_for_where_there_are_more() {
         let of = |seen, stored| {
             let cause = Cause::FewSamples(Rows { seen, stored });
-            (cause.to_string(), cause.line_to_try(&site(Kind::Activation, 8, ErrorMethod::Mse)))
+            (cause.to_string(), cause.line_to_try(&site(Kind::Activation, 8, ErrorMethod::Mse), Kernels::Float))
         };
         assert_eq!(of(31, 1000).1.as_deref(), Some("calibration: {samples: 256}"));
         let (cause, line) = of(16, 16);
@@ -266,7 +275,7 @@ mod tests {
         };
         let guess = |statistics: &Activation, seen: usize, site: &SiteReport| {
             let cause = cause(statistics, seen, site);
-            [cause.to_string(), cause.line_to_try(site).unwrap()]
+            [cause.to_string(), cause.line_to_try(site, Kernels::Float).unwrap()]
         };
         let even = statistics(&[ramp(500, 1.0), ramp(500, 1.0)]);
         assert_eq!(
@@ -281,6 +290,14 @@ mod tests {
         assert!(line.ends_with("activations: {bits: 16, error_method: MSE}}]"), "{line}");
         let widest = site(Kind::Activation, 16, ErrorMethod::Mse);
         assert!(guess(&even, 64, &widest)[1].ends_with("activations: float}]"));
+
+        // What 8-bit kernels do not take is no line to try.
+        let on_kernels = |bits| {
+            let site = site(Kind::Activation, bits, ErrorMethod::Mse);
+            cause(&even, 64, &site).line_to_try(&site, Kernels::Int8).unwrap()
+        };
+        assert!(on_kernels(4).ends_with("activations: {bits: 8}}]"));
+        assert!([7, 8].into_iter().all(|bits| on_kernels(bits).ends_with("activations: float}]")));
 
         let mut spiked = ramp(5000, 1.0);
         spiked[7] = 1000.0;
