@@ -63,3 +63,19 @@ pub struct Corrections {
     /// Not corrected.
     pub left_out: Vec<LeftOut>,
 }
+
+impl Corrections {
+    /// The same, with the same tensors.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        let bias = |bias: &Bias| Bias {
+            layer: bias.layer.clone(),
+            op: bias.op.clone(),
+            result: bias.result,
+            place: bias.place,
+            tensor: bias.tensor.shallow_clone(),
+            added: bias.added.clone(),
+        };
+        Self { biases: self.biases.iter().map(bias).collect(), left_out: self.left_out.clone() }
+    }
+}

@@ -212,10 +212,15 @@ fn finish(
     };
     clock.timings.evaluate = clock.lap();
 
-    let Chosen { sites, selections, corrections, worst_sites, not_rounded, correct: _ } = chosen;
+    let Chosen { sites, selections, corrections, worst_sites, not_rounded, given_up, correct: _ } = chosen;
     let mut warnings = int8_warnings;
     warnings.extend(notes(model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation));
     warnings.extend(scores.warnings);
+    let correction = match (plan.weights.bias_correction, &given_up) {
+        (BiasCorrection::Weighted, Some(_)) => BiasCorrection::ClosedForm,
+        (planned, _) => planned,
+    };
+    warnings.extend(given_up);
     warnings.extend(base.taken.warning.clone());
     warnings.extend(
         jit::take_unordered()
@@ -234,7 +239,7 @@ fn finish(
         calibration_samples: base.calibration.rows,
         mixed_precision: scores.mixed.map(|mixed| mixed.measured(evaluation.quantized.squared_error)),
         hessian: scores.report,
-        bias_correction: corrected_biases(plan, corrections),
+        bias_correction: corrected_biases(correction, corrections),
         not_rounded: (plan.weights.rounding != Rounding::Nearest).then_some(not_rounded),
         int8,
         warnings,
@@ -284,8 +289,7 @@ fn kept_statistics(kept: &Kept, calibration: &Calibration) -> String {
 }
 
 /// What the report says of them.
-fn corrected_biases(plan: &Plan, corrections: Corrections) -> Option<report::CorrectedBiases> {
-    let method = plan.weights.bias_correction;
+fn corrected_biases(method: BiasCorrection, corrections: Corrections) -> Option<report::CorrectedBiases> {
     let layers = corrections.biases.into_iter();
     let left_out = corrections.left_out.into_iter();
     (method != BiasCorrection::None).then(|| report::CorrectedBiases {

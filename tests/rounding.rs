@@ -296,16 +296,10 @@ fn wrong_keys_are_told() {
     assert!(refusal.contains("rounding"), "{refusal}");
 }
 
-/// What half of the rows asks for is tried on the other half, whatever the batches.
 #[test]
-fn one_row_cannot_confirm_itself() {
+fn one_batch_cannot_confirm_itself() {
     let folder = Folder::new();
-    let of = |batch_size: usize| {
-        let rows = format!("hessian={{samples: 16, batch_size: {batch_size}}}");
-        folder.quantize(&experiment(common::model("mlp")), &[WEIGHTED, &rows]).succeeded();
-        folder.report("run")["bias_correction"]["layers"].clone()
-    };
-    assert_eq!(of(8), of(16));
-    let refusal = folder.refuses(1, &experiment(common::model("mlp")), &[WEIGHTED, "hessian.samples=1"]);
-    assert!(refusal.contains("at least 2 rows") && refusal.contains("found 1"), "{refusal}");
+    let all = "hessian={samples: 16, batch_size: 16}";
+    let refusal = folder.refuses(1, &experiment(common::model("mlp")), &[WEIGHTED, all]);
+    assert!(refusal.contains("found 16 rows in batches of 16; lower `hessian.batch_size`"), "{refusal}");
 }

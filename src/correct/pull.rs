@@ -8,18 +8,28 @@ use super::moments::{Means, Moments};
 /// Share of the mean diagonal that is added to the diagonal of the Hessian by which weights make up for the errors of inputs.
 const PULL_DAMPING: f64 = 0.05;
 
-/// Share of the squared means that is added at least: the sums are of float32 products.
-const LEAST_SPREAD: f64 = 1e-5;
+/// Share of the mean r² that counts as missing everywhere.
+const LEAST_MISSING: f64 = 0.01;
 
-/// What a position counts, so that Σ r² over its channels times that is Σ g²·r². A mean of g² instead would count what is missing
-/// in a channel that the outputs hardly depend on as if it were missing in all: of a transformer's massive activations that is most.
+/// Share of the squared means that is added at least: the sums are of float32 products.
+pub(super) const LEAST_SPREAD: f64 = 1e-5;
+
+/// What a position counts, so that Σ r² over its channels times that is Σ g²·r², r without its mean, which a bias takes out. A mean
+/// of g² instead would count what is missing in a channel that the outputs hardly depend on as if it were missing in all: of a
+/// transformer's massive activations that is most. Where next to nothing is missing it is the mean of g².
 pub(super) fn by_position(squares: &Tensor, missing: &Tensor) -> Result<Tensor, tch::TchError> {
-    let over = |value: &Tensor| value.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
-    let power = missing.f_square()?;
-    over(&squares.f_mul(&power)?)?.f_div(&over(&power)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?)
+    let over = |value: &Tensor, axis: i64| value.f_sum_dim_intlist([axis].as_slice(), true, Kind::Float);
+    // As much as the outputs depend on it, so that positions that do not count do not shift it.
+    let weight = over(squares, -1)?.f_clamp_min(f64::MIN_POSITIVE)?;
+    let mean = over(&squares.f_div(&weight)?.f_mul(missing)?, -1)?;
+    let power = missing.f_sub(&mean)?.f_square()?;
+    let least = power.f_mean(Kind::Float)?.f_mul_scalar(LEAST_MISSING)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
+    let power = power.f_add(&least)?;
+    // Shares first: products of small numbers are none in float32.
+    over(&power.f_div(&over(&power, 1)?)?.f_mul(squares)?, 1)?.f_squeeze_dim(1)
 }
 
-/// W + α·E(g²·(y − W·x_q)·x_qᵀ)·(E(g²·x_q·x_qᵀ) + λI)⁻¹: the weights with which the quantized inputs would come
+/// W + α·E(w·(y − W·x_q)·x_qᵀ)·(E(w·x_q·x_qᵀ) + λI)⁻¹, w being what a position counts: the weights with which the quantized inputs would come
 /// nearer to the results that there should be, and the means that this is made of, if there are some; α is, for each channel, how
 /// far what one half of the batches asks for helps on the other half.
 pub(super) fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<(Tensor, Option<Means>), tch::TchError> {
@@ -34,9 +44,8 @@ pub(super) fn pulled(weight: &Tensor, halves: [Moments; 2]) -> Result<(Tensor, O
         Ok([along(&step, &other.xr.f_transpose(1, 2)?)?, along(&step.f_bmm(&other.xx)?, &step)?])
     };
     let [[gain, cost], [more_gain, more_cost]] = [tried(&even, &odd)?, tried(&odd, &even)?];
-    // Of nothing to gain at no cost this is NaN.
-    let share =
-        gain.f_add(&more_gain)?.f_div(&cost.f_add(&more_cost)?)?.f_nan_to_num(0.0, 0.0, 0.0)?.f_clamp(0.0, 1.0)?;
+    let (gain, cost) = (gain.f_add(&more_gain)?, cost.f_add(&more_cost)?);
+    let share = gain.f_div(&cost)?.f_clamp(0.0, 1.0)?.f_where_self(&cost.f_gt(0.0)?, &cost.f_zeros_like()?)?;
     Ok((weight.f_add(&step(&all)?.f_mul(&share)?)?, Some(all)))
 }
 
@@ -67,11 +76,27 @@ mod tests {
     fn a_position_counts_what_its_error_does() {
         tch::manual_seed(1);
         let (squares, missing) = (randn(&[2, 5, 7]).square(), randn(&[2, 5, 7]));
-        let over = |value: &Tensor| value.sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
-        let found = over(&missing.square()) * by_position(&squares, &missing).unwrap();
-        assert!(found.allclose(&over(&(&squares * missing.square())), 1e-5, 1e-7, false));
-        let nothing = by_position(&squares, &missing.zeros_like()).unwrap();
-        assert_eq!(nothing.abs().max().double_value(&[]), 0.0);
+        let found = by_position(&squares, &missing).unwrap();
+        let over = |value: &Tensor, axis: i64| value.sum_dim_intlist([axis].as_slice(), true, Kind::Float);
+        let mean = over(&(&squares * &missing), -1) / over(&squares, -1);
+        let power = (&missing - mean).square();
+        let power = &power + power.mean(Kind::Float) * LEAST_MISSING;
+        let expected = (over(&(&squares * &power), 1) / over(&power, 1)).squeeze_dim(1);
+        assert!(found.allclose(&expected, 1e-5, 1e-7, false), "{found:?} {expected:?}");
+        // A bias changes nothing, and the smallest numbers are numbers.
+        let biased = by_position(&squares, &(&missing + randn(&[2, 5, 1]) * 10.0)).unwrap();
+        assert!(found.allclose(&biased, 1e-3, 1e-5, false), "{found:?} {biased:?}");
+        let small = by_position(&(&squares * 1e-30), &(&missing * 1e-15)).unwrap() * 1e30;
+        assert!(found.allclose(&small, 1e-3, 1e-5, false), "{found:?} {small:?}");
+    }
+
+    #[test]
+    fn where_nothing_is_missing_a_position_counts_as_its_mean() {
+        let squares = randn(&[2, 5, 7]).square();
+        let mean = squares.mean_dim([1i64].as_slice(), false, Kind::Float);
+        assert!(by_position(&squares, &squares.zeros_like()).unwrap().allclose(&mean, 1e-5, 1e-7, false));
+        let dead = by_position(&squares.zeros_like(), &squares).unwrap();
+        assert_eq!(dead.abs().max().double_value(&[]), 0.0);
     }
 
     /// All of what is missing in the massive channel is at one position, where the outputs do not depend on it.

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::moments::Means;
+use super::pull::LEAST_SPREAD;
 use crate::quantizer::{Levels, QuantParams};
 
 /// Share of the mean diagonal that is added to the diagonal of a Hessian.
@@ -56,15 +57,18 @@ pub(super) struct Rounded {
 /// tell anything: they never differ. What is found makes the weighted error small; a channel takes it only if its error is less
 /// without weights too.
 pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rounded>, tch::TchError> {
-    let hessian = &match problem.weighted {
-        None => problem.means.xx.shallow_clone(),
-        // Groups that the outputs do not depend on have no other.
-        Some(weighted) => {
-            let trace = weighted.xx.f_diagonal(0, 1, 2)?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double)?;
-            weighted.xx.f_where_self(&trace.f_gt(0.0)?.f_unsqueeze(2)?, &problem.means.xx)?
-        }
+    let plain = &problem.means.xx;
+    let weighted = problem.weighted.map(|weighted| counted(weighted, plain)).transpose()?;
+    let found = match &weighted {
+        Some(weighted) => factor(weighted)?.map(|found| (found, weighted)),
+        None => None,
     };
-    let Some(found) = factor(hessian)? else { return Ok(None) };
+    let Some((found, hessian)) = (match found {
+        Some(found) => Some(found),
+        None => factor(plain)?.map(|found| (found, plain)),
+    }) else {
+        return Ok(None);
+    };
     let [_, outputs, features] = <[i64; 3]>::try_from(problem.weight.size()).unwrap_or_default();
     let (outputs, features) = (outputs.unsigned_abs() as usize, features.unsigned_abs() as usize);
     let of = |channel: usize| &problem.params[if problem.params.len() == 1 { 0 } else { channel }];
@@ -107,6 +111,16 @@ pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rou
         })
         .collect();
     chosen(problem, &levels, &grids, features)
+}
+
+/// The weighted Hessian of each group; that without weights where the outputs depend on too few positions for one. Each by its trace,
+/// so that the groups are of one magnitude.
+fn counted(weighted: &Means, plain: &Tensor) -> Result<Tensor, tch::TchError> {
+    let trace = |of: &Tensor| of.f_diagonal(0, 1, 2)?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
+    let unit = |of: &Tensor| of.f_div(&trace(of)?.f_clamp_min(f64::MIN_POSITIVE)?.f_unsqueeze(2)?);
+    let means = weighted.x.f_square()?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double)?;
+    let is_known = trace(&weighted.xx)?.f_gt_tensor(&means.f_mul_scalar(LEAST_SPREAD)?)?.f_unsqueeze(2)?;
+    unit(&weighted.xx)?.f_where_self(&is_known, &unit(plain)?)
 }
 
 /// Of each channel the better of the two, in the arithmetic of the quantizer.

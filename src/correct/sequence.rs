@@ -390,7 +390,8 @@ impl<'a> Sequence<'a> {
         let nearest = flat(&weight.tensor, target.form)?;
         let Weight { params, refits, .. } = &*weight;
         let (goal, weighted) = pulled(&float, halves)?;
-        let weighted = weighted.as_ref();
+        // What a clamp cuts off now may come through once weights are rounded: there all positions count alike.
+        let weighted = weighted.as_ref().filter(|_| step.clamp.is_none());
         let problem = Problem { weight: &float, nearest: &nearest, means: &means, weighted, params, refits: *refits };
         match rounding::round(&problem, &goal)? {
             None => self

@@ -146,6 +146,13 @@ impl Steps {
         self.steps.retain(|step| step.rounds || step.corrects);
     }
 
+    /// All weights that would not be, if none were rounded but to nearest for this reason.
+    #[must_use]
+    pub fn all_nearest(&self, reason: &str) -> Vec<LeftOut> {
+        let rounded = self.steps.iter().filter(|step| step.rounds);
+        rounded.map(|step| step.target.left_out(reason)).chain(self.not_rounded.iter().cloned()).collect()
+    }
+
     /// Weights that are rounded.
     #[must_use]
     pub fn rounded(&self) -> usize {

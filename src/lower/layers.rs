@@ -130,13 +130,13 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Whether the engine is right in a layer with such a window, whatever its values.
+    /// Whether the engine is right in a layer like this with extreme values.
     fn check_layer(&self, (weight, geometry): (usize, &Geometry), input: &Eight) -> Result<(), Stay> {
         let Some(trial) = self.given.trial else { return Ok(()) };
         let weight = &self.given.weights[weight];
         let shape = weight.image.size();
         if !engine::computes(trial.engine, (geometry, &shape), weight.is_bounded, input.has_7_bits()) {
-            return Err("the engine computes layers with such windows wrong on this machine".into());
+            return Err("the engine computes a layer like this wrong, or not at all, on this machine".into());
         }
         Ok(())
     }

@@ -9,8 +9,8 @@ use super::base::{Base, Observed};
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
-use super::{Error, Progress, Work, device, int8, refine, worst};
-use crate::config::Plan;
+use super::{Error, Progress, Work, device, refine, worst};
+use crate::config::{Plan, ReduceRange};
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
 use crate::lower::{self, Lowering};
@@ -27,6 +27,8 @@ pub(super) struct Chosen {
     pub(super) worst_sites: Vec<WorstSite>,
     /// Weights that are rounded to nearest though more was asked for.
     pub(super) not_rounded: Vec<LeftFloat>,
+    /// Why rounding and bias correction op by op were given up, if they were.
+    pub(super) given_up: Option<String>,
     /// Seconds that rounding and bias correction op by op took.
     pub(super) correct: f64,
 }
@@ -61,12 +63,16 @@ impl Chosen {
         progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
         let selections = select::select(given, model, &mut sites, |count| progress.advance(count))?;
         let rows = worst::Rows { seen: calibration.rows, stored: calibration.stored_rows };
-        let told = (rows, int8::kernels_of(plan));
-        let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, told)?;
+        let kernels = plan.output.int8.map(|int8| {
+            let is_reduced = int8.reduce_range == ReduceRange::Always;
+            worst::KernelBits { activations: if is_reduced { 7 } else { 8 } }
+        });
+        let worst_sites = worst::worst(model, &sites, &statistics, &selections.reports, (rows, kernels))?;
         let seen = correct::Seen { inputs, statistics: &statistics };
         let known = correct::closed_form(model, &sites, &selections.weights, &targets, seen)?;
         let (corrections, not_rounded) = (Corrections::default(), Vec::new());
-        let mut chosen = Self { sites, selections, corrections, worst_sites, not_rounded, correct: 0.0 };
+        let mut chosen =
+            Self { sites, selections, corrections, worst_sites, not_rounded, given_up: None, correct: 0.0 };
         if refine::asked(plan).is_in_sequence() {
             let start = Instant::now();
             refine::refine(base, plan, (&mut chosen, settings), known, progress)?;

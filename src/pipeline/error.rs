@@ -129,10 +129,15 @@ pub enum Error {
     },
     /// Weighted bias correction has nothing to confirm what it finds.
     #[error(
-        "`quantization.weights_bias_correction: weighted` tries on half of the rows what the other half asks for: expected at \
-             least 2 rows of calibration data and `hessian.samples`, found 1; `closed_form` needs no more"
+        "`quantization.weights_bias_correction: weighted` needs at least two batches, found {rows} rows in batches of \
+             {batch_size}; lower `hessian.batch_size`"
     )]
-    OneRow,
+    OneBatch {
+        /// Rows that there are.
+        rows: usize,
+        /// Rows of a batch.
+        batch_size: usize,
+    },
     /// Second-order rounding would need too much memory.
     #[error("layer {layer}: expected a Hessian of at most {} MiB for `rounding: gptq`, found {} MiB; take \
              `quantization.weights.rounding_fallback: true` to round this layer to nearest", most >> 20, bytes >> 20)]

@@ -1,19 +1,22 @@
 //! Rounding and bias correction of a model whose thresholds are chosen: which rows it runs on, and what the report says.
 
-use std::num::NonZeroUsize;
+use tch::Tensor;
 
 use super::base::Base;
+use super::blame;
 use super::chosen::Chosen;
 use super::device::Batches;
+use super::simulation::Simulation;
 use super::{Error, Progress, Work};
-use crate::config::{BiasCorrection, HessianRequest, Plan, Rounding};
+use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
 use crate::correct::{
     self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
 };
+use crate::evaluate::Evaluation;
 use crate::feed;
 use crate::hessian;
-use crate::jit::{self, Arguments};
-use crate::report::{self, Kind};
+use crate::jit::{self, Arguments, NoVisit};
+use crate::report::{self, Comparison, Kind};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites, WeightSite};
 use crate::threshold::{self, Channels, Cost};
@@ -28,11 +31,12 @@ pub(super) fn asked(plan: &Plan) -> Asked {
 /// # Errors
 /// Where the Hessian of a layer would be too large, and that is not allowed.
 pub(super) fn steps(base: &Base, plan: &Plan, (sites, settings): (&Sites, &Settings)) -> Result<Steps, Error> {
-    let is_weighted = plan.weights.bias_correction == BiasCorrection::Weighted;
-    if is_weighted
-        && plan.hessian.as_ref().is_some_and(|hessian| hessian.request.samples.get().min(base.calibration.rows) < 2)
-    {
-        return Err(Error::OneRow);
+    if let Some(HessianPlan { request, .. }) = &plan.hessian {
+        let rows = request.samples.get().min(base.calibration.rows);
+        let is_weighted = plan.weights.bias_correction == BiasCorrection::Weighted;
+        if is_weighted && rows <= request.batch_size.get() {
+            return Err(Error::OneBatch { rows, batch_size: request.batch_size.get() });
+        }
     }
     let targets = Targets::find(base.model.listing(), sites);
     let mut steps = Steps::find(base.model.listing(), sites, &targets, asked(plan));
@@ -60,11 +64,11 @@ pub(super) fn refine(
     // Planned wherever something is done op by op.
     let Some(hessian) = &plan.hessian else { return Ok(()) };
     let steps = steps(base, plan, (&chosen.sites, settings))?;
-    let request = &in_two(&hessian.request, base.calibration.rows);
-    let looks = Looks::new(&steps, request.seed);
+    let looks = Looks::new(&steps, hessian.request.seed);
     // All batches are in memory together.
-    let blame = || Batches { key: "hessian.samples", rows: request.samples }.blame();
+    let blame = || Batches { key: "hessian.samples", rows: hessian.request.samples }.blame();
     let data = base.calibration.data()?;
+    let request = &hessian.request;
     let squares = if plan.weights.bias_correction == BiasCorrection::Weighted {
         progress.stage("gradients", Work::Rows(request.samples.get().min(base.calibration.rows)));
         let look = |batch, op, value: &_| looks.look(batch, op, value);
@@ -74,27 +78,78 @@ pub(super) fn refine(
     } else {
         Vec::new()
     };
-    let batches: Vec<Arguments> = batches(base, request)?;
+    let batches: Vec<Arguments> = batches(base, hessian)?;
     progress.stage("correct", Work::Sites(steps.count()));
     let weights = chosen.selections.take_weights(settings);
+    let nearest: Vec<Tensor> = weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
+    let plain = known.shallow_clone();
     let network =
         Network { model: &base.model, sites: &chosen.sites, activations: &chosen.selections.activations, weights };
     let given = (&steps, asked(plan));
     let refined = correct::refine(network, given, (&batches, &squares, &looks), known, |count| progress.advance(count));
-    take(base, chosen, refined.map_err(Error::from).map_err(blame())?, plan.weights.rounding)
+    let refined = refined.map_err(Error::from).map_err(blame())?;
+    let own: Vec<Tensor> = refined.weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
+    let candidates = [(&own, &refined.corrections), (&nearest, &plain)];
+    let [found, known] = outputs(base, chosen, candidates, &batches).map_err(blame())?;
+    if is_farther(&found, &known) {
+        let rows = request.samples.get().min(base.calibration.rows);
+        let decibels =
+            |comparison: &Comparison| comparison.sqnr_db.map_or("none".to_owned(), |db| format!("{db:.2} dB"));
+        let reason = format!(
+            "what was rounded and corrected op by op was given up, as outputs of the {rows} rows that it was fitted to are \
+             nearer to float without it (SQNR {} with it, {} with {})",
+            decibels(&found),
+            decibels(&known),
+            if asked(plan).correction == BiasCorrection::None {
+                "weights rounded to nearest"
+            } else {
+                "closed_form and nearest"
+            }
+        );
+        chosen.not_rounded =
+            left_float(steps.all_nearest("outputs are nearer to float with all weights rounded to nearest"));
+        (chosen.selections.weights, chosen.corrections, chosen.given_up) = (nearest, plain, Some(reason));
+        return Ok(());
+    }
+    take(base, chosen, refined, plan.weights.rounding)
 }
 
-/// In two batches at least, as one cannot confirm what it asks for itself.
-fn in_two(request: &HessianRequest, rows: usize) -> HessianRequest {
-    let half = NonZeroUsize::new(request.samples.get().min(rows).div_ceil(2));
-    HessianRequest {
-        batch_size: half.map_or(request.batch_size, |half| request.batch_size.min(half)),
-        ..request.clone()
+/// How near outputs come to float with each of these weights and biases.
+fn outputs(
+    base: &Base,
+    chosen: &Chosen,
+    candidates: [(&Vec<Tensor>, &Corrections); 2],
+    batches: &[Arguments],
+) -> Result<[Comparison; 2], Error> {
+    let float = base.model.instrument(&[], &[])?;
+    let sites = (&chosen.sites, chosen.selections.activations.as_slice());
+    let simulated =
+        |(weights, corrections): (&Vec<Tensor>, _)| Simulation::of(&base.model, sites, weights, corrections);
+    let [own, known] = candidates.map(simulated);
+    let mut measured = [(own?, Evaluation::default()), (known?, Evaluation::default())];
+    for arguments in batches {
+        let expected = float.run(arguments, &mut NoVisit)?.on_cpu()?;
+        for (simulation, evaluation) in &mut measured {
+            let found = simulation.run(arguments)?.on_cpu()?;
+            evaluation.add(1, &expected, &found, None).map_err(blame::measured)?;
+        }
     }
+    Ok(measured.map(|(_, evaluation)| evaluation.finish().1))
+}
+
+fn is_farther(found: &Comparison, known: &Comparison) -> bool {
+    let error = |of: &Comparison| of.squared_error.unwrap_or(f64::INFINITY);
+    (found.not_finite, error(found)) > (known.not_finite, error(known))
+}
+
+fn left_float(left_out: Vec<LeftOut>) -> Vec<LeftFloat> {
+    let left = |left: LeftOut| LeftFloat { name: left.layer, op: left.op, reason: left.reason };
+    left_out.into_iter().map(left).collect()
 }
 
 /// The rows that Hessian scores are computed on, batch by batch.
-fn batches(base: &Base, request: &HessianRequest) -> Result<Vec<Arguments>, Error> {
+fn batches(base: &Base, hessian: &HessianPlan) -> Result<Vec<Arguments>, Error> {
+    let request = &hessian.request;
     let data = base.calibration.data()?;
     let batches = data.sample(request.samples, request.seed, request.batch_size);
     batches.map(|batch| Ok(feed::bind(base.model.module(), batch?)?)).collect()
@@ -120,8 +175,7 @@ fn take(base: &Base, chosen: &mut Chosen, refined: Refined, rounding: Rounding) 
     }
     chosen.selections.weights = weights.into_iter().map(|weight| weight.tensor).collect();
     chosen.corrections = corrections;
-    let left = |left: LeftOut| LeftFloat { name: left.layer, op: left.op, reason: left.reason };
-    chosen.not_rounded = not_rounded.into_iter().map(left).collect();
+    chosen.not_rounded = left_float(not_rounded);
     Ok(())
 }
 

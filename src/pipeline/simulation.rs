@@ -1,5 +1,7 @@
 //! The quantized model without its file: what is emitted has to compute the same.
 
+use tch::Tensor;
+
 use super::{CHECK_BATCHES, Error, compare, select};
 use crate::correct::Corrections;
 use crate::dataset::Dataset;
@@ -23,7 +25,7 @@ impl Simulation {
         selections: &select::Selections,
         corrections: &Corrections,
     ) -> Result<Self, Error> {
-        Self::with_activations(model, (sites, &selections.activations), selections, corrections)
+        Self::of(model, (sites, &selections.activations), &selections.weights, corrections)
     }
 
     /// As [`new`](Self::new), with activations in float.
@@ -33,17 +35,18 @@ impl Simulation {
         selections: &select::Selections,
         corrections: &Corrections,
     ) -> Result<Self, Error> {
-        Self::with_activations(model, (sites, &[]), selections, corrections)
+        Self::of(model, (sites, &[]), &selections.weights, corrections)
     }
 
-    fn with_activations(
+    /// With these quantizers of activations and these weights.
+    pub(super) fn of(
         model: &Clean,
         (sites, activations): (&Sites, &[Option<QuantParams>]),
-        selections: &select::Selections,
+        weights: &[Tensor],
         corrections: &Corrections,
     ) -> Result<Self, Error> {
         let (taps, params) = substitutes(&sites.activations, activations);
-        let weights = sites.weights.iter().zip(&selections.weights);
+        let weights = sites.weights.iter().zip(weights);
         let weights = weights.flat_map(|(site, tensor)| {
             site.values.iter().map(|&value| (jit::Place::Constant(value), tensor.shallow_clone()))
         });

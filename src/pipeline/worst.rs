@@ -7,7 +7,7 @@ use super::Error;
 use crate::jit::{self, Clean};
 use crate::quantizer::{Bits, Granularity};
 use crate::report::{Kind, SiteReport, WorstSite};
-use crate::sites::{Kernels, Sites, WeightSite};
+use crate::sites::{Sites, WeightSite};
 use crate::statistics::{Activation, Channel, ChannelLayout, Counter};
 use crate::threshold::ErrorMethod;
 
@@ -32,9 +32,6 @@ const MANY_DEAD: f64 = 0.1;
 /// Bits that are tried next where nothing but the number of levels is to blame.
 const MORE_BITS: [u8; 3] = [4, 8, 16];
 
-/// From so many bits on 8-bit kernels have no more to give: an activation of 7 has them because its engine needs it.
-const MOST_BITS_OF_KERNELS: u8 = 7;
-
 /// Rows of calibration.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Rows {
@@ -44,8 +41,7 @@ pub(super) struct Rows {
     pub(super) stored: usize,
 }
 
-/// The worst sites by signal to noise, worst first. `statistics` are those of `sites.activations`, in order, and `kernels` those that
-/// the model is to run on.
+/// The worst sites by signal to noise, worst first. `statistics` are those of `sites.activations`, in order.
 ///
 /// # Errors
 /// Where a weight cannot be read.
@@ -54,7 +50,7 @@ pub(super) fn worst(
     sites: &Sites,
     statistics: &[Vec<Activation>],
     reports: &[SiteReport],
-    (rows, kernels): (Rows, Kernels),
+    (rows, kernels): (Rows, Option<KernelBits>),
 ) -> Result<Vec<WorstSite>, Error> {
     let finite = reports.iter().filter_map(|site| Some((site.quantizers.sqnr_db?, site)));
     let mut ranked: Vec<(f64, &SiteReport)> = finite.collect();
@@ -99,6 +95,13 @@ fn statistics_of_weight(model: &Clean, site: &WeightSite) -> Result<Activation, 
         statistics.observe(values, layout, &mut [Counter::new()], |parts, run| (0..parts).for_each(run));
     })?;
     Ok(statistics)
+}
+
+/// Of 8-bit kernels that the model is to run on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct KernelBits {
+    /// 8, or 7 where the engine needs it.
+    pub(super) activations: u8,
 }
 
 /// What the guess is made from.
@@ -181,19 +184,23 @@ impl fmt::Display for Cause {
 
 impl Cause {
     /// A line of YAML that may help, if any can.
-    fn line_to_try(&self, site: &SiteReport, kernels: Kernels) -> Option<String> {
-        let (sites, current) = match site.kind {
-            Kind::Weight => ("weights", site.bits.get()),
-            Kind::Activation => ("activations", site.bits.get()),
+    fn line_to_try(&self, site: &SiteReport, kernels: Option<KernelBits>) -> Option<String> {
+        let sites = match site.kind {
+            Kind::Weight => "weights",
+            Kind::Activation => "activations",
         };
+        // Its kernel has one scale.
+        let is_one_scale = kernels.is_some() && site.op.contains("conv_transpose");
         let setting = match self {
             Self::FewSamples(Rows { seen, stored }) => {
                 let samples = (*stored).min(ENOUGH_ROWS);
                 return (stored > seen).then(|| format!("calibration: {{samples: {samples}}}"));
             }
             Self::Outliers { .. } if site.error_method == ErrorMethod::NoClipping => "error_method: MSE".to_owned(),
-            Self::WideRange { .. } if site.kind == Kind::Weight => "granularity: per_channel".to_owned(),
-            _ => match more_bits(current, kernels) {
+            Self::WideRange { .. } if site.kind == Kind::Weight && !is_one_scale => {
+                "granularity: per_channel".to_owned()
+            }
+            _ => match more_bits(site, kernels) {
                 Some(bits) if site.error_method == ErrorMethod::Kl && bits > ErrorMethod::KL_MAX_BITS => {
                     format!("bits: {bits}, error_method: MSE")
                 }
@@ -205,9 +212,14 @@ impl Cause {
     }
 }
 
-fn more_bits(current: u8, kernels: Kernels) -> Option<u8> {
-    let may_grow = kernels == Kernels::Float || current < MOST_BITS_OF_KERNELS;
-    MORE_BITS.into_iter().find(|&bits| may_grow && bits > current)
+/// Bits that help; on 8-bit kernels those that they take alone.
+fn more_bits(site: &SiteReport, kernels: Option<KernelBits>) -> Option<u8> {
+    let current = site.bits.get();
+    match (kernels, site.kind) {
+        (None, _) => MORE_BITS.into_iter().find(|&bits| bits > current),
+        (Some(_), Kind::Weight) => (current < 8).then_some(8),
+        (Some(KernelBits { activations }), Kind::Activation) => (current < activations).then_some(activations),
+    }
 }
 
 #[cfg(test)]
@@ -255,7 +267,7 @@ mod tests {
     fn more_samples_are_asked_for_where_there_are_more() {
         let of = |seen, stored| {
             let cause = Cause::FewSamples(Rows { seen, stored });
-            (cause.to_string(), cause.line_to_try(&site(Kind::Activation, 8, ErrorMethod::Mse), Kernels::Float))
+            (cause.to_string(), cause.line_to_try(&site(Kind::Activation, 8, ErrorMethod::Mse), None))
         };
         assert_eq!(of(31, 1000).1.as_deref(), Some("calibration: {samples: 256}"));
         let (cause, line) = of(16, 16);
@@ -275,7 +287,7 @@ mod tests {
         };
         let guess = |statistics: &Activation, seen: usize, site: &SiteReport| {
             let cause = cause(statistics, seen, site);
-            [cause.to_string(), cause.line_to_try(site, Kernels::Float).unwrap()]
+            [cause.to_string(), cause.line_to_try(site, None).unwrap()]
         };
         let even = statistics(&[ramp(500, 1.0), ramp(500, 1.0)]);
         assert_eq!(
@@ -292,12 +304,17 @@ mod tests {
         assert!(guess(&even, 64, &widest)[1].ends_with("activations: float}]"));
 
         // What 8-bit kernels do not take is no line to try.
-        let on_kernels = |bits| {
-            let site = site(Kind::Activation, bits, ErrorMethod::Mse);
-            cause(&even, 64, &site).line_to_try(&site, Kernels::Int8).unwrap()
+        let on_kernels = |kind, bits, activations| {
+            let site = site(kind, bits, ErrorMethod::Mse);
+            cause(&even, 64, &site).line_to_try(&site, Some(KernelBits { activations })).unwrap()
         };
-        assert!(on_kernels(4).ends_with("activations: {bits: 8}}]"));
-        assert!([7, 8].into_iter().all(|bits| on_kernels(bits).ends_with("activations: float}]")));
+        let lines =
+            [(3, 8, "activations: {bits: 8}}]"), (8, 8, "activations: float}]"), (4, 7, "activations: {bits: 7}}]")];
+        for (bits, activations, line) in lines {
+            assert!(on_kernels(Kind::Activation, bits, activations).ends_with(line), "{line}");
+        }
+        assert!(on_kernels(Kind::Activation, 7, 7).ends_with("activations: float}]"));
+        assert!(on_kernels(Kind::Weight, 7, 8).ends_with("weights: {bits: 8}}]"));
 
         let mut spiked = ramp(5000, 1.0);
         spiked[7] = 1000.0;

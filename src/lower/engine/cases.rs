@@ -6,9 +6,13 @@ use tch::{Device, Kind, Tensor};
 use super::Task;
 use crate::jit::{self, Attribute, KernelRun, Operand};
 
-/// Channels of a group, and groups, beyond which more change nothing.
+/// Of more channels of a group, and of more groups, so many are tried, and what is left over of sixteens: kernels take them in blocks.
 const MOST_CHANNELS: i64 = 64;
 const MOST_GROUPS: i64 = 256;
+/// The same of inputs with many positions.
+const MOST_CHANNELS_OF_MANY: i64 = 16;
+/// These are many.
+const MANY_POSITIONS: i64 = 1024;
 
 /// Positions of a result along each axis.
 const POSITIONS: i64 = 5;
@@ -48,8 +52,9 @@ impl Geometry {
         let extent = |(((stride, padding), dilation), taps): (((&i64, &i64), &i64), &i64)| {
             let window = dilation * (taps - 1) + 1;
             match self.output_padding {
-                None => ((POSITIONS - 1) * stride + window - 2 * padding).max(1),
-                Some(_) => POSITIONS.max(2 * padding / stride.max(&1) + 1),
+                // No smaller than the window, as some tap would meet nothing but padding.
+                None => ((POSITIONS - 1) * stride + window - 2 * padding).max(window),
+                Some(_) => POSITIONS.max((POSITIONS + 2 * padding - window).max(0) / stride.max(&1) + 2),
             }
         };
         axes.map(extent).collect()
@@ -79,10 +84,12 @@ impl Geometry {
 pub(super) struct Case {
     /// `None` of a linear layer.
     pub(super) geometry: Option<Geometry>,
-    /// Values 0 to 255, as numbers.
+    /// Levels 0 to 255 without the zero point, as numbers.
     pub(super) input: Tensor,
     /// Values −128 to 127, as numbers.
     pub(super) weight: Tensor,
+    /// The level of zero in the input.
+    pub(super) zero_point: i64,
     /// The result is counted one by one around that in the middle, by a bias; else its range is spread over the levels.
     pub(super) is_centred: bool,
 }
@@ -118,17 +125,32 @@ pub(super) fn cases(task: Task, highest: f64) -> Vec<Case> {
 /// The same for a convolution with a weight of this shape, of fewer channels where it has many; `is_bounded`: its weights are.
 pub(super) fn cases_of(geometry: &Geometry, shape: &[i64], is_bounded: bool, highest: f64) -> Vec<Case> {
     let &[first, second, ref taps @ ..] = shape else { return Vec::new() };
+    let some = |count: i64, most: i64| if count > most { most + count % 16 } else { count };
+    let extents = geometry.extents(taps);
+    let is_large = extents.iter().product::<i64>() > MANY_POSITIONS;
+    let most = if is_large { MOST_CHANNELS_OF_MANY } else { MOST_CHANNELS };
     let own = geometry.groups.max(1);
-    let groups = own.min(MOST_GROUPS);
-    let first = groups * (first / own).clamp(1, MOST_CHANNELS);
-    let weight: Vec<i64> = [first, second.min(MOST_CHANNELS)].into_iter().chain(taps.iter().copied()).collect();
+    let groups = some(own, MOST_GROUPS);
+    let first = groups * some((first / own).max(1), most);
+    let weight: Vec<i64> = [first, some(second, most)].into_iter().chain(taps.iter().copied()).collect();
     let geometry = Geometry { groups, ..geometry.clone() };
     if is_bounded {
         return bounded(&geometry, &weight, highest);
     }
     let channels = if geometry.output_padding.is_some() { weight[0] } else { groups * weight[1] };
-    let input: Vec<i64> = [2, channels].into_iter().chain(geometry.extents(taps)).collect();
-    extremes((Some(&geometry), &input, &weight), highest)
+    let input: Vec<i64> = [2, channels].into_iter().chain(extents).collect();
+    let mut cases = extremes((Some(&geometry), &input, &weight), highest);
+    // Zeros around the input are not its lowest level then.
+    let middle = ((highest + 1.0) / 2.0).round();
+    let shifted = cases.last().map(|case| Case {
+        geometry: case.geometry.clone(),
+        input: &case.input - middle,
+        weight: case.weight.shallow_clone(),
+        zero_point: middle as i64,
+        is_centred: false,
+    });
+    cases.extend(shifted);
+    cases
 }
 
 fn full(shape: &[i64], value: f64) -> Tensor {
@@ -143,7 +165,13 @@ fn extremes((geometry, input, weight): (Option<&Geometry>, &[i64], &[i64]), high
         let noise = (index * (0.754_877_666 + 0.01 * seed as f64)).fmod(1.0);
         (noise.ge(0.5).to_kind(Kind::Double) * (ends[1] - ends[0]) + ends[0]).reshape(shape)
     };
-    let case = |input: Tensor, weight: Tensor| Case { geometry: geometry.cloned(), input, weight, is_centred: false };
+    let case = |input: Tensor, weight: Tensor| Case {
+        geometry: geometry.cloned(),
+        input,
+        weight,
+        zero_point: 0,
+        is_centred: false,
+    };
     vec![
         case(full(input, highest), full(weight, 127.0)),
         case(full(input, highest), full(weight, -128.0)),
@@ -178,8 +206,10 @@ fn bounded(geometry: &Geometry, shape: &[i64], highest: f64) -> Vec<Case> {
         Tensor::from_slice(&levels).reshape(shape)
     };
     let pair = |number: i64| PAIRS[number.unsigned_abs() as usize % PAIRS.len()];
-    let input: Vec<i64> =
-        [2, geometry.groups].into_iter().chain(geometry.extents(taps).into_iter().map(|n| n.max(9))).collect();
+    let input: Vec<i64> = [2, geometry.groups]
+        .into_iter()
+        .chain(geometry.extents(taps).into_iter().map(|extent| extent.max(9)))
+        .collect();
     let input = full(&input, highest);
     let spread = (Tensor::arange(input.numel() as i64, (Kind::Double, Device::Cpu)) * 0.754_877_666).fmod(1.0);
     let spread = (spread * (highest + 1.0)).floor().reshape(input.size());
@@ -187,7 +217,7 @@ fn bounded(geometry: &Geometry, shape: &[i64], highest: f64) -> Vec<Case> {
     for weight in [weight(&|channel, _| pair(channel)), weight(&|channel, place| pair(channel + place))] {
         for (input, is_centred) in [(&input, true), (&input, false), (&spread, false)] {
             let (input, weight) = (input.shallow_clone(), weight.shallow_clone());
-            cases.push(Case { geometry: Some(geometry.clone()), input, weight, is_centred });
+            cases.push(Case { geometry: Some(geometry.clone()), input, weight, zero_point: 0, is_centred });
         }
     }
     cases
@@ -198,7 +228,8 @@ impl Case {
     pub(super) fn is_right(&self) -> Result<bool, jit::Error> {
         let mut exact = self.exact()?;
         let mut bias = None;
-        let mut scale = exact.f_abs()?.f_max()?.f_double_value(&[])? / 120.0;
+        let largest = exact.f_abs()?.f_max()?.f_double_value(&[])?;
+        let mut scale = if largest > 0.0 { largest / 120.0 } else { 1.0 };
         if self.is_centred {
             let mut own = exact.f_select(0, 0)?;
             while own.dim() > 1 {
@@ -226,7 +257,7 @@ impl Case {
     }
 
     pub(super) fn run(&self, bias: Option<Tensor>, scale: f64, runs: usize) -> Result<Tensor, jit::Error> {
-        let input = self.input.f_to_kind(Kind::Float)?.f_quantize_per_tensor(1.0, 0, Kind::QUInt8)?;
+        let input = self.input.f_to_kind(Kind::Float)?.f_quantize_per_tensor(1.0, self.zero_point, Kind::QUInt8)?;
         let weight = self.weight.f_to_kind(Kind::Int8)?;
         // There is no kernel for transposed convolutions with a scale for each channel.
         let weight = if self.geometry.as_ref().is_some_and(|geometry| geometry.output_padding.is_some()) {
@@ -248,5 +279,61 @@ impl Case {
         let pack = Attribute { name: String::new(), op: Some(pack), operands };
         let tensors: Vec<Tensor> = [weight].into_iter().chain(bias).collect();
         jit::pack_and_run(&pack, &tensors, op, (&input, KernelRun { scale, zero_point: 128, runs }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However it is padded, each tap meets what is no padding, and neighbours do so together.
+    #[test]
+    fn each_tap_meets_the_input() {
+        for (taps, stride, padding, dilation) in
+            [(3, 1, 1, 1), (3, 1, 18, 18), (3, 2, 16, 8), (2, 1, 5, 10), (31, 1, 15, 1), (1, 4, 0, 1)]
+        {
+            let geometry = Geometry {
+                stride: vec![stride],
+                padding: vec![padding],
+                dilation: vec![dilation],
+                groups: 1,
+                output_padding: None,
+            };
+            let extent = geometry.extents(&[taps])[0];
+            let results = (extent + 2 * padding - dilation * (taps - 1) - 1) / stride + 1;
+            let meets = |result: i64, tap: i64| (0..extent).contains(&(result * stride + tap * dilation - padding));
+            let together =
+                |tap: i64| (0..results).any(|result| meets(result, tap) && meets(result, (tap + 1).min(taps - 1)));
+            assert!(results > 0 && (0..taps).all(together), "{geometry:?}");
+        }
+    }
+
+    #[test]
+    fn transposed_ones_have_results() {
+        for (taps, stride, padding) in [(1, 4, 9), (3, 2, 1), (4, 2, 1), (2, 2, 0), (7, 1, 6)] {
+            let lists = [stride, padding, 1, 0].map(|number| vec![number]);
+            let [stride_list, padding_list, dilation, output_padding] = lists;
+            let geometry = Geometry {
+                stride: stride_list,
+                padding: padding_list,
+                dilation,
+                groups: 1,
+                output_padding: Some(output_padding),
+            };
+            let results = (geometry.extents(&[taps])[0] - 1) * stride - 2 * padding + taps;
+            assert!(results >= POSITIONS, "{geometry:?}: {results}");
+        }
+    }
+
+    #[test]
+    fn many_channels_are_tried_as_fewer() {
+        let shapes = |groups: i64, shape: &[i64]| {
+            let geometry = Geometry::plain(&shape[2..], groups);
+            let case = cases_of(&geometry, shape, false, 255.0).pop().unwrap();
+            (case.input.size()[1], case.weight.size())
+        };
+        assert_eq!(shapes(1, &[24, 3, 3, 3]), (3, vec![24, 3, 3, 3]));
+        assert_eq!(shapes(1, &[1000, 72, 1, 1]), (72, vec![72, 72, 1, 1]));
+        assert_eq!(shapes(300, &[600, 1, 3, 3]), (268, vec![536, 1, 3, 3]));
     }
 }
