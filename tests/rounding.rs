@@ -197,6 +197,36 @@ fn a_correction_is_fitted_to_what_a_clamp_lets_through() {
     assert!(distance < 1e-4, "found {found:?}, expected {expected:?}, before {known:?}");
 }
 
+/// Errors of some positions come through with the other sign, and count more: what makes up for the mean of squares pushes the sum of
+/// all positions the wrong way.
+#[test]
+fn what_makes_outputs_worse_is_given_up() {
+    let folder = Folder::new();
+    tch::manual_seed(7);
+    let none: Option<&Tensor> = None;
+    let (weight, pattern) = (randn(&[4, 6]), randn(&[1, 1, 6]).abs() + 0.5);
+    let signs = Tensor::from_slice(&[1.0f32, 1.0, 1.0, 1.0, 1.0, 1.0, -1.2, -1.2, -1.2, -1.2]).reshape([1, 10, 1]);
+    let rows = randn(&[64, 10, 6]) * 0.01 + signs.lt(0.0).to_kind(Kind::Float) * pattern;
+    let yaml = traced(&folder, &rows, 8, |x| {
+        (x.linear(&weight, none) * &signs).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+    });
+    let float = "overrides=[{layers: '*', activations: float}]";
+    folder.quantize(&yaml, &[WEIGHTED, "quantization.weights.bits=2", float]).succeeded();
+    let report = folder.report("run");
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("was given up, as outputs of the 64 rows"), "{warnings}");
+    assert_eq!(report["bias_correction"]["method"], "closed_form");
+    folder.quantize(&yaml, &["quantization.weights.bits=2", float]).succeeded();
+    let plain = folder.report("run");
+    assert_eq!(report["bias_correction"]["layers"], plain["bias_correction"]["layers"]);
+    assert_eq!(sqnr(&report), sqnr(&plain));
+    folder.quantize(&yaml, &[WEIGHTED, GPTQ, "quantization.weights.bits=2", float]).succeeded();
+    let report = folder.report("run");
+    let is_given_up = reasons(&report["not_rounded"]).values().any(|reason| reason.contains("outputs are nearer"));
+    assert_eq!(is_given_up, report["bias_correction"]["method"] == "closed_form");
+    assert_eq!(is_given_up, rounded(&report).is_empty());
+}
+
 /// Scales are refitted but where a grid knows powers of two alone, or channels share one.
 #[test]
 fn scales_stay_where_they_have_to() {

@@ -8,7 +8,7 @@ use super::moments::{Means, Moments};
 /// Share of the mean diagonal that is added to the diagonal of the Hessian by which weights make up for the errors of inputs.
 const PULL_DAMPING: f64 = 0.05;
 
-/// Share of the mean r² that counts as missing everywhere.
+/// Share of the mean r², each as much as the outputs depend on it, that counts as missing everywhere.
 const LEAST_MISSING: f64 = 0.01;
 
 /// Share of the squared means that is added at least: the sums are of float32 products.
@@ -19,11 +19,13 @@ pub(super) const LEAST_SPREAD: f64 = 1e-5;
 /// transformer's massive activations that is most. Where next to nothing is missing it is the mean of g².
 pub(super) fn by_position(squares: &Tensor, missing: &Tensor) -> Result<Tensor, tch::TchError> {
     let over = |value: &Tensor, axis: i64| value.f_sum_dim_intlist([axis].as_slice(), true, Kind::Float);
-    // As much as the outputs depend on it, so that positions that do not count do not shift it.
-    let weight = over(squares, -1)?.f_clamp_min(f64::MIN_POSITIVE)?;
-    let mean = over(&squares.f_div(&weight)?.f_mul(missing)?, -1)?;
+    let smallest = f64::from(f32::MIN_POSITIVE);
+    // Means are as much of a value as the outputs depend on it, so that what does not count does not shift them.
+    let weight = over(squares, -1)?;
+    let mean = over(&squares.f_div(&weight.f_clamp_min(smallest)?)?.f_mul(missing)?, -1)?;
     let power = missing.f_sub(&mean)?.f_square()?;
-    let least = power.f_mean(Kind::Float)?.f_mul_scalar(LEAST_MISSING)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
+    let shares = squares.f_div(&weight.f_sum(Kind::Float)?.f_clamp_min(smallest)?)?;
+    let least = shares.f_mul(&power)?.f_sum(Kind::Float)?.f_mul_scalar(LEAST_MISSING)?.f_clamp_min(smallest)?;
     let power = power.f_add(&least)?;
     // Shares first: products of small numbers are none in float32.
     over(&power.f_div(&over(&power, 1)?)?.f_mul(squares)?, 1)?.f_squeeze_dim(1)
@@ -80,7 +82,8 @@ mod tests {
         let over = |value: &Tensor, axis: i64| value.sum_dim_intlist([axis].as_slice(), true, Kind::Float);
         let mean = over(&(&squares * &missing), -1) / over(&squares, -1);
         let power = (&missing - mean).square();
-        let power = &power + power.mean(Kind::Float) * LEAST_MISSING;
+        let least = (&squares * &power).sum(Kind::Float) / squares.sum(Kind::Float) * LEAST_MISSING;
+        let power = &power + least;
         let expected = (over(&(&squares * &power), 1) / over(&power, 1)).squeeze_dim(1);
         assert!(found.allclose(&expected, 1e-5, 1e-7, false), "{found:?} {expected:?}");
         // A bias changes nothing, and the smallest numbers are numbers.

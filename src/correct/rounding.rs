@@ -294,3 +294,67 @@ fn descend(levels: &mut [f64], grid: Grid, hessian: &[f64], (pulled, products): 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::super::moments::Moments;
+    use super::*;
+
+    fn randn(shape: &[i64]) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu))
+    }
+
+    /// Of each channel, E((W·x − W_q·x)²), position by position.
+    fn errors(weight: &Tensor, rounded: &Tensor, x: &Tensor) -> Tensor {
+        let missing = (weight - rounded).to_kind(Kind::Double).bmm(&x.to_kind(Kind::Double));
+        missing.square().mean_dim([-1i64].as_slice(), false, Kind::Double)
+    }
+
+    /// Whatever positions count, and whether they count at all, in layers of one group and of many.
+    #[test]
+    fn no_channel_is_worse_than_rounded_to_nearest() {
+        for (seed, [groups, outputs, features]) in [[1, 12, 20], [8, 1, 9], [4, 3, 6]].into_iter().enumerate() {
+            tch::manual_seed(seed as i64);
+            let (weight, mix) = (randn(&[groups, outputs, features]), randn(&[groups, features, features]));
+            let x = mix.bmm(&randn(&[groups, features, 200]));
+            let levels = Levels { quant_min: -4, quant_max: 3 };
+            let params: Vec<QuantParams> =
+                (0..groups * outputs).map(|_| QuantParams::new(0.7, 0, levels).unwrap()).collect();
+            let nearest = (&weight / 0.7).round().clamp(-4.0, 3.0) * 0.7;
+            let means = |weights: Option<&Tensor>| {
+                let mut moments = Moments::default();
+                let nothing = Tensor::zeros([groups, outputs, 200], (Kind::Float, Device::Cpu));
+                moments.add(&x, &nothing, weights).unwrap();
+                moments.means(false).unwrap().unwrap()
+            };
+            let counts = randn(&[groups, 200]).square().square();
+            // Nothing depends on the first group, or on the second but at one position.
+            let _ = counts.narrow(0, 0, 1).zero_();
+            let _ = counts.narrow(0, groups / 2, 1).narrow(1, 1, 199).zero_();
+            let (plain, weighted) = (means(None), means(Some(&counts)));
+            let double = weight.to_kind(Kind::Double);
+            let of = |weighted| {
+                let problem = Problem {
+                    weight: &double,
+                    nearest: &nearest,
+                    means: &plain,
+                    weighted,
+                    params: &params,
+                    refits: true,
+                };
+                round(&problem, &double).unwrap().unwrap()
+            };
+            let before = errors(&weight, &nearest, &x);
+            for (found, least) in [(of(None), 0.8), (of(Some(&weighted)), 0.95)] {
+                let after = errors(&weight, &found.weight, &x);
+                let worst = (&after / &before).max().double_value(&[]);
+                assert!(worst <= 1.0 + 1e-6, "{groups} groups: {worst}");
+                let all = (after.sum(Kind::Double) / before.sum(Kind::Double)).double_value(&[]);
+                assert!(all < least, "{groups} groups: {all}");
+                assert!((found.errors[1] / found.errors[0] - all).abs() < 1e-4, "{:?} {all}", found.errors);
+            }
+        }
+    }
+}
