@@ -220,7 +220,7 @@ fn finish(
         (BiasCorrection::Weighted, Some(_)) => BiasCorrection::ClosedForm,
         (planned, _) => planned,
     };
-    warnings.extend(given_up);
+    warnings.extend(given_up.clone());
     warnings.extend(base.taken.warning.clone());
     warnings.extend(
         jit::take_unordered()
@@ -241,6 +241,7 @@ fn finish(
         hessian: scores.report,
         bias_correction: corrected_biases(correction, corrections),
         not_rounded: (plan.weights.rounding != Rounding::Nearest).then_some(not_rounded),
+        given_up,
         int8,
         warnings,
         sites: selections.reports,

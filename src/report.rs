@@ -61,6 +61,9 @@ pub struct Report {
     /// Weights that are rounded to nearest though more was asked for, each with the reason; `None` where it was not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_rounded: Option<Vec<LeftFloat>>,
+    /// Why rounding and bias correction op by op were given up, if they were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<String>,
     /// The 8-bit model; `None` where no format asks for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub int8: Option<Int8>,

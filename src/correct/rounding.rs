@@ -58,16 +58,17 @@ pub(super) struct Rounded {
 /// without weights too.
 pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rounded>, tch::TchError> {
     let plain = &problem.means.xx;
-    let weighted = problem.weighted.map(|weighted| counted(weighted, plain)).transpose()?;
-    let found = match &weighted {
-        Some(weighted) => factor(weighted)?.map(|found| (found, weighted)),
+    let counted = problem.weighted.map(|weighted| Counted::of(weighted, plain)).transpose()?;
+    let weighted = match &counted {
+        Some(counted) => factor(&counted.hessian)?.map(|found| (found, counted)),
         None => None,
     };
-    let Some((found, hessian)) = (match found {
-        Some(found) => Some(found),
-        None => factor(plain)?.map(|found| (found, plain)),
-    }) else {
-        return Ok(None);
+    let (found, hessian, judge) = match weighted {
+        Some((found, counted)) => (found, &counted.hessian, Some(counted)),
+        None => {
+            let Some(found) = factor(plain)? else { return Ok(None) };
+            (found, plain, None)
+        }
     };
     let [_, outputs, features] = <[i64; 3]>::try_from(problem.weight.size()).unwrap_or_default();
     let (outputs, features) = (outputs.unsigned_abs() as usize, features.unsigned_abs() as usize);
@@ -110,17 +111,27 @@ pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rou
             grid
         })
         .collect();
-    chosen(problem, &levels, &grids, features)
+    chosen(problem, &levels, &grids, judge)
 }
 
-/// The weighted Hessian of each group; that without weights where the outputs depend on too few positions for one. Each by its trace,
-/// so that the groups are of one magnitude.
-fn counted(weighted: &Means, plain: &Tensor) -> Result<Tensor, tch::TchError> {
-    let trace = |of: &Tensor| of.f_diagonal(0, 1, 2)?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
-    let unit = |of: &Tensor| of.f_div(&trace(of)?.f_clamp_min(f64::MIN_POSITIVE)?.f_unsqueeze(2)?);
-    let means = weighted.x.f_square()?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double)?;
-    let is_known = trace(&weighted.xx)?.f_gt_tensor(&means.f_mul_scalar(LEAST_SPREAD)?)?.f_unsqueeze(2)?;
-    unit(&weighted.xx)?.f_where_self(&is_known, &unit(plain)?)
+/// What the positions' weights make of the Hessians.
+struct Counted<'a> {
+    means: &'a Means,
+    /// Each by its trace, so that groups are of one magnitude; without weights where the outputs depend on too few positions.
+    hessian: Tensor,
+    /// (groups, 1): where they do not.
+    is_known: Tensor,
+}
+
+impl<'a> Counted<'a> {
+    fn of(weighted: &'a Means, plain: &Tensor) -> Result<Self, tch::TchError> {
+        let trace = |of: &Tensor| of.f_diagonal(0, 1, 2)?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double);
+        let unit = |of: &Tensor| of.f_div(&trace(of)?.f_clamp_min(f64::MIN_POSITIVE)?.f_unsqueeze(2)?);
+        let means = weighted.x.f_square()?.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Double)?;
+        let is_known = trace(&weighted.xx)?.f_gt_tensor(&means.f_mul_scalar(LEAST_SPREAD)?)?;
+        let hessian = unit(&weighted.xx)?.f_where_self(&is_known.f_unsqueeze(2)?, &unit(plain)?)?;
+        Ok(Self { means: weighted, hessian, is_known })
+    }
 }
 
 /// Of each channel the better of the two, in the arithmetic of the quantizer.
@@ -128,9 +139,10 @@ fn chosen(
     problem: &Problem<'_>,
     levels: &[f64],
     grids: &[Grid],
-    features: usize,
+    judge: Option<&Counted<'_>>,
 ) -> Result<Option<Rounded>, tch::TchError> {
     let Problem { means, params, .. } = problem;
+    let features = levels.len() / grids.len().max(1);
     let of = |channel: usize| if params.len() == 1 { params[0] } else { params[channel] };
     let candidates: Vec<QuantParams> =
         grids.iter().enumerate().map(|(channel, grid)| grid.params(&of(channel))).collect();
@@ -145,9 +157,9 @@ fn chosen(
     };
     let (nearest, found) = (error(problem.nearest, means)?, error(&rounded, means)?);
     let mut is_better = found.f_lt_tensor(&nearest)?;
-    if let Some(weighted) = problem.weighted {
-        let falls = error(&rounded, weighted)?.f_le_tensor(&error(problem.nearest, weighted)?)?;
-        is_better = is_better.f_logical_and(&falls)?;
+    if let Some(Counted { means, is_known, .. }) = judge {
+        let falls = error(&rounded, means)?.f_le_tensor(&error(problem.nearest, means)?)?;
+        is_better = is_better.f_logical_and(&falls.f_logical_or(&is_known.f_logical_not()?)?)?;
     }
     let weight = rounded.f_where_self(&is_better.f_unsqueeze(-1)?, &problem.nearest.f_to_kind(Kind::Float)?)?;
     let better = Vec::<i64>::try_from(is_better.f_reshape([-1])?.f_to_kind(Kind::Int64)?)?;
@@ -327,7 +339,7 @@ mod tests {
                 let mut moments = Moments::default();
                 let nothing = Tensor::zeros([groups, outputs, 200], (Kind::Float, Device::Cpu));
                 moments.add(&x, &nothing, weights).unwrap();
-                moments.means(false).unwrap().unwrap()
+                moments.means(weights.is_some()).unwrap().unwrap()
             };
             let counts = randn(&[groups, 200]).square().square();
             // Nothing depends on the first group, or on the second but at one position.

@@ -9,7 +9,7 @@ use super::base::{Base, Observed};
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
-use super::{Error, Progress, Work, device, refine, worst};
+use super::{Error, Progress, Work, device, int8, refine, worst};
 use crate::config::{Plan, ReduceRange};
 use crate::correct::{self, Corrections};
 use crate::emit::{self, Emission};
@@ -63,7 +63,7 @@ impl Chosen {
         progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
         let selections = select::select(given, model, &mut sites, |count| progress.advance(count))?;
         let rows = worst::Rows { seen: calibration.rows, stored: calibration.stored_rows };
-        let kernels = plan.output.int8.map(|int8| {
+        let kernels = int8::settled(plan)?.output.int8.map(|int8| {
             let is_reduced = int8.reduce_range == ReduceRange::Always;
             worst::KernelBits { activations: if is_reduced { 7 } else { 8 } }
         });

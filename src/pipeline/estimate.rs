@@ -28,6 +28,9 @@ const EVALUATION: f64 = 2.5;
 /// The float and the quantized model side by side, in plain forwards; measured on MobileNetV2, as the next three.
 const SIDE_BY_SIDE: f64 = 3.0;
 
+/// Of the float model and two simulations of the quantized one, in plain forwards.
+const COMPARISON: f64 = 4.0;
+
 /// A forward that gradients are asked of.
 const GRADIENTS: f64 = 1.5;
 
@@ -154,7 +157,7 @@ pub fn estimate(plan: &Plan) -> Result<Estimate, Error> {
     let statistics = sites.activations.len() as u64 * STATISTICS + targets.bytes();
     let gradient_sums = gradient_sums(&settings, hessian_rows);
     // The search has the weights and their quantized copies in memory, four bytes an element.
-    let copies = 2 * 4 * weight_elements;
+    let copies = (2 + u64::from(sequence.is_some())) * 4 * weight_elements;
     let in_sequence = sequence.as_ref().map_or(0, |sequence| sequence.bytes(model.listing()));
     Ok(Estimate {
         device: base.device(),
@@ -218,7 +221,7 @@ impl<'a> InSequence<'a> {
     fn forwards(&self) -> f64 {
         let gradients = if self.is_weighted() { GRADIENTS + WAY_BACK } else { 0.0 };
         let rounding = if self.is_rounded() { ROUNDING } else { 0.0 };
-        (SIDE_BY_SIDE + gradients + rounding) * self.rows as f64
+        (SIDE_BY_SIDE + gradients + rounding + COMPARISON) * self.rows as f64
     }
 
     /// Bytes of what is kept of all batches.

@@ -142,6 +142,7 @@ impl Runs<'_> {
                 weight_bytes: weight_bytes(&shared.base.sites.weights, &report.sites),
                 search_s: report.timings_s.search,
                 evaluate_s: report.timings_s.evaluate,
+                given_up: report.given_up,
             };
             return Ok((gave, report.sites));
         }
@@ -154,7 +155,8 @@ impl Runs<'_> {
         let evaluation = comparison.run(&base.model, &simulation, |_| ());
         let report::Evaluation { float, quantized, .. } = evaluation.map_err(comparison.batches().blame())?;
         let weight_bytes = weight_bytes(&base.sites.weights, &chosen.selections.reports);
-        let gave = Gave { float, quantized, weight_bytes, search_s, evaluate_s: clock.lap() };
+        let given_up = chosen.given_up;
+        let gave = Gave { float, quantized, weight_bytes, search_s, evaluate_s: clock.lap(), given_up };
         Ok((gave, chosen.selections.reports))
     }
 

@@ -12,7 +12,7 @@ use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
 use crate::correct::{
     self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
 };
-use crate::evaluate::Evaluation;
+use crate::evaluate::{self, Evaluation};
 use crate::feed;
 use crate::hessian;
 use crate::jit::{self, Arguments, NoVisit};
@@ -88,23 +88,21 @@ pub(super) fn refine(
     let given = (&steps, asked(plan));
     let refined = correct::refine(network, given, (&batches, &squares, &looks), known, |count| progress.advance(count));
     let refined = refined.map_err(Error::from).map_err(blame())?;
+    drop(squares);
     let own: Vec<Tensor> = refined.weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
     let candidates = [(&own, &refined.corrections), (&nearest, &plain)];
     let [found, known] = outputs(base, chosen, candidates, &batches).map_err(blame())?;
-    if is_farther(&found, &known) {
+    if is_farther(found.as_ref(), known.as_ref()) {
         let rows = request.samples.get().min(base.calibration.rows);
-        let decibels =
-            |comparison: &Comparison| comparison.sqnr_db.map_or("none".to_owned(), |db| format!("{db:.2} dB"));
+        let instead = match asked(plan).correction {
+            BiasCorrection::None => "weights rounded to nearest",
+            _ => "closed_form and nearest",
+        };
         let reason = format!(
             "what was rounded and corrected op by op was given up, as outputs of the {rows} rows that it was fitted to are \
-             nearer to float without it (SQNR {} with it, {} with {})",
-            decibels(&found),
-            decibels(&known),
-            if asked(plan).correction == BiasCorrection::None {
-                "weights rounded to nearest"
-            } else {
-                "closed_form and nearest"
-            }
+             nearer to float without it (SQNR {} with it, {} with {instead})",
+            decibels(found.as_ref()),
+            decibels(known.as_ref())
         );
         chosen.not_rounded =
             left_float(steps.all_nearest("outputs are nearer to float with all weights rounded to nearest"));
@@ -114,32 +112,47 @@ pub(super) fn refine(
     take(base, chosen, refined, plan.weights.rounding)
 }
 
-/// How near outputs come to float with each of these weights and biases.
+/// How near outputs come to float with each of these weights and biases; `None` where they cannot be compared.
 fn outputs(
     base: &Base,
     chosen: &Chosen,
     candidates: [(&Vec<Tensor>, &Corrections); 2],
     batches: &[Arguments],
-) -> Result<[Comparison; 2], Error> {
+) -> Result<[Option<Comparison>; 2], Error> {
     let float = base.model.instrument(&[], &[])?;
     let sites = (&chosen.sites, chosen.selections.activations.as_slice());
     let simulated =
         |(weights, corrections): (&Vec<Tensor>, _)| Simulation::of(&base.model, sites, weights, corrections);
     let [own, known] = candidates.map(simulated);
-    let mut measured = [(own?, Evaluation::default()), (known?, Evaluation::default())];
+    let mut measured = [(own?, Some(Evaluation::default())), (known?, Some(Evaluation::default()))];
     for arguments in batches {
         let expected = float.run(arguments, &mut NoVisit)?.on_cpu()?;
         for (simulation, evaluation) in &mut measured {
+            let Some(sums) = evaluation else { continue };
             let found = simulation.run(arguments)?.on_cpu()?;
-            evaluation.add(1, &expected, &found, None).map_err(blame::measured)?;
+            match sums.add(1, &expected, &found, None) {
+                // Nothing is farther than that.
+                Err(evaluate::Error::Broken { .. } | evaluate::Error::Mismatch { .. }) => *evaluation = None,
+                added => added.map_err(blame::measured)?,
+            }
         }
     }
-    Ok(measured.map(|(_, evaluation)| evaluation.finish().1))
+    Ok(measured.map(|(_, evaluation)| evaluation.map(|sums| sums.finish().1)))
 }
 
-fn is_farther(found: &Comparison, known: &Comparison) -> bool {
+/// Where neither can be compared, the evaluation tells.
+fn is_farther(found: Option<&Comparison>, known: Option<&Comparison>) -> bool {
     let error = |of: &Comparison| of.squared_error.unwrap_or(f64::INFINITY);
-    (found.not_finite, error(found)) > (known.not_finite, error(known))
+    known.is_some_and(|known| found.is_none_or(|found| error(found) > error(known)))
+}
+
+fn decibels(comparison: Option<&Comparison>) -> String {
+    match comparison {
+        Some(comparison) if comparison.squared_error == Some(0.0) => "infinite".to_owned(),
+        Some(Comparison { sqnr_db: Some(sqnr), .. }) => format!("{sqnr:.2} dB"),
+        Some(_) => "out of range".to_owned(),
+        None => "none, as outputs are not finite or of another shape,".to_owned(),
+    }
 }
 
 fn left_float(left_out: Vec<LeftOut>) -> Vec<LeftFloat> {
@@ -190,4 +203,26 @@ fn cost(base: &Base, site: &WeightSite, weight: &Weight) -> Result<Cost, Error> 
     };
     let cost = jit::with_values(&float, |float| jit::with_values(&images, |images| cost(float, images)))??;
     cost.map_err(|source| Error::Channels { site: site.name.clone(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jit::Output;
+
+    #[test]
+    fn what_cannot_be_compared_is_farthest() {
+        let of = |error: f64| {
+            let output = |value: f64| Output::Tensor(Tensor::from_slice(&[value, value]).reshape([1, 2]));
+            let mut sums = Evaluation::default();
+            sums.add(1, &output(1.0), &output(1.0 + error), None).unwrap();
+            sums.finish().1
+        };
+        let (near, far) = (of(0.1), of(0.2));
+        assert!(is_farther(Some(&far), Some(&near)) && !is_farther(Some(&near), Some(&far)));
+        assert!(is_farther(None, Some(&far)) && !is_farther(Some(&far), None) && !is_farther(None, None));
+        assert!(!is_farther(Some(&near), Some(&near)));
+        assert_eq!(decibels(Some(&of(0.1))), "20.00 dB");
+        assert_eq!(decibels(Some(&of(0.0))), "infinite");
+    }
 }

@@ -55,6 +55,9 @@ pub struct Gave {
     pub search_s: f64,
     /// Seconds of the evaluation.
     pub evaluate_s: f64,
+    /// Why rounding and bias correction op by op were given up, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<String>,
 }
 
 impl Gave {
@@ -189,7 +192,14 @@ mod tests {
 
     fn row(number: usize, agreement: Option<f64>, weight_bytes: u64) -> SweepRow {
         let quantized = Comparison { agreement, rows: 1, ..Comparison::NOTHING };
-        let gave = Gave { float: Accuracy::default(), quantized, weight_bytes, search_s: 0.0, evaluate_s: 0.0 };
+        let gave = Gave {
+            float: Accuracy::default(),
+            quantized,
+            weight_bytes,
+            search_s: 0.0,
+            evaluate_s: 0.0,
+            given_up: None,
+        };
         let settings = vec![("a.b".to_owned(), format!("[{number}, \"x\"]"))];
         let (name, command) = (format!("row {number}"), "tsquant quantize e.yaml".to_owned());
         SweepRow { number, name, settings, command, gave: Some(gave), error: None, is_on_pareto_front: false }
