@@ -2,7 +2,7 @@
 
 use super::table;
 use crate::config::Metric;
-use crate::report::{Accuracy, Alone, Evaluation, Gave, Sqnr};
+use crate::report::{Accuracy, Alone, Evaluation, Gave};
 
 /// Sizes of the model files in bytes.
 pub(super) struct Sizes {
@@ -64,19 +64,9 @@ fn cells(metric: Metric, evaluation: &Evaluation) -> (String, String) {
         Metric::Top1 => both(|accuracy| accuracy.top1),
         Metric::Top5 => both(|accuracy| accuracy.top5),
         Metric::Agreement => (nothing(), percent(quantized.agreement)),
-        Metric::Sqnr => (nothing(), sqnr(quantized.sqnr())),
+        Metric::Sqnr => (nothing(), quantized.sqnr().to_string()),
         Metric::Cosine => (nothing(), quantized.cosine.map_or_else(undefined, |cosine| format!("{cosine:.6}"))),
         Metric::MaxAbsDiff => (nothing(), quantized.max_abs_diff.map_or_else(undefined, |most| format!("{most:.4e}"))),
-    }
-}
-
-fn sqnr(sqnr: Sqnr) -> String {
-    match sqnr {
-        Sqnr::Db(db) => format!("{db:.2} dB"),
-        Sqnr::Equal => "equal outputs".to_owned(),
-        Sqnr::NoSignal => "−∞ dB: float outputs are all 0".to_owned(),
-        Sqnr::OutOfRange => "undefined: squares beyond a float64".to_owned(),
-        Sqnr::NothingCompared => "no finite value to compare".to_owned(),
     }
 }
 

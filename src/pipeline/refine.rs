@@ -100,9 +100,9 @@ pub(super) fn refine(
         };
         let reason = format!(
             "what was rounded and corrected op by op was given up, as outputs of the {rows} rows that it was fitted to are \
-             nearer to float without it (SQNR {} with it, {} with {instead})",
-            decibels(found.as_ref()),
-            decibels(known.as_ref())
+             nearer to float without it (SQNR with it: {}; with {instead}: {})",
+            words(found.as_ref()),
+            words(known.as_ref())
         );
         chosen.not_rounded =
             left_float(steps.all_nearest("outputs are nearer to float with all weights rounded to nearest"));
@@ -146,13 +146,9 @@ fn is_farther(found: Option<&Comparison>, known: Option<&Comparison>) -> bool {
     known.is_some_and(|known| found.is_none_or(|found| error(found) > error(known)))
 }
 
-fn decibels(comparison: Option<&Comparison>) -> String {
-    match comparison {
-        Some(comparison) if comparison.squared_error == Some(0.0) => "infinite".to_owned(),
-        Some(Comparison { sqnr_db: Some(sqnr), .. }) => format!("{sqnr:.2} dB"),
-        Some(_) => "out of range".to_owned(),
-        None => "none, as outputs are not finite or of another shape,".to_owned(),
-    }
+fn words(comparison: Option<&Comparison>) -> String {
+    let none = || "none, as outputs are not finite or of another shape".to_owned();
+    comparison.map_or_else(none, |comparison| comparison.sqnr().to_string())
 }
 
 fn left_float(left_out: Vec<LeftOut>) -> Vec<LeftFloat> {
@@ -222,7 +218,7 @@ mod tests {
         assert!(is_farther(Some(&far), Some(&near)) && !is_farther(Some(&near), Some(&far)));
         assert!(is_farther(None, Some(&far)) && !is_farther(Some(&far), None) && !is_farther(None, None));
         assert!(!is_farther(Some(&near), Some(&near)));
-        assert_eq!(decibels(Some(&of(0.1))), "20.00 dB");
-        assert_eq!(decibels(Some(&of(0.0))), "infinite");
+        assert_eq!(words(Some(&of(0.1))), "20.00 dB");
+        assert_eq!(words(Some(&of(0.0))), "equal outputs");
     }
 }

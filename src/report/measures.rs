@@ -1,5 +1,7 @@
 //! Measures of a quantized model, as plain numbers.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Measures of one model against labels.
@@ -56,6 +58,18 @@ pub enum Sqnr {
     OutOfRange,
     /// No value is finite in both models.
     NothingCompared,
+}
+
+impl fmt::Display for Sqnr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Db(db) => write!(f, "{db:.2} dB"),
+            Self::Equal => f.write_str("equal outputs"),
+            Self::NoSignal => f.write_str("−∞ dB: float outputs are all 0"),
+            Self::OutOfRange => f.write_str("undefined: squares beyond a float64"),
+            Self::NothingCompared => f.write_str("no finite value to compare"),
+        }
+    }
 }
 
 impl Comparison {
