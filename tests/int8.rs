@@ -219,6 +219,31 @@ fn depthwise(folder: &Folder) -> String {
     experiment(&model, &data, "[x]")
 }
 
+/// Layers at the end write float numbers, whatever axes are in front of the last one, and the function behind them takes these.
+#[test]
+fn the_last_linear_layer_writes_float_numbers() {
+    let (first, last) = (noise(&[12, 8], 1.0), noise(&[5, 12], 2.0));
+    for shape in [vec![16, 8], vec![16, 6, 8], vec![16, 2, 3, 8]] {
+        let folder = Folder::new();
+        let none: Option<Tensor> = None;
+        let mut forward = |inputs: &[Tensor]| {
+            vec![inputs[0].linear(&first, none.as_ref()).relu().linear(&last, none.as_ref()).sigmoid()]
+        };
+        let x = noise(&shape, 3.0);
+        let module = CModule::create_by_tracing("Traced", "forward", std::slice::from_ref(&x), &mut forward);
+        let model = folder.path().join("linear.pt");
+        module.expect("a traced module").save(&model).expect("a writable folder");
+        let values = Vec::<f32>::try_from(x.flatten(0, -1)).expect("numbers");
+        let sizes: Vec<usize> = shape.iter().map(|&size| size as usize).collect();
+        let data = folder.write("x.safetensors", floats("x", &sizes, &values));
+        let (report, int8) = int8_of_run(&folder, &experiment(&model, &data, "[x]"), &[]);
+        assert_eq!(count(&int8, "quantized::linear_relu") + count(&int8, "quantized::linear_dynamic"), 2, "{int8}");
+        assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
+        let sites = report["sites"].as_array().expect("sites");
+        assert_eq!(sites.iter().filter(|site| site["kind"] == "activation").count(), 2, "{sites:?}");
+    }
+}
+
 /// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.
 fn int8_of_run(folder: &Folder, yaml: &str, settings: &[&str]) -> (Value, Value) {
     let settings = ["output.format=int8"].into_iter().chain(settings.iter().copied());

@@ -4,7 +4,7 @@ use super::engine::{self, Geometry, Task};
 use super::kernels::Convolution;
 use super::recipe::{BiasOf, Recipe};
 use super::walk::{Eight, Lowered, Stay, Walk};
-use crate::jit::{Node, NodeId, Operand, Place, Position, ValueId};
+use crate::jit::{Makes, Node, NodeId, Operand, Place, Position, ValueId};
 use crate::sites;
 
 /// Where a kernel writes.
@@ -190,22 +190,22 @@ impl Walk<'_> {
                     let axis = if rows { 1 } else { 0 };
                     weight.shape.get(axis).copied()
                 });
-                let features = features.filter(|&features| features >= 2 && rank == 2).ok_or(stay)?;
+                let features = features.filter(|&features| features >= 2).ok_or(stay)?;
                 if self.runs_on_qnnpack() && input.has_7_bits() {
                     return Err("QNNPACK's kernel that writes float numbers takes inputs of 8 bits alone".into());
                 }
-                self.linear_into_float(id, (value, data), (packed, features), &input);
+                self.linear_into_float(id, (value, data, rank), (packed, features), &input);
                 Ok(())
             }
         }
     }
 
     /// A linear layer that writes float numbers. Its kernel chooses the quantizer of its input by the range of that: a further
-    /// row with the ends of the site's range makes it choose the site's.
+    /// row with the ends of the site's range makes it choose the site's. Axes in front of the last one are rows.
     fn linear_into_float(
         &mut self,
         id: NodeId,
-        (value, slot): (ValueId, usize),
+        (value, slot, rank): (ValueId, usize, usize),
         (packed, features): (Recipe, i64),
         input: &Eight,
     ) {
@@ -216,12 +216,28 @@ impl Walk<'_> {
         let position = Position::Before(id);
         let quantized = self.quantized(value, input);
         let float = self.insert(position, "aten::dequantize", vec![quantized]);
-        let list = self.insert_making(position, "prim::ListConstruct", vec![float, row], crate::jit::Makes::Tensors);
-        let rows = self.insert(position, "aten::cat", vec![list, Operand::Int(0)]);
+        let (first, last) = (Operand::Int(0), Operand::Int(-1));
+        let rows = if rank == 2 {
+            float.clone()
+        } else {
+            self.insert(position, "aten::flatten", vec![float.clone(), first.clone(), Operand::Int(-2)])
+        };
+        let list = self.insert_making(position, "prim::ListConstruct", vec![rows, row], Makes::Tensors);
+        let rows = self.insert(position, "aten::cat", vec![list, first.clone()]);
         let kernel = "quantized::linear_dynamic";
         let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(input.has_7_bits())]);
-        let ends = [Operand::Int(0), Operand::Int(0), Operand::Int(-1), Operand::Int(1)];
-        let result = self.insert(position, "aten::slice", [all].into_iter().chain(ends).collect());
+        let ends = [first.clone(), first.clone(), last.clone(), Operand::Int(1)];
+        let mut result = self.insert(position, "aten::slice", [all].into_iter().chain(ends).collect());
+        if rank != 2 {
+            let sizes = self.insert_making(position, "aten::size", vec![float], Makes::Ints);
+            let leading = self.insert_making(
+                position,
+                "aten::slice",
+                vec![sizes, first.clone(), last, Operand::Int(1)],
+                Makes::Ints,
+            );
+            result = self.insert(position, "aten::unflatten", vec![result, first, leading]);
+        }
         let node = self.graph.node(id);
         let output = node.outputs[0];
         self.make_float(output, result.clone(), position);

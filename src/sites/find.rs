@@ -99,13 +99,14 @@ impl Finder<'_> {
             }
             Some(Role::Float) => self.leave_op_float(id, "computed in float"),
             Some(Role::Softmax) => self.leave_op_float(id, "computed in float; where its result is used, it is a site"),
+            Some(Role::Activation) if self.fused_from.contains_key(&id) => {}
             Some(Role::Activation) if self.kernels == Kernels::Int8 && !ops::is_clamp(&node.op) => {
                 self.visit_quantized(id, &[0]);
             }
-            Some(Role::Activation) if !self.fused_from.contains_key(&id) => {
+            Some(Role::Activation) => {
                 self.leave_op_float(id, "computed in float: it follows no layer that it could join");
             }
-            Some(Role::Activation | Role::Move(_) | Role::Pad(_) | Role::Other) => {}
+            Some(Role::Move(_) | Role::Pad(_) | Role::Other) => {}
             None if PLUMBING.contains(&node.op.as_str()) => {}
             None if !node.op.starts_with("aten::") && !node.op.starts_with("prim::") => {
                 self.leave_float(self.names[id].clone(), &node.op, UNKNOWN.to_owned());
@@ -246,8 +247,16 @@ impl Finder<'_> {
             && !self.classes.is_returned(output);
         // Sums fuse with the clamps only, as integer kernels do.
         let is_layer = matches!(effective_role(self.listing, node), Some(Role::Weighted(_) | Role::Product(_)));
-        let takes_any = is_layer && self.kernels == Kernels::Float;
+        let takes_any = is_layer && (self.kernels == Kernels::Float || self.is_last(node, function));
         (joins && (takes_any || ops::is_clamp(&function.op))).then_some(reader)
+    }
+
+    /// Whether a linear layer and the function behind it make an output of the model: its kernel gives the function float numbers.
+    fn is_last(&self, node: &Node, function: &Node) -> bool {
+        let weight = node.inputs.get(1).and_then(|&value| rank(self.listing, value));
+        let is_linear = matches!(node.op.as_str(), "aten::linear" | "aten::matmul" | "aten::mm") && weight == Some(2);
+        let output = function.outputs.first();
+        is_linear && output.is_some_and(|&output| !self.classes.is_computed_with(self.classes.of(output)))
     }
 
     fn demand(&mut self, value: ValueId) {
