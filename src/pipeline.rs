@@ -116,6 +116,8 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     let hashes = base.hashes(plan, &comparison)?;
     let (sites, settings) = int8::settle(plan, &base)?;
     mixed::check(&sites, &settings)?;
+    // What cannot be done op by op is told before anything is calibrated.
+    refine::steps(&base, plan, (&sites, &settings))?;
     clock.timings.load = clock.lap();
 
     let observed = match &kept {
@@ -216,10 +218,8 @@ fn finish(
     let mut warnings = int8_warnings;
     warnings.extend(notes(model, &model.module().other_methods()?, &sites, &selections.reports, &evaluation));
     warnings.extend(scores.warnings);
-    let correction = match (plan.weights.bias_correction, &given_up) {
-        (BiasCorrection::Weighted, Some(_)) => BiasCorrection::ClosedForm,
-        (planned, _) => planned,
-    };
+    let correction = given_up.as_ref().map_or(plan.weights.bias_correction, |given_up| given_up.correction);
+    let given_up = given_up.map(|given_up| given_up.reason);
     warnings.extend(given_up.clone());
     warnings.extend(base.taken.warning.clone());
     warnings.extend(

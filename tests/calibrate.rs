@@ -371,13 +371,15 @@ fn merged_scores_are_those_of_one_process_but_for_rounding() {
         check_near(&folder, "input_sums .scores .weight .weight_ih_l0 .weight_hh_l0", model);
         let in_one = quantized(&folder, &[&HMSE[..], &["--statistics", "whole.safetensors"]].concat());
         let in_shards = quantized(&folder, &[&HMSE[..], &["--statistics", "all.safetensors"]].concat());
-        let sites = |report: &Value| -> BTreeMap<String, f64> {
-            let scale = |site: &Value| site["scale"][0].as_f64().unwrap();
+        let sites = |report: &Value| -> BTreeMap<String, [f64; 2]> {
+            let of = |site: &Value| [site["scale"][0].as_f64().unwrap(), site["error"].as_f64().unwrap()];
             let sites = report["sites"].as_array().unwrap().iter();
-            sites.map(|site| (site["name"].as_str().unwrap().to_owned(), scale(site))).collect()
+            sites.map(|site| (site["name"].as_str().unwrap().to_owned(), of(site))).collect()
         };
-        for ((name, a), (_, b)) in sites(&in_one).into_iter().zip(sites(&in_shards)) {
-            assert!((a - b).abs() <= 2e-3 * a, "{model} {name}: {a} {b}");
+        for ((name, [a, error]), (_, [b, other])) in sites(&in_one).into_iter().zip(sites(&in_shards)) {
+            // A mask of zeros and ones lies on the levels of many scales.
+            let is_exact = error.max(other) < 1e-12;
+            assert!(is_exact || (a - b).abs() <= 2e-3 * a, "{model} {name}: {a} {b}, errors {error} {other}");
         }
         assert_eq!(in_shards["hessian"]["samples"], in_one["hessian"]["samples"]);
         // Another method needs no scores, and its thresholds are the same to the bit.

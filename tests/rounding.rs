@@ -215,11 +215,15 @@ fn what_makes_outputs_worse_is_given_up() {
     let report = folder.report("run");
     let warnings = report["warnings"].to_string();
     assert!(warnings.contains("was given up, as outputs of the 64 rows"), "{warnings}");
-    assert_eq!(report["bias_correction"]["method"], "closed_form");
-    folder.quantize(&yaml, &["quantization.weights.bits=2", float]).succeeded();
-    let plain = folder.report("run");
-    assert_eq!(report["bias_correction"]["layers"], plain["bias_correction"]["layers"]);
-    assert_eq!(sqnr(&report), sqnr(&plain));
+    // What stands is the better one of what there would be otherwise.
+    let [closed_form, none] = ["closed_form", "none"].map(|method| {
+        let method = format!("quantization.weights_bias_correction={method}");
+        folder.quantize(&yaml, &[&method, "quantization.weights.bits=2", float]).succeeded();
+        folder.report("run")
+    });
+    let better = if sqnr(&none) > sqnr(&closed_form) { none } else { closed_form };
+    assert_eq!(report["bias_correction"], better["bias_correction"]);
+    assert_eq!(sqnr(&report), sqnr(&better));
 }
 
 /// One scale for all channels, in 3 bits, leaves rounding too little to gain on this model.

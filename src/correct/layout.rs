@@ -6,7 +6,7 @@ use super::geometry::{Axis, Padding};
 use super::targets::{Form, Reading};
 
 /// Numbers of a matrix of patches that are made at once.
-const PIECE: i64 = 1 << 22;
+const PIECE: i64 = 1 << 18;
 
 impl Form {
     pub(super) fn groups(self) -> i64 {
@@ -40,17 +40,42 @@ pub(super) fn grouped(value: &Tensor, groups: i64) -> Result<Tensor, tch::TchErr
     value.f_transpose(0, 1)?.f_reshape([groups, channels / groups.max(1), -1])
 }
 
-/// What one output position of an op reads of its input, as (groups, features of a group and taps, rows · positions), some rows
-/// at a time: `take` is given the first row, how many there are, and the matrix.
+/// Some of what the output positions of an op read.
+pub(super) struct Piece {
+    /// Of these rows: the first, and how many.
+    pub(super) rows: (i64, i64),
+    /// For these groups: the first, and how many.
+    pub(super) groups: (i64, i64),
+    /// (groups, features of a group and taps, rows · positions).
+    pub(super) x: Tensor,
+}
+
+impl Piece {
+    /// The same rows and groups of a value (rows, channels, positions) as (groups, channels of a group, rows · positions); `all` is
+    /// the number of all groups.
+    pub(super) fn of(&self, value: &Tensor, all: i64) -> Result<Tensor, tch::TchError> {
+        let channels = value.size().get(1).copied().unwrap_or(1) / all.max(1);
+        let ((first, rows), (group, groups)) = (self.rows, self.groups);
+        grouped(&value.f_narrow(0, first, rows)?.f_narrow(1, group * channels, groups * channels)?, groups)
+    }
+
+    /// What these groups have of a tensor with all of them along its first axis.
+    pub(super) fn own(&self, value: &Tensor) -> Result<Tensor, tch::TchError> {
+        value.f_narrow(0, self.groups.0, self.groups.1)
+    }
+}
+
+/// What one output position of an op reads of its input, some rows and groups at a time, so that what is made of them stays near the
+/// processor.
 pub(super) fn patches<E: From<tch::TchError>>(
     input: &Tensor,
     reading: &Reading,
     groups: i64,
-    mut take: impl FnMut(i64, i64, &Tensor) -> Result<(), E>,
+    mut take: impl FnMut(&Piece) -> Result<(), E>,
 ) -> Result<(), E> {
     let Reading::Positions(axes) = reading else {
-        let value = by_channel(input, reading)?;
-        return take(0, 1, &grouped(&value, groups)?);
+        let x = grouped(&by_channel(input, reading)?, groups)?;
+        return take(&Piece { rows: (0, 1), groups: (0, groups), x });
     };
     let batch = if input.dim() == axes.len() + 1 { input.f_unsqueeze(0)? } else { input.shallow_clone() };
     let size = batch.size();
@@ -58,24 +83,25 @@ pub(super) fn patches<E: From<tch::TchError>>(
     let positions: i64 = axes.iter().zip(lengths).map(|(axis, &length)| axis.output(length)).product();
     let taps: i64 = axes.iter().map(|axis| axis.kernel).product();
     let (rows, channels) = (size.first().copied().unwrap_or(0), size.get(1).copied().unwrap_or(1));
-    let at_once = (PIECE / (channels * taps * positions).max(1)).max(1);
-    let mut first = 0;
-    while first < rows {
-        let count = at_once.min(rows - first);
-        let some = unfolded(&batch.f_narrow(0, first, count)?, axes)?;
-        // (rows, channels, taps, positions) to (groups, features, rows · positions).
-        let some = some.f_reshape([count, groups, channels / groups.max(1) * taps, positions])?;
-        take(first, count, &some.f_permute([1, 2, 0, 3])?.f_flatten(2, 3)?)?;
-        first += count;
+    let channels = channels / groups.max(1);
+    let of_a_group = (channels * taps * positions).max(1);
+    let rows_at_once = (PIECE / (of_a_group * groups)).max(1);
+    let groups_at_once = (PIECE / (of_a_group * rows_at_once)).clamp(1, groups.max(1));
+    for first in (0..rows).step_by(rows_at_once as usize) {
+        let count = rows_at_once.min(rows - first);
+        let own = batch.f_narrow(0, first, count)?;
+        for group in (0..groups).step_by(groups_at_once as usize) {
+            let groups = groups_at_once.min(groups - group);
+            let some = unfolded(&own.f_narrow(1, group * channels, groups * channels)?, axes)?;
+            let x = some.f_reshape([groups, channels * taps, count * positions])?;
+            take(&Piece { rows: (first, count), groups: (group, groups), x })?;
+        }
     }
     Ok(())
 }
 
-/// (rows, channels, positions …) as (rows, channels, taps …, output positions …).
-fn unfolded(batch: &Tensor, axes: &[Axis]) -> Result<Tensor, tch::TchError> {
-    if axes.iter().all(Axis::is_pointwise) {
-        return Ok(batch.shallow_clone());
-    }
+/// With the zeros that a convolution adds at both ends of these axes.
+pub(super) fn padded(batch: &Tensor, axes: &[Axis]) -> Result<Tensor, tch::TchError> {
     let ends = |axis: &Axis| match axis.padding {
         Padding::Zeros(zeros) => [zeros, zeros],
         Padding::Same => {
@@ -85,29 +111,24 @@ fn unfolded(batch: &Tensor, axes: &[Axis]) -> Result<Tensor, tch::TchError> {
     };
     // The last axis first.
     let padding: Vec<i64> = axes.iter().rev().flat_map(ends).collect();
-    let mut value = if padding.iter().all(|&zeros| zeros == 0) {
-        batch.shallow_clone()
-    } else {
-        batch.f_constant_pad_nd(padding)?
-    };
-    let size = batch.size();
-    for (index, axis) in axes.iter().enumerate() {
-        // Behind two axes for each of those before: its taps, and its positions in the result.
-        let place = 2 + 2 * index as i64;
-        let output = axis.output(size.get(index + 2).copied().unwrap_or(1));
-        let taps = (0..axis.kernel).map(|tap| {
-            let start = tap * axis.dilation;
-            value.f_slice(place, start, start + (output - 1) * axis.stride + 1, axis.stride)
-        });
-        value = Tensor::f_stack(&taps.collect::<Result<Vec<_>, _>>()?, place)?;
+    if padding.iter().all(|&zeros| zeros == 0) { Ok(batch.shallow_clone()) } else { batch.f_constant_pad_nd(padding) }
+}
+
+/// (rows, channels, positions …) as (channels, taps …, rows, output positions …).
+fn unfolded(batch: &Tensor, axes: &[Axis]) -> Result<Tensor, tch::TchError> {
+    if axes.iter().all(Axis::is_pointwise) {
+        return batch.f_transpose(0, 1);
     }
-    let places = 0..axes.len() as i64;
-    let order: Vec<i64> = [0, 1]
-        .into_iter()
-        .chain(places.clone().map(|axis| 2 + 2 * axis))
-        .chain(places.map(|axis| 3 + 2 * axis))
-        .collect();
-    value.f_permute(order)
+    let value = padded(batch, axes)?;
+    let (size, strides) = (batch.size(), value.stride());
+    let of = |axis: usize| (size.get(axis).copied().unwrap_or(1), strides.get(axis).copied().unwrap_or(1));
+    let ((rows, by_row), (channels, by_channel)) = (of(0), of(1));
+    let spatial = || axes.iter().enumerate().map(|(index, axis)| (axis, of(index + 2)));
+    let taps = spatial().map(|(axis, (_, step))| (axis.kernel, step * axis.dilation));
+    let positions = spatial().map(|(axis, (length, step))| (axis.output(length), step * axis.stride));
+    let view = [(channels, by_channel)].into_iter().chain(taps).chain([(rows, by_row)]).chain(positions);
+    let (sizes, strides): (Vec<i64>, Vec<i64>) = view.unzip();
+    value.f_as_strided(sizes, strides, None)
 }
 
 #[cfg(test)]
@@ -118,8 +139,9 @@ mod tests {
 
     fn all(input: &Tensor, reading: &Reading, groups: i64) -> Tensor {
         let mut found = Vec::new();
-        patches::<tch::TchError>(input, reading, groups, |_, _, some| {
-            found.push(some.copy());
+        patches::<tch::TchError>(input, reading, groups, |piece| {
+            assert_eq!(piece.groups, (0, groups), "a small input is one piece");
+            found.push(piece.x.copy());
             Ok(())
         })
         .unwrap();
@@ -144,6 +166,32 @@ mod tests {
                 assert!(found.allclose(&expected, 1e-4, 1e-4, false), "{kernel} {stride} {zeros} {dilation} {groups}");
             }
         }
+    }
+
+    /// Some channels of one row at a time.
+    #[test]
+    fn pieces_of_a_large_input_are_all_of_it() {
+        tch::manual_seed(1);
+        let (input, groups) = (Tensor::randn([2, 48, 40, 40], (Kind::Float, Device::Cpu)), 24);
+        let weight = Tensor::randn([72, 2, 3, 3], (Kind::Float, Device::Cpu));
+        let expected = input.conv2d::<Tensor>(&weight, None, [1, 1], [1, 1], [1, 1], groups);
+        let axis = Axis { kernel: 3, stride: 1, padding: Padding::Zeros(1), dilation: 1, transposed: None };
+        let reading = Reading::Positions(vec![axis; 2]);
+        let (weight, expected) = (weight.reshape([groups, 3, -1]), by_channel(&expected, &reading).unwrap());
+        let (mut pieces, mut seen) = (0, 0);
+        patches::<tch::TchError>(&input, &reading, groups, |piece| {
+            let found = piece.own(&weight)?.bmm(&piece.x);
+            assert!(
+                found.allclose(&piece.of(&expected, groups)?, 1e-4, 1e-4, false),
+                "{:?} {:?}",
+                piece.rows,
+                piece.groups
+            );
+            (pieces, seen) = (pieces + 1, seen + found.numel());
+            Ok(())
+        })
+        .unwrap();
+        assert!(pieces > 2 && seen == expected.numel(), "{pieces} pieces, {seen} numbers");
     }
 
     #[test]

@@ -37,36 +37,48 @@ pub(super) struct Means {
 }
 
 impl Moments {
-    /// Adds x (groups, features, positions) and r (groups, outputs, positions); `weights` is (groups, positions).
-    pub(super) fn add(&mut self, x: &Tensor, r: &Tensor, weights: Option<&Tensor>) -> Result<(), tch::TchError> {
-        let double = |sum: Tensor| sum.f_to_kind(Kind::Double);
-        let along = |value: &Tensor| double(value.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?);
+    /// Adds x (groups, features, positions) and r (groups, outputs, positions); `weights` is (groups, positions). They are the groups from
+    /// `first` on of `all`.
+    pub(super) fn add(
+        &mut self,
+        (first, all): (i64, i64),
+        x: &Tensor,
+        r: &Tensor,
+        weights: Option<&Tensor>,
+    ) -> Result<(), tch::TchError> {
+        let along = |value: &Tensor| value.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
         let (weighted_x, weighted_r) = match weights {
             None => (x.shallow_clone(), r.shallow_clone()),
             Some(weights) => (x.f_mul(&weights.f_unsqueeze(1)?)?, r.f_mul(&weights.f_unsqueeze(1)?)?),
         };
-        let [groups, _, positions] = <[i64; 3]>::try_from(x.size()).unwrap_or_default();
+        let [groups, features, positions] = <[i64; 3]>::try_from(x.size()).unwrap_or_default();
+        let outputs = r.size().get(1).copied().unwrap_or(1);
         let weight = match weights {
             None => Tensor::f_full([groups], positions as f64, (Kind::Double, x.device()))?,
             Some(weights) => along(weights)?,
         };
-        let more = Sums {
+        let more = [
             weight,
-            x: along(&weighted_x)?,
-            r: along(&weighted_r)?,
-            xx: double(weighted_x.f_bmm(&x.f_transpose(1, 2)?)?)?,
-            xr: double(weighted_x.f_bmm(&r.f_transpose(1, 2)?)?)?,
-            rr: along(&weighted_r.f_mul(r)?)?,
-        };
-        match &mut self.0 {
-            None => self.0 = Some(more),
-            Some(sums) => {
-                let own = [&mut sums.weight, &mut sums.x, &mut sums.r, &mut sums.xx, &mut sums.xr, &mut sums.rr];
-                let more = [&more.weight, &more.x, &more.r, &more.xx, &more.xr, &more.rr];
-                for (own, more) in own.into_iter().zip(more) {
-                    let _ = own.f_add_(more)?;
-                }
-            }
+            along(&weighted_x)?,
+            along(&weighted_r)?,
+            weighted_x.f_bmm(&x.f_transpose(1, 2)?)?,
+            weighted_x.f_bmm(&r.f_transpose(1, 2)?)?,
+            along(&weighted_r.f_mul(r)?)?,
+        ];
+        if self.0.is_none() {
+            let none = |size: &[i64]| Tensor::f_zeros(size, (Kind::Double, x.device()));
+            self.0 = Some(Sums {
+                weight: none(&[all])?,
+                x: none(&[all, features])?,
+                r: none(&[all, outputs])?,
+                xx: none(&[all, features, features])?,
+                xr: none(&[all, features, outputs])?,
+                rr: none(&[all, outputs])?,
+            });
+        }
+        let Some(Sums { weight, x, r, xx, xr, rr }) = &self.0 else { return Ok(()) };
+        for (sum, more) in [weight, x, r, xx, xr, rr].into_iter().zip(more) {
+            let _ = sum.f_narrow(0, first, groups)?.f_add_(&more)?;
         }
         Ok(())
     }

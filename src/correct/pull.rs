@@ -113,7 +113,7 @@ mod tests {
             let _ = missing.narrow(2, 0, 1).narrow(1, 1, 1).fill_(1000.0);
             let _ = squares.narrow(2, 0, 1).narrow(1, 1, 1).fill_(1e-12);
             let mut moments = Moments::default();
-            moments.add(&x, &missing, Some(&by_position(&squares, &missing).unwrap())).unwrap();
+            moments.add((0, 1), &x, &missing, Some(&by_position(&squares, &missing).unwrap())).unwrap();
             moments
         };
         let weight = Tensor::zeros([1, 3, 6], (Kind::Double, Device::Cpu));
@@ -129,7 +129,7 @@ mod tests {
             let x = randn(&[1, 1, 100]);
             let mut moments = Moments::default();
             let weights = Tensor::ones([1, 100], (Kind::Float, Device::Cpu));
-            moments.add(&x, &Tensor::cat(&[&x, &(&x * sign)], 1), Some(&weights)).unwrap();
+            moments.add((0, 1), &x, &Tensor::cat(&[&x, &(&x * sign)], 1), Some(&weights)).unwrap();
             moments
         };
         let weight = Tensor::zeros([1, 2, 1], (Kind::Double, Device::Cpu));

@@ -338,7 +338,7 @@ mod tests {
             let means = |weights: Option<&Tensor>| {
                 let mut moments = Moments::default();
                 let nothing = Tensor::zeros([groups, outputs, 200], (Kind::Float, Device::Cpu));
-                moments.add(&x, &nothing, weights).unwrap();
+                moments.add((0, groups), &x, &nothing, weights).unwrap();
                 moments.means(weights.is_some()).unwrap().unwrap()
             };
             let counts = randn(&[groups, 200]).square().square();

@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use super::bias::{self, by_group};
-use super::layout::{by_channel, grouped, patches};
+use super::geometry::Axis;
+use super::layout::{by_channel, grouped, padded, patches};
 use super::moments::Moments;
 use super::pull::{by_position, pulled};
 use super::rounding::{self, Problem, Rounded};
@@ -19,7 +20,7 @@ use super::targets::{Form, Reading, Target};
 use super::{Corrections, LeftOut};
 use crate::config::BiasCorrection;
 use crate::hessian::Squares;
-use crate::jit::{self, Arguments, Clean, Instrumented, Stepwise, Tap, TapKind, stepwise};
+use crate::jit::{self, Arguments, Clean, Instrumented, Output, Stepwise, Tap, TapKind, stepwise};
 use crate::quantizer::QuantParams;
 use crate::random::SplitMix64;
 use crate::simulate::{fake_quantize, substitutes};
@@ -73,6 +74,8 @@ pub struct Refined {
     pub not_rounded: Vec<LeftOut>,
     /// Biases, and ops that have none.
     pub corrections: Corrections,
+    /// What the models gave, batch by batch: the float one, and the one with these weights and biases.
+    pub outputs: Vec<[Output; 2]>,
 }
 
 /// Where the squared gradients of the ops are looked at: the same places whenever it is asked.
@@ -148,8 +151,8 @@ pub fn refine(
     let float = sequence.network.model.instrument(&own, &[])?;
     let runs: Vec<(&Instrumented, &Arguments)> =
         batches.iter().flat_map(|arguments| [(&quantized, arguments), (&float, arguments)]).collect();
-    stepwise(&runs, |runs| sequence.run(runs, advance))??;
-    sequence.finish()
+    let outputs = stepwise(&runs, |runs| sequence.run(runs, advance))??;
+    sequence.finish(outputs)
 }
 
 /// An op on its way.
@@ -243,6 +246,17 @@ impl Pair {
             }
         }
     }
+
+    /// What both give in the end, the float model first.
+    fn outputs(mut self) -> Result<[Output; 2], jit::Error> {
+        self.float_at = None;
+        while self.float.go(None)?.is_some() {}
+        let outputs = [self.float, self.quantized].map(|mut run| run.take_output());
+        let [Some(float), Some(quantized)] = outputs else {
+            return Err(jit::Error::Libtorch("a run ended without outputs".to_owned()));
+        };
+        Ok([float.on_cpu()?, quantized.on_cpu()?])
+    }
 }
 
 struct Sequence<'a> {
@@ -312,7 +326,7 @@ impl<'a> Sequence<'a> {
         Ok(tensors)
     }
 
-    fn run(&mut self, runs: Vec<Stepwise>, mut advance: impl FnMut(usize)) -> Result<(), jit::Error> {
+    fn run(&mut self, runs: Vec<Stepwise>, mut advance: impl FnMut(usize)) -> Result<Vec<[Output; 2]>, jit::Error> {
         let mut runs = runs.into_iter();
         let mut pairs = Vec::new();
         while let (Some(quantized), Some(float)) = (runs.next(), runs.next()) {
@@ -334,7 +348,7 @@ impl<'a> Sequence<'a> {
             done = done.max(place.op);
         }
         advance(self.ops.len().saturating_sub(done));
-        Ok(())
+        pairs.into_iter().map(Pair::outputs).collect()
     }
 
     /// Lets the quantized model of a batch run to the next place that all have to wait at.
@@ -434,33 +448,45 @@ impl<'a> Sequence<'a> {
             Goal::Result(result) => by_channel(result, reading)?,
             Goal::Input(input) => product(input, weight, reading, groups)?,
         };
+        // What the float weights do not give: sums of it are as exact as it is small.
+        let missing = result.f_sub(&product(input, weight, reading, groups)?)?;
         let squares = self.squares.get(batch).and_then(|ops| ops.get(number)?.as_ref()).filter(|_| corrects);
         let positions = self.looks.positions(batch, number, &result.size());
         let positions =
             positions.map(|positions| Tensor::f_from_slice(&positions)?.f_to_device(result.device())).transpose()?;
-        let squares = squares.map(|squares| squares.f_to_kind(Kind::Float)).transpose()?;
-        let squares = match (squares, self.ops[number].step.clamp) {
-            (Some(squares), Some(Clamp { bounds, .. })) => {
-                let seen = positions.as_ref().map(|positions| result.f_index_select(2, positions)).transpose()?;
-                Some(squares.f_mul(&is_within(seen.as_ref().unwrap_or(&result), bounds)?)?)
-            }
-            (squares, _) => squares,
+        let seen = |value: &Tensor| match &positions {
+            None => Ok(value.shallow_clone()),
+            Some(positions) => value.f_index_select(2, positions),
         };
-        patches::<jit::Error>(input, reading, groups, |first, count, x| {
-            // What the float weights do not give: sums of it are as exact as it is small.
-            let missing = grouped(&result.f_narrow(0, first, count)?, groups)?.f_sub(&weight.f_bmm(x)?)?;
-            moments.add(x, &missing, None)?;
-            let Some(squares) = &squares else { return Ok(()) };
-            let weights = grouped(&squares.f_narrow(0, first, count)?, groups)?;
+        // (groups, rows, positions that are seen): what each counts.
+        let counts = match squares {
+            None => None,
+            Some(squares) => {
+                let squares = squares.f_to_kind(Kind::Float)?;
+                let squares = match self.ops[number].step.clamp {
+                    None => squares,
+                    Some(Clamp { bounds, .. }) => squares.f_mul(&is_within(&seen(&result)?, bounds)?)?,
+                };
+                let rows = squares.size().first().copied().unwrap_or(1);
+                let counts = by_position(&grouped(&squares, groups)?, &grouped(&seen(&missing)?, groups)?)?;
+                Some(counts.f_reshape([groups, rows, -1])?)
+            }
+        };
+        patches::<jit::Error>(input, reading, groups, |piece| {
+            let r = piece.of(&missing, groups)?;
+            let place = (piece.groups.0, groups);
+            moments.add(place, &piece.x, &r, None)?;
+            let Some(counts) = &counts else { return Ok(()) };
+            let (first, rows) = piece.rows;
+            let counts = piece.own(counts)?.f_narrow(1, first, rows)?.f_flatten(1, 2)?;
             let seen = |of: &Tensor| match &positions {
                 None => Ok(of.shallow_clone()),
                 Some(positions) => {
                     let [groups, channels, _] = <[i64; 3]>::try_from(of.size()).unwrap_or_default();
-                    of.f_reshape([groups, channels, count, -1])?.f_index_select(3, positions)?.f_flatten(2, 3)
+                    of.f_reshape([groups, channels, rows, -1])?.f_index_select(3, positions)?.f_flatten(2, 3)
                 }
             };
-            let missing = seen(&missing)?;
-            Ok(pull.add(&seen(x)?, &missing, Some(&by_position(&weights, &missing)?))?)
+            Ok(pull.add(place, &seen(&piece.x)?, &seen(&r)?, Some(&counts))?)
         })
     }
 
@@ -494,7 +520,7 @@ impl<'a> Sequence<'a> {
         waiting.iter().try_for_each(|quantized| add(op, quantized))
     }
 
-    fn finish(mut self) -> Result<Refined, jit::Error> {
+    fn finish(mut self, outputs: Vec<[Output; 2]>) -> Result<Refined, jit::Error> {
         for op in std::mem::take(&mut self.ops) {
             let Step { target, rounds, corrects, .. } = op.step;
             if *rounds && !op.is_rounded {
@@ -512,7 +538,7 @@ impl<'a> Sequence<'a> {
             }
         }
         let Self { network, rounded, not_rounded, corrections, .. } = self;
-        Ok(Refined { weights: network.weights, rounded, not_rounded, corrections })
+        Ok(Refined { weights: network.weights, rounded, not_rounded, corrections, outputs })
     }
 }
 
@@ -525,15 +551,21 @@ enum Goal<'a> {
 }
 
 /// (rows, outputs, positions) of a weight (groups, outputs, features) that meets this input.
-fn product(input: &Tensor, weight: &Tensor, reading: &Reading, groups: i64) -> Result<Tensor, jit::Error> {
-    let mut products = Vec::new();
-    patches::<jit::Error>(input, reading, groups, |_, count, x| {
-        let y = weight.f_bmm(x)?.f_flatten(0, 1)?;
-        let channels = y.size().first().copied().unwrap_or(1);
-        products.push(y.f_reshape([channels, count, -1])?.f_transpose(0, 1)?);
-        Ok(())
-    })?;
-    Ok(Tensor::f_cat(&products, 0)?)
+fn product(input: &Tensor, weight: &Tensor, reading: &Reading, groups: i64) -> Result<Tensor, tch::TchError> {
+    let Reading::Positions(axes) = reading else {
+        return weight.f_bmm(&grouped(&by_channel(input, reading)?, groups)?);
+    };
+    let batch = if input.dim() == axes.len() + 1 { input.f_unsqueeze(0)? } else { input.shallow_clone() };
+    let channels = batch.size().get(1).copied().unwrap_or(1) / groups.max(1);
+    let kernel = axes.iter().map(|axis| axis.kernel);
+    let size: Vec<i64> = [weight.size().iter().take(2).product(), channels].into_iter().chain(kernel).collect();
+    let of = |number: fn(&Axis) -> i64| axes.iter().map(number).collect::<Vec<_>>();
+    let (stride, dilation, none) = (of(|axis| axis.stride), of(|axis| axis.dilation), of(|_| 0));
+    let bias: Option<Tensor> = None;
+    let weight = weight.f_reshape(&size)?;
+    padded(&batch, axes)?
+        .f_convolution(&weight, bias, &stride, &none, &dilation, false, &none, groups)?
+        .f_flatten(2, -1)
 }
 
 const NEVER_RAN: &str = "never ran on the rows that it is looked at on";

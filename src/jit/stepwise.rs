@@ -12,6 +12,7 @@ use tch::Tensor;
 
 use super::clean::Instrumented;
 use super::module::Arguments;
+use super::value::Output;
 use super::visit::{BoxError, Visit};
 use super::{Error, one_line};
 
@@ -32,11 +33,12 @@ pub struct Stepwise {
     answers: Sender<Option<Tensor>>,
     events: Receiver<Event>,
     has_ended: bool,
+    output: Option<Output>,
 }
 
 enum Event {
     Stop(Stop),
-    End(Result<(), Error>),
+    End(Result<Output, Error>),
 }
 
 impl Stepwise {
@@ -55,9 +57,15 @@ impl Stepwise {
             Event::Stop(stop) => Ok(Some(stop)),
             Event::End(result) => {
                 self.has_ended = true;
-                result.map(|()| None)
+                self.output = Some(result?);
+                Ok(None)
             }
         }
+    }
+
+    /// What the model gave, once it has ended.
+    pub fn take_output(&mut self) -> Option<Output> {
+        self.output.take()
     }
 }
 
@@ -73,7 +81,7 @@ pub fn stepwise<T>(runs: &[(&Instrumented, &Arguments)], work: impl FnOnce(Vec<S
             let stepper = Stepper { answers: told, events: tell };
             let thread = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || run.go(stepper));
             let failed = |error: std::io::Error| Error::Libtorch(one_line(&format!("no thread for a run: {error}")));
-            thread.map(|_| Stepwise { answers, events, has_ended: false }).map_err(failed)
+            thread.map(|_| Stepwise { answers, events, has_ended: false, output: None }).map_err(failed)
         };
         let runs: Vec<Stepwise> = runs.iter().map(begin).collect::<Result<_, _>>()?;
         Ok(work(runs))
@@ -92,7 +100,7 @@ impl Run<'_> {
             return;
         }
         let Self(graph, arguments) = self;
-        let result = graph.run(arguments, &mut stepper).map(drop);
+        let result = graph.run(arguments, &mut stepper);
         // Nobody listens to a run that was given up.
         let _ = stepper.events.send(Event::End(result));
     }

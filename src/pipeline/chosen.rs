@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::base::{Base, Observed};
+use super::refine::GivenUp;
 use super::score::SiteScores;
 use super::select::{self, Given, Selections};
 use super::simulation::Simulation;
@@ -27,8 +28,8 @@ pub(super) struct Chosen {
     pub(super) worst_sites: Vec<WorstSite>,
     /// Weights that are rounded to nearest though more was asked for.
     pub(super) not_rounded: Vec<LeftFloat>,
-    /// Why rounding and bias correction op by op were given up, if they were.
-    pub(super) given_up: Option<String>,
+    /// Set where rounding and bias correction op by op were given up.
+    pub(super) given_up: Option<GivenUp>,
     /// Seconds that rounding and bias correction op by op took.
     pub(super) correct: f64,
 }

@@ -130,7 +130,7 @@ pub enum Error {
     /// Weighted bias correction has nothing to confirm what it finds.
     #[error(
         "`quantization.weights_bias_correction: weighted` needs at least two batches, found {rows} rows in batches of \
-             {batch_size}; lower `hessian.batch_size`"
+             {batch_size}; lower `hessian.batch_size` or give it more rows"
     )]
     OneBatch {
         /// Rows that there are.

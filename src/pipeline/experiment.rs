@@ -155,7 +155,7 @@ impl Runs<'_> {
         let evaluation = comparison.run(&base.model, &simulation, |_| ());
         let report::Evaluation { float, quantized, .. } = evaluation.map_err(comparison.batches().blame())?;
         let weight_bytes = weight_bytes(&base.sites.weights, &chosen.selections.reports);
-        let given_up = chosen.given_up;
+        let given_up = chosen.given_up.map(|given_up| given_up.reason);
         let gave = Gave { float, quantized, weight_bytes, search_s, evaluate_s: clock.lap(), given_up };
         Ok((gave, chosen.selections.reports))
     }

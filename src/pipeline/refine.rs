@@ -1,5 +1,7 @@
 //! Rounding and bias correction of a model whose thresholds are chosen: which rows it runs on, and what the report says.
 
+use std::borrow::Borrow;
+
 use tch::Tensor;
 
 use super::base::Base;
@@ -15,11 +17,18 @@ use crate::correct::{
 use crate::evaluate::{self, Evaluation};
 use crate::feed;
 use crate::hessian;
-use crate::jit::{self, Arguments, NoVisit};
+use crate::jit::{self, Arguments, Output};
 use crate::report::{self, Comparison, Kind};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites, WeightSite};
 use crate::threshold::{self, Channels, Cost};
+
+/// Why what was rounded and corrected op by op was given up, and how biases are corrected instead.
+#[derive(Debug)]
+pub(super) struct GivenUp {
+    pub(super) reason: String,
+    pub(super) correction: BiasCorrection,
+}
 
 /// What is asked of weights and biases.
 pub(super) fn asked(plan: &Plan) -> Asked {
@@ -82,62 +91,65 @@ pub(super) fn refine(
     progress.stage("correct", Work::Sites(steps.count()));
     let weights = chosen.selections.take_weights(settings);
     let nearest: Vec<Tensor> = weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
-    let plain = known.shallow_clone();
+    let mut instead = vec![(BiasCorrection::None, Corrections::default())];
+    if asked(plan).correction != BiasCorrection::None {
+        instead.insert(0, (BiasCorrection::ClosedForm, known.shallow_clone()));
+    }
     let network =
         Network { model: &base.model, sites: &chosen.sites, activations: &chosen.selections.activations, weights };
     let given = (&steps, asked(plan));
     let refined = correct::refine(network, given, (&batches, &squares, &looks), known, |count| progress.advance(count));
     let refined = refined.map_err(Error::from).map_err(blame())?;
     drop(squares);
-    let own: Vec<Tensor> = refined.weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
-    let candidates = [(&own, &refined.corrections), (&nearest, &plain)];
-    let [found, known] = outputs(base, chosen, candidates, &batches).map_err(blame())?;
-    if is_farther(found.as_ref(), known.as_ref()) {
-        let rows = request.samples.get().min(base.calibration.rows);
-        let instead = match asked(plan).correction {
-            BiasCorrection::None => "weights rounded to nearest",
-            _ => "closed_form and nearest",
-        };
-        let reason = format!(
-            "what was rounded and corrected op by op was given up, as outputs of the {rows} rows that it was fitted to are \
-             nearer to float without it (SQNR with it: {}; with {instead}: {})",
-            words(found.as_ref()),
-            words(known.as_ref())
-        );
-        chosen.not_rounded =
-            left_float(steps.all_nearest("outputs are nearer to float with all weights rounded to nearest"));
-        (chosen.selections.weights, chosen.corrections, chosen.given_up) = (nearest, plain, Some(reason));
-        return Ok(());
-    }
-    take(base, chosen, refined, plan.weights.rounding)
-}
-
-/// How near outputs come to float with each of these weights and biases; `None` where they cannot be compared.
-fn outputs(
-    base: &Base,
-    chosen: &Chosen,
-    candidates: [(&Vec<Tensor>, &Corrections); 2],
-    batches: &[Arguments],
-) -> Result<[Option<Comparison>; 2], Error> {
-    let float = base.model.instrument(&[], &[])?;
-    let sites = (&chosen.sites, chosen.selections.activations.as_slice());
-    let simulated =
-        |(weights, corrections): (&Vec<Tensor>, _)| Simulation::of(&base.model, sites, weights, corrections);
-    let [own, known] = candidates.map(simulated);
-    let mut measured = [(own?, Some(Evaluation::default())), (known?, Some(Evaluation::default()))];
-    for arguments in batches {
-        let expected = float.run(arguments, &mut NoVisit)?.on_cpu()?;
-        for (simulation, evaluation) in &mut measured {
-            let Some(sums) = evaluation else { continue };
-            let found = simulation.run(arguments)?.on_cpu()?;
-            match sums.add(1, &expected, &found, None) {
-                // Nothing is farther than that.
-                Err(evaluate::Error::Broken { .. } | evaluate::Error::Mismatch { .. }) => *evaluation = None,
-                added => added.map_err(blame::measured)?,
-            }
+    let float: Vec<&Output> = refined.outputs.iter().map(|[float, _]| float).collect();
+    let found = nearness(&float, refined.outputs.iter().map(|[_, found]| Ok(found)))?;
+    // What there would be without any of it, the nearest if it is nearer.
+    let mut best = (None, found);
+    for (correction, corrections) in instead {
+        let sites = (&chosen.sites, chosen.selections.activations.as_slice());
+        let simulation = Simulation::of(&base.model, sites, &nearest, &corrections)?;
+        let outputs = batches.iter().map(|arguments| simulation.run(arguments)?.on_cpu());
+        let other = nearness(&float, outputs).map_err(blame())?;
+        if is_farther(best.1.as_ref(), other.as_ref()) {
+            best = (Some((correction, corrections)), other);
         }
     }
-    Ok(measured.map(|(_, evaluation)| evaluation.map(|sums| sums.finish().1)))
+    let (Some((correction, corrections)), known) = best else {
+        return take(base, chosen, refined, plan.weights.rounding);
+    };
+    let rows = request.samples.get().min(base.calibration.rows);
+    let instead = match correction {
+        BiasCorrection::None => "weights rounded to nearest and no bias correction",
+        _ => "closed_form and nearest",
+    };
+    let reason = format!(
+        "what was rounded and corrected op by op was given up, as outputs of the {rows} rows that it was fitted to are nearer \
+         to float without it (SQNR with it: {}; with {instead}: {})",
+        words(found.as_ref()),
+        words(known.as_ref())
+    );
+    chosen.not_rounded =
+        left_float(steps.all_nearest("outputs are nearer to float with all weights rounded to nearest"));
+    chosen.selections.weights = nearest;
+    chosen.corrections = corrections;
+    chosen.given_up = Some(GivenUp { reason, correction });
+    Ok(())
+}
+
+/// How near outputs come to those of the float model, batch by batch; `None` where they cannot be compared.
+fn nearness(
+    float: &[&Output],
+    found: impl Iterator<Item = Result<impl Borrow<Output>, jit::Error>>,
+) -> Result<Option<Comparison>, Error> {
+    let mut sums = Evaluation::default();
+    for (float, found) in float.iter().zip(found) {
+        match sums.add(1, float, found?.borrow(), None) {
+            // Nothing is farther than that.
+            Err(evaluate::Error::Broken { .. } | evaluate::Error::Mismatch { .. }) => return Ok(None),
+            added => added.map_err(blame::measured)?,
+        }
+    }
+    Ok(Some(sums.finish().1))
 }
 
 /// Where neither can be compared, the evaluation tells.
@@ -166,7 +178,7 @@ fn batches(base: &Base, hessian: &HessianPlan) -> Result<Vec<Arguments>, Error> 
 
 /// Puts what came out where it belongs.
 fn take(base: &Base, chosen: &mut Chosen, refined: Refined, rounding: Rounding) -> Result<(), Error> {
-    let Refined { weights, rounded, not_rounded, corrections } = refined;
+    let Refined { weights, rounded, not_rounded, corrections, .. } = refined;
     for site in rounded {
         let own = weights.get(site.weight).zip(chosen.sites.weights.get(site.weight));
         let Some((weight, weight_site)) = own else { continue };
@@ -204,7 +216,6 @@ fn cost(base: &Base, site: &WeightSite, weight: &Weight) -> Result<Cost, Error> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jit::Output;
 
     #[test]
     fn what_cannot_be_compared_is_farthest() {
