@@ -35,7 +35,7 @@ pub use gradients::{Differentiable, Recording};
 pub use listing::{Block, BlockId, Constant, Listing, Node, NodeId, Seen, Value, ValueId};
 pub use module::{ArgumentType, Arguments, Module, NamedTensor, Signature};
 pub use parallel::{in_parallel, thread_count};
-pub use stepwise::{Stepwise, Stop, stepwise};
+pub use stepwise::{Stepwise, Stop, Substitute, stepwise};
 pub use tensor::{Dense, with_dense, with_pairs, with_values};
 pub use value::{Argument, Output};
 pub use visit::{BoxError, NoVisit, Visit};

@@ -89,7 +89,7 @@ pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rou
         work.collect::<Vec<_>>().into_par_iter().for_each(|(group, levels, targets, grids)| {
             let factor = &factors[group * features * features..][..features * features];
             let order = &found.order[group * features..][..features];
-            spread(levels, targets, grids, (factor, order));
+            pulp::Arch::new().dispatch(Spread { levels, targets, grids, factor, order });
         });
     }
 
@@ -107,7 +107,7 @@ pub(super) fn round(problem: &Problem<'_>, target: &Tensor) -> Result<Option<Rou
         .map(|(channel, (((levels, pulled), products), grid))| {
             let hessian = &hessians[channel / outputs * features * features..][..features * features];
             let grid = if refits { grid.refitted(levels, pulled, products) } else { *grid };
-            descend(levels, grid, hessian, (pulled, products));
+            pulp::Arch::new().dispatch(Descend { levels, grid, hessian, pulled, products });
             grid
         })
         .collect();
@@ -262,47 +262,76 @@ impl Grid {
 }
 
 /// Feature by feature in this order, the error of each is made up for by those that follow, for a few channels at a time.
-fn spread(levels: &mut [f64], targets: &[f64], grids: &[Grid], (factor, order): (&[f64], &[usize])) {
-    let features = order.len();
-    let mut left: Vec<f64> = targets.chunks(features).flat_map(|row| order.iter().map(|&index| row[index])).collect();
-    for (place, &feature) in order.iter().enumerate() {
-        let row = &factor[place * features..][..features];
-        let rows = left.chunks_mut(features).zip(levels.chunks_mut(features)).zip(grids);
-        for ((left, levels), grid) in rows {
-            let level = grid.level(left[place]);
-            levels[feature] = level;
-            let error = (left[place] - level * grid.scale) / row[place];
-            for (left, factor) in left[place + 1..].iter_mut().zip(&row[place + 1..]) {
-                *left -= error * factor;
+struct Spread<'a> {
+    levels: &'a mut [f64],
+    targets: &'a [f64],
+    grids: &'a [Grid],
+    factor: &'a [f64],
+    order: &'a [usize],
+}
+
+impl pulp::NullaryFnOnce for Spread<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { levels, targets, grids, factor, order } = self;
+        let features = order.len();
+        let mut left: Vec<f64> =
+            targets.chunks(features).flat_map(|row| order.iter().map(|&index| row[index])).collect();
+        for (place, &feature) in order.iter().enumerate() {
+            let row = &factor[place * features..][..features];
+            let rows = left.chunks_mut(features).zip(levels.chunks_mut(features)).zip(grids);
+            for ((left, levels), grid) in rows {
+                let level = grid.level(left[place]);
+                levels[feature] = level;
+                let error = (left[place] - level * grid.scale) / row[place];
+                for (left, factor) in left[place + 1..].iter_mut().zip(&row[place + 1..]) {
+                    *left -= error * factor;
+                }
             }
         }
     }
 }
 
 /// Moves each level to where the error is least, the others as they are, until none moves. `pulled` is w·H, `products` z·H.
-fn descend(levels: &mut [f64], grid: Grid, hessian: &[f64], (pulled, products): (&[f64], &[f64])) {
-    let features = levels.len();
-    // Half of the gradient: H·(q − w).
-    let mut slope: Vec<f64> = products.iter().zip(pulled).map(|(z, w)| grid.scale * z - w).collect();
-    for _ in 0..SWEEPS {
-        let mut has_moved = false;
-        for feature in 0..features {
-            let row = &hessian[feature * features..][..features];
-            let curvature = row[feature] * grid.scale;
-            if curvature <= 0.0 {
-                continue;
+struct Descend<'a> {
+    levels: &'a mut [f64],
+    grid: Grid,
+    hessian: &'a [f64],
+    pulled: &'a [f64],
+    products: &'a [f64],
+}
+
+impl pulp::NullaryFnOnce for Descend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { levels, grid, hessian, pulled, products } = self;
+        let features = levels.len();
+        // Half of the gradient: H·(q − w).
+        let mut slope: Vec<f64> = products.iter().zip(pulled).map(|(z, w)| grid.scale * z - w).collect();
+        for _ in 0..SWEEPS {
+            let mut has_moved = false;
+            for feature in 0..features {
+                let row = &hessian[feature * features..][..features];
+                let curvature = row[feature] * grid.scale;
+                if curvature <= 0.0 {
+                    continue;
+                }
+                let old = levels[feature];
+                let new = (old - slope[feature] / curvature).round_ties_even().clamp(grid.lowest, grid.highest);
+                if new != old {
+                    levels[feature] = new;
+                    has_moved = true;
+                    let step = (new - old) * grid.scale;
+                    slope.iter_mut().zip(row).for_each(|(slope, h)| *slope += step * h);
+                }
             }
-            let old = levels[feature];
-            let new = (old - slope[feature] / curvature).round_ties_even().clamp(grid.lowest, grid.highest);
-            if new != old {
-                levels[feature] = new;
-                has_moved = true;
-                let step = (new - old) * grid.scale;
-                slope.iter_mut().zip(row).for_each(|(slope, h)| *slope += step * h);
+            if !has_moved {
+                break;
             }
-        }
-        if !has_moved {
-            break;
         }
     }
 }

@@ -26,9 +26,6 @@ use crate::random::SplitMix64;
 use crate::simulate::{fake_quantize, substitutes};
 use crate::sites::Sites;
 
-/// Numbers of a batch whose squared gradients are kept for one op.
-pub(super) const SEEN: i64 = 1 << 17;
-
 /// A quantized weight.
 #[derive(Debug)]
 pub struct Weight {
@@ -82,6 +79,8 @@ pub struct Refined {
 #[derive(Debug, Clone)]
 pub struct Looks {
     readings: Vec<Reading>,
+    /// Numbers of a batch that are looked at for one op.
+    seen: i64,
     /// The results whose gradients are asked for: those of ops whose biases are corrected, behind the clamp if there is one.
     pub results: Vec<Option<jit::ValueId>>,
     seed: u64,
@@ -94,7 +93,7 @@ impl Looks {
         let readings = steps.steps.iter().map(|step| step.reading.clone()).collect();
         let result = |step: &Step| step.clamp.map_or(step.target.result, |clamp| clamp.value);
         let results = steps.steps.iter().map(|step| step.corrects.then(|| result(step))).collect();
-        Self { readings, results, seed }
+        Self { readings, seen: steps.seen(), results, seed }
     }
 
     /// What is seen of a value of the result of op `op`, or its gradient, in batch `batch`: (rows, channels, positions).
@@ -113,7 +112,7 @@ impl Looks {
     /// One position of each of as many equal parts; `None` for all.
     fn positions(&self, batch: usize, op: usize, size: &[i64]) -> Option<Vec<i64>> {
         let &[rows, channels, positions] = size else { return None };
-        let wanted = (SEEN / (rows * channels).max(1)).max(1);
+        let wanted = (self.seen / (rows * channels).max(1)).max(1);
         if wanted >= positions {
             return None;
         }
@@ -140,7 +139,7 @@ pub fn refine(
     let (taps, params) = substitutes(&network.sites.activations, network.activations);
     let mut sequence = Sequence::new(network, (steps, asked), squares, looks);
     sequence.take_known(known);
-    sequence.params = params;
+    sequence.substituted = taps.len();
     let own: Vec<Tap> = sequence.ops.iter().enumerate().flat_map(|(number, op)| op.taps(number)).collect();
     // Taps that come later in the list come earlier behind a value.
     let behind = own.iter().map(|tap| Tap { number: taps.len() + tap.number, ..*tap });
@@ -151,7 +150,14 @@ pub fn refine(
     let float = sequence.network.model.instrument(&own, &[])?;
     let runs: Vec<(&Instrumented, &Arguments)> =
         batches.iter().flat_map(|arguments| [(&quantized, arguments), (&float, arguments)]).collect();
-    let outputs = stepwise(&runs, |runs| sequence.run(runs, advance))??;
+    // On a GPU kernels of several runs would wait for each other.
+    let together = if device == Device::Cpu { batches.len() } else { 1 };
+    let substitute = |tap: usize, value: &Tensor| -> Result<Tensor, jit::BoxError> {
+        let params = params.get(tap).ok_or_else(|| format!("tap {tap} has no quantizer"))?;
+        Ok(fake_quantize(value, params)?)
+    };
+    let on_their_way = |runs| sequence.run(Pairs::new(runs, batches.len()), advance);
+    let outputs = stepwise(&runs, together, &substitute, on_their_way)??;
     sequence.finish(outputs)
 }
 
@@ -214,48 +220,69 @@ impl Place {
     }
 }
 
-/// A batch on its way through both models.
-struct Pair {
-    quantized: Stepwise,
-    float: Stepwise,
-    /// Where the quantized model waits, and the value there.
-    at: Option<(Place, Tensor)>,
-    /// Where the float model waits, and the value there.
-    float_at: Option<(Place, Tensor)>,
+/// Where a model waits, and the value there.
+type At = Option<(Place, Tensor)>;
+
+/// All batches on their way through both models.
+struct Pairs {
+    /// The quantized and the float model of each batch.
+    runs: Stepwise,
+    quantized: Vec<At>,
+    float: Vec<At>,
 }
 
-impl Pair {
-    /// What the quantized model has here, if it waits here.
-    fn waits_with(&self, place: Place) -> Option<Tensor> {
-        let (at, value) = self.at.as_ref()?;
-        (*at == place).then(|| value.shallow_clone())
+impl Pairs {
+    fn new(runs: Stepwise, batches: usize) -> Self {
+        let nowhere = || (0..batches).map(|_| None).collect();
+        Self { runs, quantized: nowhere(), float: nowhere() }
     }
 
-    /// What the float model has here; `None` where it does not come here in this batch.
-    fn float(&mut self, place: Place) -> Result<Option<Tensor>, jit::Error> {
-        loop {
-            match &self.float_at {
-                Some((at, value)) if *at == place => return Ok(Some(value.shallow_clone())),
-                Some((at, _)) if *at > place => return Ok(None),
-                _ => {}
-            }
-            self.float_at = None;
-            match self.float.go(None)? {
-                None => return Ok(None),
-                Some(stop) => self.float_at = Some((Place::of(stop.tap), stop.value)),
-            }
-        }
+    /// The first place that the quantized model of some batch waits at.
+    fn first(&self) -> Option<Place> {
+        self.quantized.iter().filter_map(|at| at.as_ref().map(|(place, _)| *place)).min()
     }
 
-    /// What both give in the end, the float model first.
-    fn outputs(mut self) -> Result<[Output; 2], jit::Error> {
-        self.float_at = None;
-        while self.float.go(None)?.is_some() {}
-        let outputs = [self.float, self.quantized].map(|mut run| run.take_output());
-        let [Some(float), Some(quantized)] = outputs else {
-            return Err(jit::Error::Libtorch("a run ended without outputs".to_owned()));
-        };
-        Ok([float.on_cpu()?, quantized.on_cpu()?])
+    /// The batches whose quantized models wait here, and their values.
+    fn waiting(&self, place: Place) -> Vec<(usize, Tensor)> {
+        let own = self.quantized.iter().enumerate();
+        let own = own.filter_map(|(batch, at)| Some((batch, at.as_ref().filter(|(at, _)| *at == place)?)));
+        own.map(|(batch, (_, value))| (batch, value.shallow_clone())).collect()
+    }
+
+    /// Lets the float models of batches go on to here, or to the first place behind it that they come to.
+    fn bring_float(&mut self, place: Place, batches: impl Iterator<Item = usize>) -> Result<(), jit::Error> {
+        let Self { runs, float, .. } = self;
+        let behind: Vec<usize> =
+            batches.filter(|&batch| float[batch].as_ref().is_none_or(|(at, _)| *at < place)).collect();
+        behind.iter().for_each(|&batch| float[batch] = None);
+        runs.go(behind.iter().map(|batch| 2 * batch + 1), |run, stop| {
+            let at = Place::of(stop.tap);
+            if at >= place {
+                float[run / 2] = Some((at, stop.value));
+            }
+            Ok(at < place)
+        })
+    }
+
+    /// What the float model was brought to here; `None` where it does not come here in this batch.
+    fn float(&self, batch: usize, place: Place) -> Option<Tensor> {
+        let (_, value) = self.float[batch].as_ref().filter(|(at, _)| *at == place)?;
+        Some(value.shallow_clone())
+    }
+
+    /// What both give in the end, batch by batch, the float model first.
+    fn outputs(mut self) -> Result<Vec<[Output; 2]>, jit::Error> {
+        let batches = 0..self.float.len();
+        self.float.iter_mut().for_each(|at| *at = None);
+        self.runs.go(batches.clone().map(|batch| 2 * batch + 1), |_, _| Ok(true))?;
+        let both = batches.map(|batch| {
+            let outputs = [2 * batch + 1, 2 * batch].map(|run| self.runs.take_output(run));
+            let [Some(float), Some(quantized)] = outputs else {
+                return Err(jit::Error::Libtorch("a run ended without outputs".to_owned()));
+            };
+            Ok([float.on_cpu()?, quantized.on_cpu()?])
+        });
+        both.collect()
     }
 }
 
@@ -265,8 +292,8 @@ struct Sequence<'a> {
     asked: Asked,
     squares: &'a Squares,
     looks: &'a Looks,
-    /// Of the activation sites.
-    params: Vec<QuantParams>,
+    /// Taps of the quantized model at activation sites: those of the ops come behind them.
+    substituted: usize,
     /// What the quantized model reads in place of its weights.
     tensors: Vec<(jit::Place, Tensor)>,
     rounded: Vec<RoundedSite>,
@@ -286,7 +313,7 @@ impl<'a> Sequence<'a> {
             asked,
             squares,
             looks,
-            params: Vec::new(),
+            substituted: 0,
             tensors: Vec::new(),
             rounded: Vec::new(),
             not_rounded: steps.not_rounded.clone(),
@@ -326,66 +353,54 @@ impl<'a> Sequence<'a> {
         Ok(tensors)
     }
 
-    fn run(&mut self, runs: Vec<Stepwise>, mut advance: impl FnMut(usize)) -> Result<Vec<[Output; 2]>, jit::Error> {
-        let mut runs = runs.into_iter();
-        let mut pairs = Vec::new();
-        while let (Some(quantized), Some(float)) = (runs.next(), runs.next()) {
-            let mut pair = Pair { quantized, float, at: None, float_at: None };
-            self.go_on(&mut pair)?;
-            pairs.push(pair);
-        }
-        let first = |pairs: &[Pair]| pairs.iter().filter_map(|pair| pair.at.as_ref().map(|(place, _)| *place)).min();
+    fn run(&mut self, mut pairs: Pairs, mut advance: impl FnMut(usize)) -> Result<Vec<[Output; 2]>, jit::Error> {
+        self.go_on(&mut pairs, None)?;
         let mut done = 0;
-        while let Some(place) = first(&pairs) {
+        while let Some(place) = pairs.first() {
             match place.phase {
                 Phase::Input => self.round(place, &mut pairs)?,
                 Phase::Result => self.correct(place, &mut pairs)?,
             }
-            for pair in pairs.iter_mut().filter(|pair| pair.waits_with(place).is_some()) {
-                self.go_on(pair)?;
-            }
+            self.go_on(&mut pairs, Some(place))?;
             advance(place.op.saturating_sub(done));
             done = done.max(place.op);
         }
         advance(self.ops.len().saturating_sub(done));
-        pairs.into_iter().map(Pair::outputs).collect()
+        pairs.outputs()
     }
 
-    /// Lets the quantized model of a batch run to the next place that all have to wait at.
-    fn go_on(&self, pair: &mut Pair) -> Result<(), jit::Error> {
-        pair.at = None;
-        let mut answer = None;
-        while let Some(stop) = pair.quantized.go(answer.take())? {
-            if let Some(params) = self.params.get(stop.tap) {
-                answer = Some(fake_quantize(&stop.value, params)?);
-                continue;
-            }
-            let place = Place::of(stop.tap - self.params.len());
-            let Some(op) = self.ops.get(place.op) else { continue };
+    /// Lets the quantized models that wait here go on to the next place that all have to wait at; all of them from nowhere.
+    fn go_on(&self, pairs: &mut Pairs, place: Option<Place>) -> Result<(), jit::Error> {
+        let Pairs { runs, quantized, .. } = pairs;
+        let are_here: Vec<usize> =
+            (0..quantized.len()).filter(|&batch| place == quantized[batch].as_ref().map(|(at, _)| *at)).collect();
+        are_here.iter().for_each(|&batch| quantized[batch] = None);
+        runs.go(are_here.iter().map(|batch| 2 * batch), |run, stop| {
+            let place = Place::of(stop.tap - self.substituted);
+            let Some(op) = self.ops.get(place.op) else { return Ok(true) };
             let is_done = if place.phase == Phase::Input { op.is_rounded } else { op.is_corrected };
             if !is_done {
-                pair.at = Some((place, stop.value));
-                break;
-            }
-            if place.phase == Phase::Result {
+                quantized[run / 2] = Some((place, stop.value));
+            } else if place.phase == Phase::Result {
                 add(op, &stop.value)?;
             }
-        }
-        Ok(())
+            Ok(is_done)
+        })
     }
 
     /// Rounds the weights of the op that all wait in front of.
-    fn round(&mut self, place: Place, pairs: &mut [Pair]) -> Result<(), jit::Error> {
+    fn round(&mut self, place: Place, pairs: &mut Pairs) -> Result<(), jit::Error> {
         let step = self.ops[place.op].step;
         let target = &step.target;
         let site = &self.network.sites.weights[target.weight];
         let value = site.values.first().copied().unwrap_or_default();
         let float = flat(&self.network.model.constant(value)?, target.form)?;
         let (mut moments, mut halves) = (Moments::default(), [Moments::default(), Moments::default()]);
-        for (batch, pair) in pairs.iter_mut().enumerate() {
-            let Some(input) = pair.waits_with(place) else { continue };
-            let phase = if step.has_other_terms { Phase::Input } else { Phase::Result };
-            let Some(value) = pair.float(Place { phase, ..place })? else { continue };
+        let phase = if step.has_other_terms { Phase::Input } else { Phase::Result };
+        let waiting = pairs.waiting(place);
+        pairs.bring_float(Place { phase, ..place }, waiting.iter().map(|(batch, _)| *batch))?;
+        for (batch, input) in waiting {
+            let Some(value) = pairs.float(batch, Place { phase, ..place }) else { continue };
             let goal = if step.has_other_terms { Goal::Input(&value) } else { Goal::Result(&value) };
             self.ops[place.op].rank = value.dim();
             self.sum_up((batch, place.op), (&input, &float, goal), (&mut moments, &mut halves[batch % 2]))?;
@@ -492,23 +507,22 @@ impl<'a> Sequence<'a> {
 
     /// b += λ·Σ g²·(y − y_q) / Σ g² per channel, behind the closed form, as far as what that is on half of the batches helps on
     /// the other half.
-    fn correct(&mut self, place: Place, pairs: &mut [Pair]) -> Result<(), jit::Error> {
+    fn correct(&mut self, place: Place, pairs: &mut Pairs) -> Result<(), jit::Error> {
         let mut halves = [Vec::new(), Vec::new()];
-        let mut waiting = Vec::new();
-        for (batch, pair) in pairs.iter_mut().enumerate() {
-            let Some(quantized) = pair.waits_with(place) else { continue };
+        let waiting = pairs.waiting(place);
+        let squares = |batch: usize| self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
+        pairs.bring_float(place, waiting.iter().map(|(batch, _)| *batch).filter(|&batch| squares(batch).is_some()))?;
+        for (batch, quantized) in &waiting {
             self.ops[place.op].rank = quantized.dim();
-            let squares = self.squares.get(batch).and_then(|ops| ops.get(place.op)?.as_ref());
-            if let (Some(squares), Some(result)) = (squares, pair.float(place)?) {
-                let look = |value: &Tensor| self.looks.look(batch, place.op, value)?.f_to_kind(Kind::Float);
-                let (wanted, found) = (look(&result)?, look(&quantized)?);
+            if let (Some(squares), Some(result)) = (squares(*batch), pairs.float(*batch, place)) {
+                let look = |value: &Tensor| self.looks.look(*batch, place.op, value)?.f_to_kind(Kind::Float);
+                let (wanted, found) = (look(&result)?, look(quantized)?);
                 let found = match &self.ops[place.op].added {
                     Some(known) => found.f_add(&known.f_to_device(found.device())?.f_reshape([1, -1, 1])?)?,
                     None => found,
                 };
                 halves[batch % 2].push(Seen { wanted, found, squares: squares.f_to_kind(Kind::Float)? });
             }
-            waiting.push(quantized);
         }
         let bounds = self.ops[place.op].step.clamp.map(|clamp| clamp.bounds);
         let op = &mut self.ops[place.op];
@@ -517,7 +531,7 @@ impl<'a> Sequence<'a> {
             (Some(known), Some(added)) => Some(known.f_add(&added)?),
             (known, added) => known.or(added),
         };
-        waiting.iter().try_for_each(|quantized| add(op, quantized))
+        waiting.iter().try_for_each(|(_, quantized)| add(op, quantized))
     }
 
     fn finish(mut self, outputs: Vec<[Output; 2]>) -> Result<Refined, jit::Error> {

@@ -127,11 +127,13 @@ fn error(batches: &[Seen], added: &Tensor, bounds: [f64; 2]) -> Result<f64, tch:
 }
 
 fn total(value: &Tensor) -> Result<f64, tch::TchError> {
-    value.f_sum(Kind::Double)?.f_double_value(&[])
+    value.f_sum(value.kind())?.f_double_value(&[])
 }
 
+/// In float64: sums of a batch are as exact as its numbers, those of batches are not to lose what is small.
 fn by_channel(value: &Tensor) -> Result<Tensor, tch::TchError> {
-    value.f_sum_dim_intlist([0i64, 2].as_slice(), false, Kind::Double)?.f_to_device(Device::Cpu)
+    let sums = value.f_sum_dim_intlist([0i64, 2].as_slice(), false, value.kind())?;
+    sums.f_to_kind(Kind::Double)?.f_to_device(Device::Cpu)
 }
 
 fn clamped(value: &Tensor, [lo, hi]: [f64; 2]) -> Result<Tensor, tch::TchError> {

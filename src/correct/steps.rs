@@ -1,7 +1,6 @@
 //! Which ops are rounded and corrected one after the other, and why others are not.
 
 use super::LeftOut;
-use super::sequence::SEEN;
 use super::targets::{Form, OldBias, Reading, Target, Targets};
 use crate::config::{BiasCorrection, Rounding};
 use crate::jit::{Listing, Node, ValueId};
@@ -9,6 +8,9 @@ use crate::sites::Sites;
 
 /// The largest Hessian that is summed up, in bytes; some six of them are in memory while it is inverted.
 pub const MOST_HESSIAN_BYTES: u64 = 1 << 28;
+
+/// Numbers of a batch whose squared gradients are kept for one op: for a mean of each channel, and for products of features.
+const SEEN: [i64; 2] = [1 << 16, 1 << 17];
 
 /// What is done to weights and biases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,11 +180,16 @@ impl Steps {
         rounded.map(|step| elements(sites, &step.target)).max().unwrap_or(0)
     }
 
+    /// Numbers of a batch whose squared gradients are kept for one op.
+    pub(super) fn seen(&self) -> i64 {
+        SEEN[usize::from(self.rounded() > 0)]
+    }
+
     /// The most that the squared gradients of so many batches take.
     #[must_use]
     pub fn squares_bytes(&self, batches: usize) -> u64 {
         // bfloat16.
-        (self.steps.len() * batches) as u64 * SEEN.unsigned_abs() * 2
+        (self.steps.len() * batches) as u64 * self.seen().unsigned_abs() * 2
     }
 
     /// How many ops are looked at one after the other.

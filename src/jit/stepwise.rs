@@ -1,7 +1,8 @@
-//! Runs of graphs that stop at each of their taps and go on when they are told to, so that several runs can wait for each
-//! other in the middle of a model. What they wait for is the caller's business.
+//! Runs of graphs that stop at taps and go on when they are told to, so that several runs can wait for each other in the middle
+//! of a model. What they wait for is the caller's business.
 //!
-//! Each run has a thread of its own, as libtorch's interpreter keeps its place on the stack; no two of them are ever at work.
+//! Each run has a thread of its own, as libtorch's interpreter keeps its place on the stack. Threads of libtorch's own belong to
+//! the thread that asks for them: runs that are at work side by side share the processor's.
 
 #![allow(unsafe_code)]
 
@@ -24,109 +25,194 @@ const STACK: usize = 8 << 20;
 pub struct Stop {
     /// Number of the tap.
     pub tap: usize,
-    /// The value there. Of a tap that only observes it is the model's own: what is written into it, the model reads.
+    /// The value there, the model's own: what is written into it, the model reads.
     pub value: Tensor,
 }
 
-/// A run that goes from tap to tap. Dropped, it ends where it is.
+/// What replaces the value at a tap that substitutes.
+pub type Substitute<'a> = &'a (dyn Fn(usize, &Tensor) -> Result<Tensor, BoxError> + Sync);
+
+/// Runs that go from tap to tap. Dropped, they end where they are.
 pub struct Stepwise {
-    answers: Sender<Option<Tensor>>,
-    events: Receiver<Event>,
-    has_ended: bool,
-    output: Option<Output>,
+    tell: Vec<Sender<()>>,
+    events: Receiver<(usize, Event)>,
+    at_once: usize,
+    ends: Vec<End>,
+}
+
+/// How far a run is.
+enum End {
+    NotYet,
+    With(Output),
+    Taken,
 }
 
 enum Event {
+    Ready,
     Stop(Stop),
     End(Result<Output, Error>),
+    Lost,
 }
 
 impl Stepwise {
-    /// Goes on to the next tap; `None` at the end of the model. From a tap that substitutes it goes on with `answer`, if there
-    /// is one.
+    /// Lets these runs go on. Whenever one stops at a tap that observes, `goes_on` says whether it goes on from there; those that
+    /// have ended are passed over.
     ///
     /// # Errors
-    /// Where the model fails.
-    pub fn go(&mut self, answer: Option<Tensor>) -> Result<Option<Stop>, Error> {
-        if self.has_ended {
-            return Ok(None);
-        }
-        let lost = || Error::Libtorch("a run ended without a word".to_owned());
-        self.answers.send(answer).map_err(|_| lost())?;
-        match self.events.recv().map_err(|_| lost())? {
-            Event::Stop(stop) => Ok(Some(stop)),
-            Event::End(result) => {
-                self.has_ended = true;
-                self.output = Some(result?);
-                Ok(None)
+    /// Where the model fails, or `goes_on` does.
+    pub fn go(
+        &mut self,
+        runs: impl IntoIterator<Item = usize>,
+        mut goes_on: impl FnMut(usize, Stop) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let mut waiting = runs.into_iter();
+        let mut busy = 0;
+        loop {
+            while busy < self.at_once
+                && let Some(run) = waiting.next()
+            {
+                if matches!(self.ends.get(run), Some(End::NotYet)) {
+                    self.tell(run)?;
+                    busy += 1;
+                }
+            }
+            if busy == 0 {
+                return Ok(());
+            }
+            match self.events.recv().map_err(|_| lost())? {
+                (run, Event::Stop(stop)) => {
+                    if goes_on(run, stop)? {
+                        self.tell(run)?;
+                    } else {
+                        busy -= 1;
+                    }
+                }
+                (_, Event::Ready) => {}
+                (run, Event::End(result)) => {
+                    self.ends[run] = End::With(result?);
+                    busy -= 1;
+                }
+                (_, Event::Lost) => return Err(lost()),
             }
         }
     }
 
-    /// What the model gave, once it has ended.
-    pub fn take_output(&mut self) -> Option<Output> {
-        self.output.take()
+    fn tell(&self, run: usize) -> Result<(), Error> {
+        self.tell.get(run).and_then(|tell| tell.send(()).ok()).ok_or_else(lost)
+    }
+
+    /// What the model gave in this run, once it has ended.
+    pub fn take_output(&mut self, run: usize) -> Option<Output> {
+        match std::mem::replace(self.ends.get_mut(run)?, End::Taken) {
+            End::With(output) => Some(output),
+            _ => None,
+        }
     }
 }
 
-/// Begins these runs, each in front of its first tap, and hands them to `work`. What is left of them ends with it.
+fn lost() -> Error {
+    Error::Libtorch("a run ended without a word".to_owned())
+}
+
+/// Begins these runs, each in front of its first tap, and hands them to `work`. What is left of them ends with it. As many as `together`
+/// are at work at the same time, where there are threads for them.
 ///
 /// # Errors
 /// Where the system has no thread for one of them.
-pub fn stepwise<T>(runs: &[(&Instrumented, &Arguments)], work: impl FnOnce(Vec<Stepwise>) -> T) -> Result<T, Error> {
+pub fn stepwise<T>(
+    runs: &[(&Instrumented, &Arguments)],
+    together: usize,
+    substitute: Substitute<'_>,
+    work: impl FnOnce(Stepwise) -> T,
+) -> Result<T, Error> {
+    let all = tch::get_num_threads();
+    let at_once = together.clamp(1, usize::try_from(all).unwrap_or(1).max(1));
+    let own = (at_once > 1).then(|| (all / i32::try_from(at_once).unwrap_or(all)).max(1));
     thread::scope(|scope| {
-        let begin = |&(graph, arguments): &(_, _)| {
-            let ((answers, told), (tell, events)) = (channel(), channel());
+        let (sender, events) = channel();
+        let begin = |(number, &(graph, arguments)): (usize, &(_, _))| {
+            let (tell, told) = channel();
+            let events = sender.clone();
             let run = Run(graph, arguments);
-            let stepper = Stepper { answers: told, events: tell };
-            let thread = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || run.go(stepper));
+            let begun = move || {
+                let mut stepper = Stepper { number, told, events, substitute, has_ended: false };
+                stepper.take_threads(own);
+                run.go(&mut stepper);
+            };
             let failed = |error: std::io::Error| Error::Libtorch(one_line(&format!("no thread for a run: {error}")));
-            thread.map(|_| Stepwise { answers, events, has_ended: false, output: None }).map_err(failed)
+            thread::Builder::new().stack_size(STACK).spawn_scoped(scope, begun).map_err(failed)?;
+            Ok(tell)
         };
-        let runs: Vec<Stepwise> = runs.iter().map(begin).collect::<Result<_, _>>()?;
-        Ok(work(runs))
+        let tell: Vec<Sender<()>> = runs.iter().enumerate().map(begin).collect::<Result<_, Error>>()?;
+        for _ in &tell {
+            events.recv().map_err(|_| lost())?;
+        }
+        if own.is_some() {
+            // What a thread asks for, those that begin later have too.
+            tch::set_num_threads(all);
+        }
+        let ends = runs.iter().map(|_| End::NotYet).collect();
+        Ok(work(Stepwise { tell, events, at_once, ends }))
     })
 }
 
 struct Run<'a>(&'a Instrumented, &'a Arguments);
 
-// SAFETY: the other side waits whenever this one is at work. Runs that are given up end at the same time, each freeing what
-// is its own, and tensors count their owners atomically.
+// SAFETY: graphs and arguments are only read by runs, each of which has an interpreter of its own. What others write into, values and
+// weights, they write while no run is at work. Tensors count their owners atomically.
 unsafe impl Send for Run<'_> {}
 
 impl Run<'_> {
-    fn go(self, mut stepper: Stepper) {
-        if stepper.answers.recv().is_err() {
+    fn go(self, stepper: &mut Stepper<'_>) {
+        if stepper.told.recv().is_err() {
             return;
         }
         let Self(graph, arguments) = self;
-        let result = graph.run(arguments, &mut stepper);
+        let result = graph.run(arguments, stepper);
+        stepper.has_ended = true;
         // Nobody listens to a run that was given up.
-        let _ = stepper.events.send(Event::End(result));
+        let _ = stepper.events.send((stepper.number, Event::End(result)));
     }
 }
 
-/// The visit of a run: it waits for an answer at each tap.
-struct Stepper {
-    answers: Receiver<Option<Tensor>>,
-    events: Sender<Event>,
+/// The visit of a run: it waits at each tap that observes.
+struct Stepper<'a> {
+    number: usize,
+    told: Receiver<()>,
+    events: Sender<(usize, Event)>,
+    substitute: Substitute<'a>,
+    has_ended: bool,
 }
 
-impl Stepper {
-    fn stop(&self, tap: usize, value: &Tensor) -> Result<Option<Tensor>, BoxError> {
+impl Stepper<'_> {
+    fn take_threads(&self, own: Option<i32>) {
+        if let Some(own) = own {
+            // A thread that has not asked yet would take what another asked for last.
+            tch::get_num_threads();
+            tch::set_num_threads(own);
+        }
+        let _ = self.events.send((self.number, Event::Ready));
+    }
+}
+
+impl Visit for Stepper<'_> {
+    fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
         let value = value.shallow_clone();
         let given_up = "the run was given up";
-        self.events.send(Event::Stop(Stop { tap, value })).map_err(|_| given_up)?;
-        Ok(self.answers.recv().map_err(|_| given_up)?)
-    }
-}
-
-impl Visit for Stepper {
-    fn observe(&mut self, tap: usize, value: &Tensor) -> Result<(), BoxError> {
-        self.stop(tap, value).map(drop)
+        self.events.send((self.number, Event::Stop(Stop { tap, value }))).map_err(|_| given_up)?;
+        Ok(self.told.recv().map_err(|_| given_up)?)
     }
 
     fn substitute(&mut self, tap: usize, value: &Tensor) -> Result<Tensor, BoxError> {
-        Ok(self.stop(tap, value)?.unwrap_or_else(|| value.shallow_clone()))
+        (self.substitute)(tap, value)
+    }
+}
+
+impl Drop for Stepper<'_> {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            // Whoever waits for it would wait for ever.
+            let _ = self.events.send((self.number, Event::Lost));
+        }
     }
 }

@@ -6,6 +6,7 @@
 #endif
 #include <algorithm>
 #include <mutex>
+#include <thread>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -205,6 +206,8 @@ void keep_freed_memory() {
   if (mallopt(M_MMAP_THRESHOLD, 1 << 30) == 0)
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  // What a thread frees in an arena of its own, no other takes again.
+  mallopt(M_ARENA_MAX, static_cast<int>(std::max(std::thread::hardware_concurrency(), 1u)));
 #endif
 }
 
