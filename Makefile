@@ -5,8 +5,9 @@
 demo: build
 	target/release/tsquant quantize configs/mnist_resnet.yaml
 
+# Tests run side by side: each has one of libtorch's threads.
 test: libtorch
-	cargo test --locked
+	OMP_NUM_THREADS=1 cargo test --locked
 
 build: libtorch
 	cargo build --release --locked

@@ -24,9 +24,7 @@ fn main() {
         "device.cc",
     ];
     let mut build = cxx_build::bridge("src/jit/ffi.rs");
-    for source in sources {
-        build.file(format!("src/jit/cpp/{source}"));
-    }
+    build.file(one_unit(&sources));
     for include in ["include", "include/torch/csrc/api/include"] {
         // System headers: libtorch's own warnings are not ours to mend.
         build.flag("-isystem").flag(torch.join(include).to_str().expect("the path of libtorch is UTF-8"));
@@ -53,6 +51,15 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src/jit/ffi.rs");
     println!("cargo:rerun-if-changed=src/jit/cpp");
+}
+
+/// A file that includes these: libtorch's headers take several times as long as what they are included for, and are read once so.
+fn one_unit(sources: &[&str]) -> PathBuf {
+    let folder = std::env::current_dir().expect("cargo runs this in the package's folder").join("src/jit/cpp");
+    let lines = sources.iter().map(|source| format!("#include \"{}\"\n", folder.join(source).display()));
+    let unit = PathBuf::from(std::env::var("OUT_DIR").expect("cargo tells where to write")).join("seam.cc");
+    std::fs::write(&unit, lines.collect::<String>()).expect("the folder of build outputs takes a file");
+    unit
 }
 
 /// torch-sys links whatever CUDA libraries it finds, and libtorch.so of such a torch needs them too: the program would open them at

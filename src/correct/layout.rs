@@ -8,6 +8,9 @@ use super::targets::{Form, Reading};
 /// Numbers of a matrix of patches that are made at once.
 const PIECE: i64 = 1 << 18;
 
+/// Positions that are in it at least, where there are so many: each piece takes a pass over the sums of products.
+const LEAST: i64 = 512;
+
 impl Form {
     pub(super) fn groups(self) -> i64 {
         match self {
@@ -85,7 +88,8 @@ pub(super) fn patches<E: From<tch::TchError>>(
     let (rows, channels) = (size.first().copied().unwrap_or(0), size.get(1).copied().unwrap_or(1));
     let channels = channels / groups.max(1);
     let of_a_group = (channels * taps * positions).max(1);
-    let rows_at_once = (PIECE / (of_a_group * groups)).max(1);
+    let least = LEAST / positions.max(1);
+    let rows_at_once = (PIECE / (of_a_group * groups)).max(least).clamp(1, rows.max(1));
     let groups_at_once = (PIECE / (of_a_group * rows_at_once)).clamp(1, groups.max(1));
     for first in (0..rows).step_by(rows_at_once as usize) {
         let count = rows_at_once.min(rows - first);

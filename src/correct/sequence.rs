@@ -150,8 +150,9 @@ pub fn refine(
     let float = sequence.network.model.instrument(&own, &[])?;
     let runs: Vec<(&Instrumented, &Arguments)> =
         batches.iter().flat_map(|arguments| [(&quantized, arguments), (&float, arguments)]).collect();
-    // On a GPU kernels of several runs would wait for each other.
-    let together = if device == Device::Cpu { batches.len() } else { 1 };
+    // On a GPU kernels of several runs would wait for each other, and random numbers have to come in one order.
+    let is_alone = device != Device::Cpu || sequence.network.model.listing().draws();
+    let together = if is_alone { 1 } else { batches.len() };
     let substitute = |tap: usize, value: &Tensor| -> Result<Tensor, jit::BoxError> {
         let params = params.get(tap).ok_or_else(|| format!("tap {tap} has no quantizer"))?;
         Ok(fake_quantize(value, params)?)
@@ -482,9 +483,9 @@ impl<'a> Sequence<'a> {
                     None => squares,
                     Some(Clamp { bounds, .. }) => squares.f_mul(&is_within(&seen(&result)?, bounds)?)?,
                 };
-                let rows = squares.size().first().copied().unwrap_or(1);
+                let [rows, _, seen_of_a_row] = <[i64; 3]>::try_from(squares.size()).unwrap_or_default();
                 let counts = by_position(&grouped(&squares, groups)?, &grouped(&seen(&missing)?, groups)?)?;
-                Some(counts.f_reshape([groups, rows, -1])?)
+                Some(counts.f_reshape([groups, rows, seen_of_a_row])?)
             }
         };
         patches::<jit::Error>(input, reading, groups, |piece| {

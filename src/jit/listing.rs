@@ -111,6 +111,34 @@ pub struct Node {
     pub outputs: Vec<ValueId>,
 }
 
+/// Ops that draw random numbers.
+const DRAWING: &[&str] = &[
+    "alpha_dropout",
+    "bernoulli",
+    "binomial",
+    "cauchy",
+    "dropout",
+    "exponential",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "geometric",
+    "log_normal",
+    "multinomial",
+    "native_dropout",
+    "normal",
+    "poisson",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "random",
+    "randperm",
+    "rrelu",
+    "uniform",
+];
+
 impl Listing {
     pub(super) fn from_rows(rows: bridge::ListingRows) -> Self {
         Self {
@@ -139,6 +167,13 @@ impl Listing {
     #[must_use]
     pub fn arguments(&self) -> &[ValueId] {
         self.blocks.first().and_then(|block| block.parameters.get(1..)).unwrap_or_default()
+    }
+
+    /// Whether the model draws random numbers.
+    #[must_use]
+    pub fn draws(&self) -> bool {
+        let name = |node: &Node| node.op.strip_prefix("aten::").map(|name| name.trim_end_matches(['_']).to_owned());
+        self.nodes.iter().filter_map(name).any(|name| DRAWING.contains(&name.as_str()))
     }
 
     /// What a node clamps each number to, if that is all that it does and the bounds are constants.

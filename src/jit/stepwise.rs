@@ -25,11 +25,11 @@ const STACK: usize = 8 << 20;
 pub struct Stop {
     /// Number of the tap.
     pub tap: usize,
-    /// The value there, the model's own: what is written into it, the model reads.
+    /// The value there, the model's own: what is written into it while the run stands here, the model reads.
     pub value: Tensor,
 }
 
-/// What replaces the value at a tap that substitutes.
+/// What replaces the value at a tap that substitutes; called on the threads of runs.
 pub type Substitute<'a> = &'a (dyn Fn(usize, &Tensor) -> Result<Tensor, BoxError> + Sync);
 
 /// Runs that go from tap to tap. Dropped, they end where they are.
@@ -59,8 +59,20 @@ impl Stepwise {
     /// have ended are passed over.
     ///
     /// # Errors
-    /// Where the model fails, or `goes_on` does.
+    /// Where the model fails, or `goes_on` does: then all runs are given up.
     pub fn go(
+        &mut self,
+        runs: impl IntoIterator<Item = usize>,
+        goes_on: impl FnMut(usize, Stop) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let result = self.go_on(runs, goes_on);
+        if result.is_err() {
+            self.tell.clear();
+        }
+        result
+    }
+
+    fn go_on(
         &mut self,
         runs: impl IntoIterator<Item = usize>,
         mut goes_on: impl FnMut(usize, Stop) -> Result<bool, Error>,
@@ -103,9 +115,10 @@ impl Stepwise {
 
     /// What the model gave in this run, once it has ended.
     pub fn take_output(&mut self, run: usize) -> Option<Output> {
-        match std::mem::replace(self.ends.get_mut(run)?, End::Taken) {
+        let end = self.ends.get_mut(run).filter(|end| matches!(end, End::With(_)))?;
+        match std::mem::replace(end, End::Taken) {
             End::With(output) => Some(output),
-            _ => None,
+            End::NotYet | End::Taken => None,
         }
     }
 }
@@ -128,6 +141,8 @@ pub fn stepwise<T>(
     let all = tch::get_num_threads();
     let at_once = together.clamp(1, usize::try_from(all).unwrap_or(1).max(1));
     let own = (at_once > 1).then(|| (all / i32::try_from(at_once).unwrap_or(all)).max(1));
+    // What a thread asks for, those that begin later have too: this one asks first and last.
+    let threads = own.map(|_| Threads::of(all));
     thread::scope(|scope| {
         let (sender, events) = channel();
         let begin = |(number, &(graph, arguments)): (usize, &(_, _))| {
@@ -140,26 +155,43 @@ pub fn stepwise<T>(
                 run.go(&mut stepper);
             };
             let failed = |error: std::io::Error| Error::Libtorch(one_line(&format!("no thread for a run: {error}")));
-            thread::Builder::new().stack_size(STACK).spawn_scoped(scope, begun).map_err(failed)?;
-            Ok(tell)
+            let thread = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, begun).map_err(failed)?;
+            Ok((tell, thread))
         };
-        let tell: Vec<Sender<()>> = runs.iter().enumerate().map(begin).collect::<Result<_, Error>>()?;
+        let begun: Vec<_> = runs.iter().enumerate().map(begin).collect::<Result<_, Error>>()?;
+        let (tell, begun): (Vec<_>, Vec<_>) = begun.into_iter().unzip();
         for _ in &tell {
             events.recv().map_err(|_| lost())?;
         }
-        if own.is_some() {
-            // What a thread asks for, those that begin later have too.
-            tch::set_num_threads(all);
-        }
+        drop(threads);
         let ends = runs.iter().map(|_| End::NotYet).collect();
-        Ok(work(Stepwise { tell, events, at_once, ends }))
+        let done = work(Stepwise { tell, events, at_once, ends });
+        // One that panicked was told of as lost.
+        begun.into_iter().for_each(|thread| drop(thread.join()));
+        Ok(done)
     })
+}
+
+/// Gives libtorch as many threads as it had, however this ends.
+struct Threads(i32);
+
+impl Threads {
+    fn of(all: i32) -> Self {
+        tch::set_num_threads(all);
+        Self(all)
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        tch::set_num_threads(self.0);
+    }
 }
 
 struct Run<'a>(&'a Instrumented, &'a Arguments);
 
-// SAFETY: graphs and arguments are only read by runs, each of which has an interpreter of its own. What others write into, values and
-// weights, they write while no run is at work. Tensors count their owners atomically.
+// SAFETY: graphs and arguments are only read by runs, each of which has an interpreter of its own. Weights are written into while no run is
+// at work, a value at which a run stands while that run waits: no other run has it. Tensors count their owners atomically.
 unsafe impl Send for Run<'_> {}
 
 impl Run<'_> {

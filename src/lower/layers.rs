@@ -209,21 +209,11 @@ impl Walk<'_> {
         (packed, features): (Recipe, i64),
         input: &Eight,
     ) {
-        let range = input.params.range();
         let layer = self.name(id).to_owned();
         let packed = self.recipe(packed);
-        let row = self.recipe(Recipe::Range { layer, features, lo: range.lo, hi: range.hi });
+        let [float, rows] = self.with_range(&layer, (value, rank), features, input);
         let position = Position::Before(id);
-        let quantized = self.quantized(value, input);
-        let float = self.insert(position, "aten::dequantize", vec![quantized]);
         let (first, last) = (Operand::Int(0), Operand::Int(-1));
-        let rows = if rank == 2 {
-            float.clone()
-        } else {
-            self.insert(position, "aten::flatten", vec![float.clone(), first.clone(), Operand::Int(-2)])
-        };
-        let list = self.insert_making(position, "prim::ListConstruct", vec![rows, row], Makes::Tensors);
-        let rows = self.insert(position, "aten::cat", vec![list, first.clone()]);
         let kernel = "quantized::linear_dynamic";
         let all = self.insert(position, kernel, vec![rows, packed, Operand::Bool(input.has_7_bits())]);
         let ends = [first.clone(), first.clone(), last.clone(), Operand::Int(1)];
@@ -244,6 +234,34 @@ impl Walk<'_> {
         let (name, op) = (self.name(id).to_owned(), node.op.clone());
         let reads = vec![(id, slot, value)];
         self.add_kernel(Lowered { name, op, kernel, value: output, result, eight: None, reads, quantized: Vec::new() });
+    }
+
+    /// The value in float out of its levels, and the same as rows, with one more that has the ends of the site's range. Layers that read one
+    /// value share them.
+    fn with_range(
+        &mut self,
+        layer: &str,
+        (value, rank): (ValueId, usize),
+        features: i64,
+        input: &Eight,
+    ) -> [Operand; 2] {
+        if let Some(known) = self.ranged.get(&value) {
+            return known.clone();
+        }
+        let range = input.params.range();
+        let row = self.recipe(Recipe::Range { layer: layer.to_owned(), features, lo: range.lo, hi: range.hi });
+        let quantized = self.quantized(value, input);
+        let position = self.position(value);
+        let float = self.insert(position, "aten::dequantize", vec![quantized]);
+        let rows = if rank == 2 {
+            float.clone()
+        } else {
+            self.insert(position, "aten::flatten", vec![float.clone(), Operand::Int(0), Operand::Int(-2)])
+        };
+        let list = self.insert_making(position, "prim::ListConstruct", vec![rows, row], Makes::Tensors);
+        let rows = self.insert(position, "aten::cat", vec![list, Operand::Int(0)]);
+        self.ranged.insert(value, [float.clone(), rows.clone()]);
+        [float, rows]
     }
 
     /// The quantizer of the data and the weight of a layer in these slots.

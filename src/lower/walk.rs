@@ -126,6 +126,8 @@ pub(super) struct Walk<'a> {
     /// Ops that an earlier one computes along.
     merged: BTreeSet<NodeId>,
     stored: BTreeMap<usize, Operand>,
+    /// Values as layers that write float numbers read them.
+    pub(super) ranged: BTreeMap<ValueId, [Operand; 2]>,
     found: Found,
 }
 
@@ -153,6 +155,7 @@ impl<'a> Walk<'a> {
             given,
             merged: BTreeSet::new(),
             stored: BTreeMap::new(),
+            ranged: BTreeMap::new(),
             found: Found {
                 recipes: Vec::new(),
                 insertions: Vec::new(),
@@ -253,6 +256,11 @@ impl<'a> Walk<'a> {
     /// Whether two values have one quantizer.
     pub(super) fn same_site(&self, a: ValueId, b: ValueId) -> bool {
         self.site_of[a].is_some() && self.site_of[a] == self.site_of[b]
+    }
+
+    /// Where what is made of a value is inserted.
+    pub(super) fn position(&self, value: ValueId) -> Position {
+        self.positions[value]
     }
 
     fn params(&self, value: ValueId) -> Option<QuantParams> {

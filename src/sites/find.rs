@@ -251,7 +251,8 @@ impl Finder<'_> {
         (joins && (takes_any || ops::is_clamp(&function.op))).then_some(reader)
     }
 
-    /// Whether a linear layer and the function behind it make an output of the model: its kernel gives the function float numbers.
+    /// Whether nothing computes with what a linear layer and the function behind it make, as at the end of a model: its kernel gives the
+    /// function float numbers.
     fn is_last(&self, node: &Node, function: &Node) -> bool {
         let weight = node.inputs.get(1).and_then(|&value| rank(self.listing, value));
         let is_linear = matches!(node.op.as_str(), "aten::linear" | "aten::matmul" | "aten::mm") && weight == Some(2);
