@@ -158,6 +158,12 @@ impl Dataset {
         Batches::new(self, self.rows.sample(samples, seed), batch_size)
     }
 
+    /// As many of the rows that [`sample`](Self::sample) leaves, or all of these if there are no more.
+    #[must_use]
+    pub fn others(&self, samples: NonZeroUsize, seed: u64, batch_size: NonZeroUsize) -> Batches<'_> {
+        Batches::new(self, self.rows.others(samples, seed), batch_size)
+    }
+
     /// The first `rows` chosen rows as one batch: at least one row, at most all.
     ///
     /// # Errors

@@ -215,6 +215,10 @@ fn what_makes_outputs_worse_is_given_up() {
     let report = folder.report("run");
     let warnings = report["warnings"].to_string();
     assert!(warnings.contains("was given up, as outputs of the 64 rows"), "{warnings}");
+    // Rows that it was not fitted to tell more, where there are some.
+    folder.quantize(&yaml, &[WEIGHTED, "quantization.weights.bits=2", float, "hessian.samples=32"]).succeeded();
+    let warnings = folder.report("run")["warnings"].to_string();
+    assert!(warnings.contains("was given up, as outputs of 32 other calibration rows"), "{warnings}");
     // What stands is the better one of what there would be otherwise.
     let [closed_form, none] = ["closed_form", "none"].map(|method| {
         let method = format!("quantization.weights_bias_correction={method}");

@@ -1,5 +1,6 @@
 //! Which rows of a data set are used, and in what order. Knows numbers only, no file.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -33,6 +34,14 @@ impl Rows {
             }
             Self::First(_) => self.clone(),
         }
+    }
+
+    /// As many of the others, or all of them if there are no more.
+    pub(super) fn others(&self, samples: NonZeroUsize, seed: u64) -> Self {
+        let drawn = self.sample(samples, seed);
+        let drawn: BTreeSet<usize> = drawn.at(0..drawn.len()).collect();
+        let others = self.at(0..self.len()).filter(|row| !drawn.contains(row));
+        Self::Drawn(others.collect()).sample(samples, seed)
     }
 
     /// How many there are.
@@ -102,6 +111,18 @@ mod tests {
         assert!(sample.is_sorted_by(|a, b| a < b) && sample.iter().all(|row| [2, 3, 5, 7, 11, 13].contains(row)));
         assert_eq!(rows.sample(NonZeroUsize::new(6).unwrap(), 7), rows);
         assert_eq!(Rows::First(4).sample(NonZeroUsize::new(9).unwrap(), 7), Rows::First(4));
+    }
+
+    #[test]
+    fn others_are_no_samples() {
+        let of = |rows: &Rows| rows.at(0..rows.len()).collect::<Vec<_>>();
+        for (samples, expected) in [(2, 2), (4, 2), (6, 0)] {
+            let (rows, samples) = (Rows::Drawn(vec![2, 3, 5, 7, 11, 13]), NonZeroUsize::new(samples).unwrap());
+            let (drawn, others) = (of(&rows.sample(samples, 7)), of(&rows.others(samples, 7)));
+            assert_eq!(others.len(), expected);
+            assert!(others.iter().all(|row| !drawn.contains(row) && of(&rows).contains(row)), "{drawn:?} {others:?}");
+        }
+        assert_eq!(Rows::First(4).others(NonZeroUsize::new(9).unwrap(), 7).len(), 0);
     }
 
     #[test]

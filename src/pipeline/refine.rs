@@ -14,10 +14,11 @@ use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
 use crate::correct::{
     self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
 };
+use crate::dataset::{self, Batch};
 use crate::evaluate::{self, Evaluation};
 use crate::feed;
 use crate::hessian;
-use crate::jit::{self, Arguments, Output};
+use crate::jit::{self, Arguments, NoVisit, Output};
 use crate::report::{self, Comparison, Kind};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites, WeightSite};
@@ -99,14 +100,31 @@ pub(super) fn refine(
         Network { model: &base.model, sites: &chosen.sites, activations: &chosen.selections.activations, weights };
     let given = (&steps, asked(plan));
     let refined = correct::refine(network, given, (&batches, &squares, &looks), known, |count| progress.advance(count));
-    let refined = refined.map_err(Error::from).map_err(blame())?;
+    let mut refined = refined.map_err(Error::from).map_err(blame())?;
     drop(squares);
-    let float: Vec<&Output> = refined.outputs.iter().map(|[float, _]| float).collect();
-    let found = nearness(&float, refined.outputs.iter().map(|[_, found]| Ok(found)))?;
+    let sites = (&chosen.sites, chosen.selections.activations.as_slice());
+    // A model that was traced for one batch size takes no other.
+    let is_full =
+        |batch: &Result<Batch, _>| batch.as_ref().map_or(true, |batch| batch.rows == request.batch_size.get());
+    let others = data.others(request.samples, request.seed, request.batch_size);
+    let others: Vec<Arguments> = bound(base, others.filter(is_full))?;
+    let other_rows = others.len() * request.batch_size.get();
+    // Rows that it was not fitted to, where there are enough of them to tell.
+    let (outputs, batches, is_fitted) = if 2 * others.len() >= batches.len() {
+        let weights: Vec<Tensor> = refined.weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
+        let simulation = Simulation::of(&base.model, sites, &weights, &refined.corrections)?;
+        let float = base.model.instrument(&[], &[])?;
+        let run = |arguments| Ok([float.run(arguments, &mut NoVisit)?.on_cpu()?, simulation.run(arguments)?.on_cpu()?]);
+        let outputs = others.iter().map(run).collect::<Result<_, jit::Error>>();
+        (outputs.map_err(Error::from).map_err(blame())?, others, false)
+    } else {
+        (std::mem::take(&mut refined.outputs), batches, true)
+    };
+    let float: Vec<&Output> = outputs.iter().map(|[float, _]| float).collect();
+    let found = nearness(&float, outputs.iter().map(|[_, found]| Ok(found)))?;
     // What there would be without any of it, the nearest if it is nearer.
     let mut best = (None, found);
     for (correction, corrections) in instead {
-        let sites = (&chosen.sites, chosen.selections.activations.as_slice());
         let simulation = Simulation::of(&base.model, sites, &nearest, &corrections)?;
         let outputs = batches.iter().map(|arguments| simulation.run(arguments)?.on_cpu());
         let other = nearness(&float, outputs).map_err(blame())?;
@@ -117,13 +135,18 @@ pub(super) fn refine(
     let (Some((correction, corrections)), known) = best else {
         return take(base, chosen, refined, plan.weights.rounding);
     };
-    let rows = request.samples.get().min(base.calibration.rows);
+    let samples = request.samples.get().min(base.calibration.rows);
+    let rows = if is_fitted {
+        format!("the {samples} rows that it was fitted to")
+    } else {
+        format!("{other_rows} other calibration rows")
+    };
     let instead = match correction {
         BiasCorrection::None => "weights rounded to nearest and no bias correction",
         _ => "closed_form and nearest",
     };
     let reason = format!(
-        "what was rounded and corrected op by op was given up, as outputs of the {rows} rows that it was fitted to are nearer \
+        "what was rounded and corrected op by op was given up, as outputs of {rows} are nearer \
          to float without it (SQNR with it: {}; with {instead}: {})",
         words(found.as_ref()),
         words(known.as_ref())
@@ -171,8 +194,10 @@ fn left_float(left_out: Vec<LeftOut>) -> Vec<LeftFloat> {
 /// The rows that Hessian scores are computed on, batch by batch.
 fn batches(base: &Base, hessian: &HessianPlan) -> Result<Vec<Arguments>, Error> {
     let request = &hessian.request;
-    let data = base.calibration.data()?;
-    let batches = data.sample(request.samples, request.seed, request.batch_size);
+    bound(base, base.calibration.data()?.sample(request.samples, request.seed, request.batch_size))
+}
+
+fn bound(base: &Base, batches: impl Iterator<Item = Result<Batch, dataset::Error>>) -> Result<Vec<Arguments>, Error> {
     batches.map(|batch| Ok(feed::bind(base.model.module(), batch?)?)).collect()
 }
 
