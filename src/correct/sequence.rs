@@ -20,10 +20,10 @@ use super::targets::{Form, Reading, Target};
 use super::{Corrections, LeftOut};
 use crate::config::BiasCorrection;
 use crate::hessian::Squares;
-use crate::jit::{self, Arguments, Clean, Instrumented, Output, Stepwise, Tap, TapKind, stepwise};
+use crate::jit::{self, Arguments, Clean, Instrumented, Output, Stepwise, Tap, TapKind, Visit, stepwise};
 use crate::quantizer::QuantParams;
 use crate::random::SplitMix64;
-use crate::simulate::{fake_quantize, substitutes};
+use crate::simulate::{Simulate, substitutes};
 use crate::sites::Sites;
 
 /// A quantized weight.
@@ -153,10 +153,7 @@ pub fn refine(
     // On a GPU kernels of several runs would wait for each other, and random numbers have to come in one order.
     let is_alone = device != Device::Cpu || sequence.network.model.listing().draws();
     let together = if is_alone { 1 } else { batches.len() };
-    let substitute = |tap: usize, value: &Tensor| -> Result<Tensor, jit::BoxError> {
-        let params = params.get(tap).ok_or_else(|| format!("tap {tap} has no quantizer"))?;
-        Ok(fake_quantize(value, params)?)
-    };
+    let substitute = |tap: usize, value: &Tensor| Simulate { params: &params }.substitute(tap, value);
     let on_their_way = |runs| sequence.run(Pairs::new(runs, batches.len()), advance);
     let outputs = stepwise(&runs, together, &substitute, on_their_way)??;
     sequence.finish(outputs)

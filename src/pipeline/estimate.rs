@@ -185,6 +185,7 @@ struct InSequence<'a> {
     largest_weight: u64,
     rows: usize,
     batches: usize,
+    compares_others: bool,
 }
 
 impl<'a> InSequence<'a> {
@@ -197,7 +198,8 @@ impl<'a> InSequence<'a> {
         let batches = rows.div_ceil(request.batch_size.get());
         let steps = refine::steps(base, plan, (sites, settings))?;
         let largest_weight = steps.largest_weight(sites);
-        Ok(Some(Self { plan, steps, largest_weight, rows, batches }))
+        let compares_others = refine::other_batches(request, base.calibration.rows).is_some();
+        Ok(Some(Self { plan, steps, largest_weight, rows, batches, compares_others }))
     }
 
     fn is_rounded(&self) -> bool {
@@ -222,7 +224,9 @@ impl<'a> InSequence<'a> {
         let gradients = if self.is_weighted() { GRADIENTS + WAY_BACK } else { 0.0 };
         let rounding = if self.is_rounded() { ROUNDING } else { 0.0 };
         let comparisons = if self.plan.weights.bias_correction == BiasCorrection::None { 1.0 } else { 2.0 };
-        (SIDE_BY_SIDE + gradients + rounding + comparisons * COMPARISON) * self.rows as f64
+        // On other rows of the float and the refined model too.
+        let more = if self.compares_others { 1.0 + COMPARISON } else { 0.0 };
+        (SIDE_BY_SIDE + gradients + rounding + comparisons * COMPARISON + more) * self.rows as f64
     }
 
     /// Bytes of what is kept of all batches.

@@ -10,7 +10,7 @@ use super::chosen::Chosen;
 use super::device::Batches;
 use super::simulation::Simulation;
 use super::{Error, Progress, Work};
-use crate::config::{BiasCorrection, HessianPlan, Plan, Rounding};
+use crate::config::{BiasCorrection, HessianPlan, HessianRequest, Plan, Rounding};
 use crate::correct::{
     self, Asked, Corrections, LeftOut, Looks, MOST_HESSIAN_BYTES, Network, Refined, Steps, Targets, Weight,
 };
@@ -19,6 +19,7 @@ use crate::evaluate::{self, Evaluation};
 use crate::feed;
 use crate::hessian;
 use crate::jit::{self, Arguments, NoVisit, Output};
+use crate::quantizer::QuantParams;
 use crate::report::{self, Comparison, Kind};
 use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites, WeightSite};
@@ -103,22 +104,15 @@ pub(super) fn refine(
     let mut refined = refined.map_err(Error::from).map_err(blame())?;
     drop(squares);
     let sites = (&chosen.sites, chosen.selections.activations.as_slice());
-    // A model that was traced for one batch size takes no other.
-    let is_full =
-        |batch: &Result<Batch, _>| batch.as_ref().map_or(true, |batch| batch.rows == request.batch_size.get());
-    let others = data.others(request.samples, request.seed, request.batch_size);
-    let others: Vec<Arguments> = bound(base, others.filter(is_full))?;
-    let other_rows = others.len() * request.batch_size.get();
-    // Rows that it was not fitted to, where there are enough of them to tell.
-    let (outputs, batches, is_fitted) = if 2 * others.len() >= batches.len() {
-        let weights: Vec<Tensor> = refined.weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
-        let simulation = Simulation::of(&base.model, sites, &weights, &refined.corrections)?;
-        let float = base.model.instrument(&[], &[])?;
-        let run = |arguments| Ok([float.run(arguments, &mut NoVisit)?.on_cpu()?, simulation.run(arguments)?.on_cpu()?]);
-        let outputs = others.iter().map(run).collect::<Result<_, jit::Error>>();
-        (outputs.map_err(Error::from).map_err(blame())?, others, false)
-    } else {
-        (std::mem::take(&mut refined.outputs), batches, true)
+    let fitted = std::mem::take(&mut refined.outputs);
+    let (outputs, batches, rows) = match other_batches(request, data.rows()) {
+        None => (fitted, batches, format!("the {} rows that it was fitted to", request.samples.get().min(data.rows()))),
+        Some(count) => {
+            let others = data.others(request.samples, request.seed, request.batch_size).take(count);
+            let others: Vec<Arguments> = bound(base, others)?;
+            let outputs = both_outputs(base, sites, &refined, &others).map_err(blame())?;
+            (outputs, others, format!("{} other calibration rows", count * request.batch_size.get()))
+        }
     };
     let float: Vec<&Output> = outputs.iter().map(|[float, _]| float).collect();
     let found = nearness(&float, outputs.iter().map(|[_, found]| Ok(found)))?;
@@ -134,12 +128,6 @@ pub(super) fn refine(
     }
     let (Some((correction, corrections)), known) = best else {
         return take(base, chosen, refined, plan.weights.rounding);
-    };
-    let samples = request.samples.get().min(base.calibration.rows);
-    let rows = if is_fitted {
-        format!("the {samples} rows that it was fitted to")
-    } else {
-        format!("{other_rows} other calibration rows")
     };
     let instead = match correction {
         BiasCorrection::None => "weights rounded to nearest and no bias correction",
@@ -157,6 +145,28 @@ pub(super) fn refine(
     chosen.corrections = corrections;
     chosen.given_up = Some(GivenUp { reason, correction });
     Ok(())
+}
+
+/// Batches of calibration rows that nothing was fitted to, if there are at least half as many as of the others: they tell what is nearer.
+/// All are whole, as a model that was traced for one batch size takes no other.
+pub(super) fn other_batches(request: &HessianRequest, rows: usize) -> Option<usize> {
+    let (samples, batch_size) = (request.samples.get().min(rows), request.batch_size.get());
+    let others = (rows - samples).min(samples) / batch_size;
+    (2 * others >= samples.div_ceil(batch_size)).then_some(others)
+}
+
+/// What the float model and the refined one give.
+fn both_outputs(
+    base: &Base,
+    sites: (&Sites, &[Option<QuantParams>]),
+    refined: &Refined,
+    batches: &[Arguments],
+) -> Result<Vec<[Output; 2]>, Error> {
+    let weights: Vec<Tensor> = refined.weights.iter().map(|weight| weight.tensor.shallow_clone()).collect();
+    let simulation = Simulation::of(&base.model, sites, &weights, &refined.corrections)?;
+    let float = base.model.instrument(&[], &[])?;
+    let both = |arguments| Ok([float.run(arguments, &mut NoVisit)?.on_cpu()?, simulation.run(arguments)?.on_cpu()?]);
+    batches.iter().map(both).collect()
 }
 
 /// How near outputs come to those of the float model, batch by batch; `None` where they cannot be compared.
@@ -240,7 +250,17 @@ fn cost(base: &Base, site: &WeightSite, weight: &Weight) -> Result<Cost, Error> 
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
+
     use super::*;
+
+    #[test]
+    fn other_rows_tell_where_there_are_half_as_many() {
+        let count = |count| NonZeroUsize::new(count).unwrap();
+        let request = HessianRequest { samples: count(64), batch_size: count(8), ..HessianPlan::with_seed(0).request };
+        let found = [48, 64, 95, 96, 100, 128, 1000].map(|rows| other_batches(&request, rows));
+        assert_eq!(found, [None, None, None, Some(4), Some(4), Some(8), Some(8)]);
+    }
 
     #[test]
     fn what_cannot_be_compared_is_farthest() {
