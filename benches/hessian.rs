@@ -72,7 +72,7 @@ fn measure(path: &Path, options: &Options) -> Result<()> {
         Some(observed.min()..=observed.max())
     };
     let ranges: Vec<_> = statistics.iter().map(range).collect();
-    let graph = clean.differentiable(&[], &lifted)?;
+    let graph = clean.differentiable(&[], &lifted)?.as_given();
     let HessianRequest { distribution, .. } = HessianPlan::with_seed(0).request;
     let request = |probes| HessianRequest {
         samples: options.samples,

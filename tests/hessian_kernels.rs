@@ -1,5 +1,5 @@
 //! Hessian scores of ops whose own way back is no derivative or sums up in any order: embeddings with flags for training, and
-//! reads of few places by many indices. Models are traced here.
+//! reads of few places by many indices. And images whose channels lie last in memory. Models are traced here.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -9,7 +9,7 @@ use tsquant::config::{DataPlan, Distribution, HessianRequest, InputSource, Input
 use tsquant::dataset::Dataset;
 use tsquant::feed;
 use tsquant::hessian::{self, Layers};
-use tsquant::jit::{Clean, Module};
+use tsquant::jit::{BoxError, Clean, Module, NoVisit, Tap, TapKind, Visit};
 use tsquant::sites;
 
 fn count(number: usize) -> NonZeroUsize {
@@ -37,11 +37,10 @@ fn traced(folder: &Path, ids: &Tensor, mut forward: impl FnMut(&Tensor) -> Tenso
     (module.clean(Some(&arguments)).unwrap(), data)
 }
 
-/// The scores of the only weight.
+/// The scores of the first weight.
 fn scores((clean, data): &(Clean, Dataset), probes: usize, batch_size: usize) -> Tensor {
     let sites = sites::find(clean.listing());
-    let weights: Vec<_> = sites.weights.iter().collect();
-    assert_eq!(weights.len(), 1);
+    let weights: Vec<_> = sites.weights.iter().take(1).collect();
     let request = HessianRequest {
         samples: count(data.rows()),
         probes: count(probes),
@@ -87,5 +86,59 @@ fn sums_of_many_reads_are_the_same_in_every_run() {
     let first = run();
     for _ in 0..5 {
         assert_eq!(run(), first);
+    }
+}
+
+/// Strides of the one value that is tapped.
+struct Strides(Vec<i64>);
+
+impl Visit for Strides {
+    fn gradient(&mut self, _: usize, value: &Tensor, _: &Tensor) -> Result<(), BoxError> {
+        self.0 = value.stride();
+        Ok(())
+    }
+}
+
+/// How what the convolution gives lies in memory on the way back.
+fn strides_behind((clean, data): &(Clean, Dataset)) -> Vec<i64> {
+    let convolution = clean.listing().nodes.iter().find(|node| node.op == "aten::conv2d").expect("a convolution");
+    let tap = Tap { value: convolution.outputs[0], number: 0, kind: TapKind::Gradient };
+    let graph = clean.differentiable(&[tap], &[]).unwrap();
+    let arguments = || feed::bind(clean.module(), data.first(3).unwrap()).unwrap();
+    let mut strides = Strides(Vec::new());
+    for _ in 0..2 {
+        let recording = graph.record(&arguments(), &mut NoVisit).unwrap();
+        let outputs = recording.output().tensors();
+        let direction = outputs[0].1.ones_like();
+        recording.backward(&[(outputs[0].1, direction)], false, &mut strides).unwrap();
+    }
+    strides.0
+}
+
+/// A view of an image takes its channels first, and what asks for strides may give something else: the scores are the same.
+#[test]
+fn channels_lie_last_where_the_model_takes_them() {
+    let folder = tempfile::tempdir().unwrap();
+    tch::manual_seed(3);
+    let options = (Kind::Float, tch::Device::Cpu);
+    let (images, weight) = (Tensor::randn([3, 4, 6, 6], options), Tensor::randn([5, 4, 3, 3], options));
+    let sums = Tensor::randn([180, 7], options);
+    let model = |flat: &dyn Fn(&Tensor) -> Tensor| {
+        traced(folder.path(), &images, |images| {
+            let seen = images.conv2d(&weight, None::<Tensor>, [1i64, 1], [1i64, 1], [1i64, 1], 1).relu();
+            flat(&seen).softmax(1, Kind::Float) * 3.0
+        })
+    };
+    let reshaped = model(&|seen| seen.reshape([3, 180]).matmul(&sums));
+    let viewed = model(&|seen| seen.view([3, 180]).matmul(&sums));
+    let asked = model(&|seen| (seen + 0.0).as_strided([3, 180], [180, 1], 0).matmul(&sums));
+    assert_eq!(strides_behind(&reshaped), [180, 1, 30, 5]);
+    assert_eq!(strides_behind(&viewed), [180, 36, 6, 1]);
+    assert_eq!(strides_behind(&asked), [180, 36, 6, 1]);
+    let asked = scores(&asked, 2, 3);
+    assert!(asked.max().double_value(&[]) > 0.0);
+    for model in [&reshaped, &viewed] {
+        let distance = (scores(model, 2, 3) - &asked).abs().max() / asked.max();
+        assert!(distance.double_value(&[]) < 1e-5, "{distance}");
     }
 }

@@ -42,7 +42,7 @@ pub(crate) fn measure_by(summing: Summing, plan: &Plan, device: Device, rounds: 
     let weights: Vec<_> = sites.weights.iter().collect();
     let activations: Vec<_> = sites.activations.iter().collect();
     let lifted: Vec<_> = weights.iter().flat_map(|site| site.values.iter().copied()).collect();
-    let graph = clean.differentiable(&[], &lifted)?;
+    let graph = clean.differentiable(&[], &lifted)?.as_given();
     let rows = NonZeroUsize::new(data.rows()).unwrap_or(NonZeroUsize::MIN);
     let (samples, batch_size) = (rows, data.batch_size());
     let request =

@@ -44,7 +44,7 @@ impl Spread {
 const PLAIN: std::ops::RangeInclusive<f64> = 1.0 / (1 << 20) as f64..=(1 << 20) as f64;
 
 /// Elements of a weight that tell its spread over probes: more would take memory and time, and tell no more.
-const ENOUGH_FOR_SPREAD: usize = 1 << 14;
+const ENOUGH_FOR_SPREAD: usize = 1 << 12;
 
 /// Of one weight: a sum for each element.
 pub(super) struct WeightSums {

@@ -290,7 +290,9 @@ impl Clean {
     pub fn differentiable(&self, taps: &[Tap], lifted: &[ValueId]) -> Result<Differentiable, Error> {
         let executable = bridge::differentiable(self.frozen()?, &tap_rows(taps), lifted)?;
         let constants = lifted.iter().map(|&value| self.constant(value)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Differentiable::new(executable, &constants))
+        // On a GPU other kernels are at work.
+        let channels_last = self.module().device() == tch::Device::Cpu && self.listing.takes_channels_last();
+        Ok(Differentiable::new(executable, &constants, channels_last))
     }
 
     /// Writes the graph with fake-quantize nodes and named parameters as a TorchScript file.

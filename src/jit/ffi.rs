@@ -318,6 +318,7 @@ pub(super) mod bridge {
             e: &Executable,
             a: &Arguments,
             lifted: &Tensors,
+            channels_last: bool,
             visitor: &mut Visitor<'_>,
         ) -> Result<UniquePtr<Recording>>;
         fn recorded_output(r: &Recording) -> UniquePtr<Value>;

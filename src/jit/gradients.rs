@@ -1,5 +1,7 @@
 //! Runs of a graph that its gradients can be asked for. Which constants and values they are of is the caller's business.
 
+use std::cell::Cell;
+
 use cxx::UniquePtr;
 use tch::Tensor;
 
@@ -15,21 +17,44 @@ use super::{Error, tensor};
 pub struct Differentiable {
     executable: UniquePtr<bridge::Executable>,
     constants: UniquePtr<bridge::Tensors>,
+    /// Whether images are put into memory with their channels last: forward and back take three quarters of the time of
+    /// MobileNetV2 so.
+    channels_last: Cell<bool>,
 }
 
 impl Differentiable {
-    pub(super) fn new(executable: UniquePtr<bridge::Executable>, constants: &[Tensor]) -> Self {
-        Self { executable, constants: tensor::list(constants.iter()) }
+    pub(super) fn new(executable: UniquePtr<bridge::Executable>, constants: &[Tensor], channels_last: bool) -> Self {
+        Self { executable, constants: tensor::list(constants.iter()), channels_last: Cell::new(channels_last) }
     }
 
-    /// Runs the graph forward and keeps what the way back needs.
+    /// With images as they are given, which is what others compare with.
+    #[must_use]
+    pub fn as_given(self) -> Self {
+        self.channels_last.set(false);
+        self
+    }
+
+    /// Runs the graph forward and keeps what the way back needs. A model that does not take its images with their channels last,
+    /// as a view of them, runs again as they are: the visit may be told a value twice then.
     ///
     /// # Errors
     /// The visit's own error, or that of the model.
     pub fn record(&self, arguments: &Arguments, visit: &mut dyn Visit) -> Result<Recording, Error> {
+        let channels_last = self.channels_last.get();
+        match self.record_as(channels_last, arguments, visit) {
+            Err(Error::Run { .. }) if channels_last => {
+                self.channels_last.set(false);
+                self.record_as(false, arguments, visit)
+            }
+            recording => recording,
+        }
+    }
+
+    fn record_as(&self, channels_last: bool, arguments: &Arguments, visit: &mut dyn Visit) -> Result<Recording, Error> {
         let executable = self.executable.as_ref().ok_or_else(|| Error::Libtorch("an empty handle".to_owned()))?;
         let mut visitor = Visitor::new(visit);
-        let recording = bridge::record(executable, arguments.as_bridge()?, &self.constants, &mut visitor);
+        let recording =
+            bridge::record(executable, arguments.as_bridge()?, &self.constants, channels_last, &mut visitor);
         if let Some(error) = visitor.into_error() {
             return Err(Error::Visit(error));
         }

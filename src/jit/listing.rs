@@ -111,6 +111,17 @@ pub struct Node {
     pub outputs: Vec<ValueId>,
 }
 
+/// Ops whose results depend on how their tensors lie in memory.
+const ASKING_FOR_STRIDES: &[&str] = &[
+    "aten::as_strided",
+    "aten::as_strided_",
+    "aten::is_contiguous",
+    "aten::resize_",
+    "aten::set_",
+    "aten::storage_offset",
+    "aten::stride",
+];
+
 /// Ops that draw random numbers.
 const DRAWING: &[&str] = &[
     "alpha_dropout",
@@ -174,6 +185,15 @@ impl Listing {
     pub fn draws(&self) -> bool {
         let name = |node: &Node| node.op.strip_prefix("aten::").map(|name| name.trim_end_matches(['_']).to_owned());
         self.nodes.iter().filter_map(name).any(|name| DRAWING.contains(&name.as_str()))
+    }
+
+    /// Whether the model has convolutions of images and does not ask how its tensors lie in memory, so that images with their
+    /// channels last give the same.
+    #[must_use]
+    pub fn takes_channels_last(&self) -> bool {
+        let has = |ops: &[&str]| self.nodes.iter().any(|node| ops.contains(&node.op.as_str()));
+        // Random numbers are drawn in the order of memory.
+        has(&["aten::conv2d", "aten::conv_transpose2d"]) && !has(ASKING_FOR_STRIDES) && !self.draws()
     }
 
     /// What a node clamps each number to, if that is all that it does and the bounds are constants.
@@ -275,5 +295,17 @@ mod tests {
     #[test]
     fn a_path_that_fits_two_modules_stays() {
         assert_eq!(completed("0", &["left.0", "right.0"]), "0");
+    }
+
+    #[test]
+    fn channels_may_lie_last() {
+        let takes = |ops: &[&str]| {
+            let node = |op: &&str| Node { op: (*op).to_owned(), ..Node::default() };
+            Listing { nodes: ops.iter().map(node).collect(), ..Listing::default() }.takes_channels_last()
+        };
+        assert!(takes(&["aten::conv2d", "aten::relu"]) && takes(&["aten::conv_transpose2d"]));
+        assert!(!takes(&["aten::linear"]));
+        assert!(!takes(&["aten::conv2d", "aten::stride"]) && !takes(&["aten::as_strided", "aten::conv2d"]));
+        assert!(!takes(&["aten::conv2d", "aten::rand_like"]));
     }
 }

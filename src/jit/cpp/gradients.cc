@@ -122,6 +122,13 @@ void use_plain_gradients(torch::jit::Block *block, const std::unordered_set<cons
   }
 }
 
+// Images in the layout that the processor's kernels for convolutions take as it is, and hand on.
+void put_channels_last(torch::jit::Stack &stack) {
+  for (auto &argument : stack)
+    if (argument.isTensor() && argument.toTensor().defined() && argument.toTensor().dim() == 4)
+      argument = argument.toTensor().contiguous(at::MemoryFormat::ChannelsLast);
+}
+
 // A value that gradients flow through to those who read it behind the tap.
 at::Tensor own_path(Recording &recording, const at::Tensor &value) {
   if (value.requires_grad())
@@ -174,7 +181,8 @@ std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const Ta
   return executable;
 }
 
-std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, Visitor &visitor) {
+std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, bool channels_last,
+                                  Visitor &visitor) {
   const at::AutoGradMode with_gradients(true);
   auto recording = std::make_unique<Recording>();
   recording->gradients = std::make_shared<Gradients>();
@@ -182,6 +190,8 @@ std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const
   const CurrentRecording records(*recording);
   const WithoutCuDNN own_layers(has_recurrent_layer(e.graph->block()));
   auto stack = stack_for(e, a);
+  if (channels_last)
+    put_channels_last(stack);
   for (std::size_t index = 0; index < lifted.inner.size(); ++index) {
     recording->leaves.push_back(lifted.inner[index].detach().requires_grad_());
     const auto &leaf = recording->leaves.back();

@@ -190,7 +190,9 @@ struct Recording {
 // As `instrument`, with these constants as further inputs.
 std::unique_ptr<Executable> differentiable(const Frozen &f, rust::Slice<const TapRow> taps,
                                            rust::Slice<const std::size_t> lifted);
-std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, Visitor &visitor);
+// Arguments of four axes may be put into memory with their channels last.
+std::unique_ptr<Recording> record(const Executable &e, const Arguments &a, const Tensors &lifted, bool channels_last,
+                                  Visitor &visitor);
 std::unique_ptr<Value> recorded_output(const Recording &r);
 // The visitor gets the gradients of sum(outputs * directions) with respect to tapped values and lifted constants as they come;
 // nothing of them is kept. Without `keep` the recording is of no use afterwards.
