@@ -7,6 +7,7 @@ mod bias;
 mod geometry;
 mod layout;
 mod live;
+mod met;
 mod moments;
 mod pull;
 mod rounding;

@@ -3,8 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::geometry::Axis;
+use super::met::Met;
 use super::targets::{Reading, Source, Targets};
-use crate::jit::{BoxError, Tap, TapKind};
+use crate::jit::{self, BoxError, Tap, TapKind};
 use crate::statistics::{Activation, Channel};
 
 /// Sums over calibration of what the ops of [`Targets`] read.
@@ -183,7 +184,7 @@ impl LayerSum {
 }
 
 impl Sum {
-    fn add(&mut self, reading: &Reading, value: &Tensor) -> Result<(), tch::TchError> {
+    fn add(&mut self, reading: &Reading, value: &Tensor) -> Result<(), jit::Error> {
         let rank = value.dim();
         if !self.ranks.contains(&rank) {
             self.ranks.push(rank);
@@ -219,7 +220,7 @@ fn over_all_but(value: &Tensor, kept: usize) -> Result<Tensor, tch::TchError> {
 }
 
 /// Sums over the rows and over the positions that each tap meets, and the number of positions of the result.
-fn through_taps(value: &Tensor, axes: &[Axis]) -> Result<(Tensor, usize), tch::TchError> {
+fn through_taps(value: &Tensor, axes: &[Axis]) -> Result<(Tensor, usize), jit::Error> {
     let batch = if value.dim() == axes.len() + 1 { value.f_unsqueeze(0)? } else { value.shallow_clone() };
     let sizes = batch.size();
     let lengths = sizes.iter().skip(2);
@@ -229,13 +230,33 @@ fn through_taps(value: &Tensor, axes: &[Axis]) -> Result<(Tensor, usize), tch::T
     if axes.iter().all(Axis::is_pointwise) {
         return Ok((over_all_but(&batch, 1)?.f_unsqueeze(-1)?, count));
     }
+    let on_processor = batch.device() == Device::Cpu && batch.f_kind()? == Kind::Float;
+    let in_one_pass = if on_processor { in_one_pass(&batch, axes)? } else { None };
+    let sum = in_one_pass.map_or_else(|| op_by_op(&batch, axes), Ok)?;
+    Ok((sum, count))
+}
+
+/// The sums by (features, taps).
+fn op_by_op(batch: &Tensor, axes: &[Axis]) -> Result<Tensor, tch::TchError> {
     // In f32 up to here: sums of a batch alone, of which the double sums are made.
     let mut sum = batch.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?.f_to_kind(Kind::Double)?;
     for axis in axes {
         // The axes come to the second place one after the other, and go to the end as taps.
         sum = met_by_each_tap(&sum.f_movedim_int(1, -1)?, axis)?;
     }
-    Ok((sum.f_flatten(1, -1)?, count))
+    sum.f_flatten(1, -1)
+}
+
+/// The same with one look at each number of the processor's memory; `None` where there is nothing to sum up.
+fn in_one_pass(batch: &Tensor, axes: &[Axis]) -> Result<Option<Tensor>, jit::Error> {
+    let sizes: Vec<usize> = batch.size().into_iter().map(|size| size.unsigned_abs() as usize).collect();
+    let [_, features, lengths @ ..] = sizes.as_slice() else { return Ok(None) };
+    let Some(met) = Met::new(axes, lengths) else { return Ok(None) };
+    let mut outcome = Ok(());
+    let add_up = |values: &[f32]| met.sums(values, *features, |parts, work| outcome = jit::in_parallel(parts, work));
+    let sums = jit::with_values(&batch.f_contiguous()?, add_up)?;
+    outcome?;
+    Ok(Some(Tensor::f_from_slice(&sums)?.f_reshape([*features as i64, -1])?))
 }
 
 /// The sums along the last axis over the positions that each tap meets, side by side.
@@ -251,4 +272,39 @@ fn met_by_each_tap(sum: &Tensor, axis: &Axis) -> Result<Tensor, tch::TchError> {
         sum.f_slice(-1, start, end, step)?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Double)
     });
     Tensor::f_stack(&taps.collect::<Result<Vec<_>, _>>()?, -1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::geometry::Padding;
+    use super::*;
+
+    /// On a GPU sums are made by ops, on the processor in one pass.
+    #[test]
+    fn both_ways_give_the_same() {
+        let plain = Axis { kernel: 3, stride: 1, padding: Padding::Zeros(1), dilation: 1, transposed: None };
+        let all = [
+            plain,
+            Axis { stride: 2, ..plain },
+            Axis { kernel: 4, dilation: 2, padding: Padding::Same, ..plain },
+            Axis { stride: 2, transposed: Some(1), ..plain },
+        ];
+        for first in all {
+            for second in all {
+                let image = Tensor::randn([2, 5, 7, 40], (Kind::Float, Device::Cpu));
+                // With gaps, and with the channels last.
+                for batch in [image.slice(3, 0, 9, 1), image.slice(3, 0, 9, 1).permute([0, 3, 2, 1])] {
+                    let axes = [first, second];
+                    let (found, expected) = (in_one_pass(&batch, &axes), op_by_op(&batch, &axes).unwrap());
+                    let found = found.unwrap().expect("sums");
+                    assert!(found.allclose(&expected, 1e-5, 1e-4, false), "{axes:?}: {found:?} {expected:?}");
+                }
+            }
+        }
+        let empty = Tensor::zeros([0, 5, 7, 9], (Kind::Float, Device::Cpu));
+        assert_eq!(
+            through_taps(&empty, &[plain, plain]).unwrap().0,
+            Tensor::zeros([5, 9], (Kind::Double, Device::Cpu))
+        );
+    }
 }
