@@ -45,6 +45,7 @@ use crate::correct::Corrections;
 use crate::dataset::Dataset;
 use crate::jit::{self, Arguments, Clean, Module};
 use crate::report::{self, Report, SiteReport, Sqnr, Timings};
+use crate::settings::Settings;
 use crate::sites::{LeftFloat, Sites};
 
 pub use bench::{BenchRequest, bench};
@@ -114,10 +115,7 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     };
     let (base, comparison) = Base::load_to_compare(plan, taken, (calibration, kept.as_ref()))?;
     let hashes = base.hashes(plan, &comparison)?;
-    let (sites, settings) = int8::settle(plan, &base)?;
-    mixed::check(&sites, &settings)?;
-    // What cannot be done op by op is told before anything is calibrated.
-    refine::steps(&base, plan, (&sites, &settings))?;
+    let (sites, settings) = settle(plan, &base)?;
     clock.timings.load = clock.lap();
 
     let observed = match &kept {
@@ -155,6 +153,17 @@ pub fn quantize(plan: &Plan, statistics: Option<&Path>, progress: &mut dyn Progr
     clock.timings.search = clock.lap() - chosen.correct;
     clock.timings.correct = chosen.correct;
     finish((&base, &comparison), plan, (chosen, hashes, told), run_dir, clock, progress)
+}
+
+/// The sites that a plan quantizes, and how. What cannot be done is told here, before anything is calibrated.
+///
+/// # Errors
+/// Where overrides or engine do not fit the model, a budget cannot be met, or something cannot be done op by op.
+fn settle(plan: &Plan, base: &Base) -> Result<(Sites, Settings), Error> {
+    let (sites, settings) = int8::settle(plan, base)?;
+    mixed::check(&sites, &settings)?;
+    refine::steps(base, plan, (&sites, &settings))?;
+    Ok((sites, settings))
 }
 
 /// Writes, checks and measures the model that was chosen, and keeps the run directory.

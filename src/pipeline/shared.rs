@@ -10,7 +10,7 @@ use super::compare::Comparison;
 use super::device::Taken;
 use super::experiment::Silent;
 use super::score::{Asking, Pool, ScoresTold, SiteScores};
-use super::{Clock, Error, Progress, Work, hessian_batches, int8, mixed};
+use super::{Clock, Error, Progress, Work, hessian_batches, mixed, settle};
 use crate::config::{HessianPlan, Plan};
 use crate::correct::Targets;
 use crate::report::Timings;
@@ -22,7 +22,7 @@ use crate::statistics::Activation;
 pub(super) struct Shared {
     pub(super) base: Base,
     pub(super) comparison: Comparison,
-    /// In the order of the plans; `None` where overrides do not fit the model.
+    /// In the order of the plans; `None` where one cannot be done.
     settled: Vec<Option<Settled>>,
     /// The sites that any of the runs quantizes.
     sites: Sites,
@@ -59,12 +59,12 @@ impl Shared {
         progress.stage("load", Work::Uncounted);
         let first = plans.first().ok_or(Error::NothingToRun)?;
         let (base, comparison) = Base::load_to_compare(first, taken, (Calibration::open(&first.calibration)?, None))?;
-        // What is wrong with the overrides of one run is told when its turn comes.
-        let settle = |plan: &&Plan| {
-            let (sites, settings) = int8::settle(plan, &base).ok()?;
+        // What is wrong with one run is told when its turn comes.
+        let of_plan = |plan: &&Plan| {
+            let (sites, settings) = settle(plan, &base).ok()?;
             Some(Settled { sites, settings, scored: None })
         };
-        let mut settled: Vec<Option<Settled>> = plans.iter().map(settle).collect();
+        let mut settled: Vec<Option<Settled>> = plans.iter().map(of_plan).collect();
         let sites = union(&base.sites, &settled);
         let runs = plans.iter().zip(&settled).filter_map(|(plan, run)| Some((plan, run.as_ref()?)));
         let targets: Vec<Targets> =
@@ -100,10 +100,9 @@ impl Shared {
     /// What is chosen for the plan of this number, and what its report says of scores.
     ///
     /// # Errors
-    /// Where overrides do not fit the model, scores are of no use, or a threshold cannot be chosen.
+    /// Where the plan cannot be done, scores are of no use, or a threshold cannot be chosen.
     pub(super) fn choose(&mut self, number: usize, plan: &Plan) -> Result<(Chosen, ScoresTold), Error> {
-        let (sites, settings) = int8::settle(plan, &self.base)?;
-        mixed::check(&sites, &settings)?;
+        let (sites, settings) = settle(plan, &self.base)?;
         let scored = self.settled.get(number).and_then(|run| run.as_ref()?.scored.clone());
         if let Some(scored) = &scored {
             self.score(scored);
