@@ -226,23 +226,76 @@ fn the_last_linear_layer_writes_float_numbers() {
     for shape in [vec![16, 8], vec![16, 6, 8], vec![16, 2, 3, 8]] {
         let folder = Folder::new();
         let none: Option<Tensor> = None;
-        let mut forward = |inputs: &[Tensor]| {
-            vec![inputs[0].linear(&first, none.as_ref()).relu().linear(&last, none.as_ref()).sigmoid()]
-        };
-        let x = noise(&shape, 3.0);
-        let module = CModule::create_by_tracing("Traced", "forward", std::slice::from_ref(&x), &mut forward);
-        let model = folder.path().join("linear.pt");
-        module.expect("a traced module").save(&model).expect("a writable folder");
-        let values = Vec::<f32>::try_from(x.flatten(0, -1)).expect("numbers");
-        let sizes: Vec<usize> = shape.iter().map(|&size| size as usize).collect();
-        let data = folder.write("x.safetensors", floats("x", &sizes, &values));
-        let (report, int8) = int8_of_run(&folder, &experiment(&model, &data, "[x]"), &[]);
+        let yaml =
+            traced(&folder, &shape, |x| x.linear(&first, none.as_ref()).relu().linear(&last, none.as_ref()).sigmoid());
+        let (report, int8) = int8_of_run(&folder, &yaml, &[]);
         assert_eq!(count(&int8, "quantized::linear_relu"), 1, "{int8}");
         assert_eq!(count(&int8, "quantized::linear_dynamic"), 1, "{int8}");
         assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
         let sites = report["sites"].as_array().expect("sites");
         assert_eq!(sites.iter().filter(|site| site["kind"] == "activation").count(), 2, "{sites:?}");
     }
+}
+
+/// A traced model with rows of this shape, as files and an experiment.
+fn traced(folder: &Folder, shape: &[i64], mut forward: impl FnMut(&Tensor) -> Tensor) -> String {
+    let x = noise(shape, 5.0);
+    let mut forward = |inputs: &[Tensor]| vec![forward(&inputs[0])];
+    let module = CModule::create_by_tracing("Traced", "forward", std::slice::from_ref(&x), &mut forward);
+    let model = folder.path().join("traced.pt");
+    module.expect("a traced module").save(&model).expect("a writable folder");
+    let values = Vec::<f32>::try_from(x.flatten(0, -1)).expect("numbers");
+    let sizes: Vec<usize> = shape.iter().map(|&size| size as usize).collect();
+    experiment(&model, &folder.write("x.safetensors", floats("x", &sizes, &values)), "[x]")
+}
+
+/// Behind a function a batch normalization does not fold; a ReLU behind it is computed along.
+#[test]
+fn batch_normalization_stays_in_8_bits() {
+    let none: Option<Tensor> = None;
+    let [mean, bias] = [1.0, 2.0].map(|seed| noise(&[8], seed) * 0.2);
+    let [variance, weight] = [3.0, 4.0].map(|seed| noise(&[8], seed).abs() + 0.5);
+    let norm = |x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>| {
+        x.batch_norm(weight, bias, Some(&mean), Some(&variance), false, 0.1, 1e-5, false)
+    };
+    let (narrow, wide, last) = (noise(&[8, 3, 3], 6.0), noise(&[8, 8, 3], 7.0), noise(&[5, 8], 8.0));
+    for axes in 1..=3 {
+        let window = |weight: &Tensor| {
+            let mut shape = weight.size();
+            shape.resize(2 + axes, 1);
+            weight.reshape(&shape)
+        };
+        let (narrow, wide) = (window(&narrow), window(&wide));
+        let convolve = |x: &Tensor, weight: &Tensor| match axes {
+            1 => x.conv1d(weight, none.as_ref(), [1i64], [0i64], [1i64], 1),
+            2 => x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1),
+            _ => x.conv3d(weight, none.as_ref(), [1i64, 1, 1], [0i64, 0, 0], [1i64, 1, 1], 1),
+        };
+        let folder = Folder::new();
+        let mut shape = vec![16, 3, 7];
+        shape.resize(2 + axes, 4);
+        let yaml = traced(&folder, &shape, |x| {
+            let x = norm(&convolve(x, &narrow).relu(), Some(&weight), Some(&bias));
+            let x = norm(&convolve(&x, &wide).relu(), None, None).relu();
+            let x = convolve(&x, &wide).relu();
+            x.flatten(2, -1).mean_dim([2i64].as_slice(), false, None).linear(&last, none.as_ref())
+        });
+        let (_, int8) = int8_of_run(&folder, &yaml, &[]);
+        let [plain, relu] = ["", "_relu"].map(|end| count(&int8, &format!("quantized::batch_norm{axes}d{end}")));
+        assert_eq!((plain, relu), (1, 1), "{int8}");
+        assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
+    }
+    // The model's own input is float.
+    let folder = Folder::new();
+    let narrow = narrow.reshape([8, 1, 9]);
+    let yaml = traced(&folder, &[16, 8, 20], |x| {
+        let x = norm(x, Some(&weight), Some(&bias)).conv1d(&narrow, none.as_ref(), [1i64], [0i64], [1i64], 8).relu();
+        x.mean_dim([2i64].as_slice(), false, None).linear(&last, none.as_ref())
+    });
+    let (report, int8) = int8_of_run(&folder, &yaml, &[]);
+    let in_float = int8["in_float"].as_array().expect("a list");
+    assert!(matches!(in_float.as_slice(), [op] if op["op"] == "aten::batch_norm"), "{int8}");
+    assert!(report["left_float"].as_array().expect("a list").iter().all(|left| left["op"] != "aten::batch_norm"));
 }
 
 /// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.

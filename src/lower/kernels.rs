@@ -29,6 +29,8 @@ pub(super) enum Kernel {
     Concat,
     /// A function of single values into a tensor with a quantizer of its own.
     Function(Function),
+    /// A batch normalization with constant statistics, into a tensor with a quantizer of its own.
+    BatchNorm,
     /// libtorch's own op takes quantized tensors and keeps their quantizer: the numbers are moved, or clamped at zero.
     Keep,
     /// The same, for tensors of so many axes.
@@ -76,7 +78,7 @@ const TABLE: &[(&str, Kernel)] = &[
     ("aten::conv_transpose3d", Kernel::Transposed),
     ("aten::linear", Kernel::Linear),
     ("aten::matmul", Kernel::Product { data: 0, weight: 1 }), ("aten::mm", Kernel::Product { data: 0, weight: 1 }),
-    ("aten::add", ADD), ("aten::mul", MUL), ("aten::cat", Kernel::Concat),
+    ("aten::add", ADD), ("aten::mul", MUL), ("aten::cat", Kernel::Concat), ("aten::batch_norm", Kernel::BatchNorm),
     ("aten::hardswish", Kernel::Function(Function::Plain("quantized::hardswish"))),
     ("aten::sigmoid", Kernel::Function(Function::Plain("quantized::sigmoid"))),
     ("aten::leaky_relu", Kernel::Function(Function::LeakyRelu)), ("aten::elu", Kernel::Function(Function::Elu)),

@@ -1,6 +1,7 @@
 //! Ops without weights on quantized tensors: sums, products, concatenation, functions, pooling, views.
 
 use super::kernels::Function;
+use super::recipe::Recipe;
 use super::walk::{Stay, Walk};
 use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
 
@@ -44,6 +45,45 @@ impl Walk<'_> {
         let list = self.insert_making(Position::Before(target.last), "prim::ListConstruct", inputs, Makes::Tensors);
         let names = ["quantized::cat", "quantized::cat_relu"];
         self.put(id, names, vec![list, Operand::Value(node.inputs[1])], (target, reads));
+        Ok(())
+    }
+
+    pub(super) fn batch_norm(&mut self, id: NodeId) -> Result<(), Stay> {
+        let node = self.graph.node(id);
+        let value = node.inputs[0];
+        let input = self.native(value).ok_or("its input is in float")?;
+        let names = match self.graph.rank(value) {
+            Some(2 | 3) => ["quantized::batch_norm1d", "quantized::batch_norm1d_relu"],
+            Some(4) => ["quantized::batch_norm2d", "quantized::batch_norm2d_relu"],
+            Some(5) => ["quantized::batch_norm3d", "quantized::batch_norm3d_relu"],
+            _ => return Err("its 8-bit kernel takes tensors of two to five axes".into()),
+        };
+        let known = |slot| self.graph.constant(node, slot);
+        let channels = |slot| known(slot).filter(|known| known.dtype == "Float")?.shape.first().copied();
+        let is_in_training = !known(5).is_some_and(|known| ["False", "0"].contains(&known.text.as_str()));
+        let (false, Some(features), Some(_)) = (is_in_training, channels(3), channels(4)) else {
+            return Err("its 8-bit kernel takes constant means and variances".into());
+        };
+        // The kernel wants a weight and a bias.
+        let is_absent = [1, 2].map(|slot| known(slot).is_some_and(|known| !known.is_tensor()));
+        if (1..=2).zip(is_absent).any(|(slot, is_absent)| !is_absent && channels(slot).is_none()) {
+            return Err("its 8-bit kernel takes a constant weight and bias".into());
+        }
+        let target = self.target(id)?;
+        let quantized = self.quantized(value, &input);
+        let affine = [(1, "weight", 1.0), (2, "bias", 0.0)].into_iter().zip(is_absent);
+        let affine = affine.map(|((slot, role, number), is_absent)| {
+            let layer = self.name(id).to_owned();
+            if is_absent {
+                self.recipe(Recipe::Filled { layer, role, features, number })
+            } else {
+                Operand::Value(node.inputs[slot])
+            }
+        });
+        let affine: Vec<Operand> = affine.collect();
+        let further = affine.into_iter().chain([3, 4, 7].map(|slot| Operand::Value(node.inputs[slot])));
+        let inputs = [quantized].into_iter().chain(further).collect();
+        self.put(id, names, inputs, (target, vec![(id, 0, value)]));
         Ok(())
     }
 

@@ -45,6 +45,17 @@ pub(super) enum Recipe {
         /// Index of the weight.
         weight: usize,
     },
+    /// The same number for each channel.
+    Filled {
+        /// The layer that it is for.
+        layer: String,
+        /// What it stands for there.
+        role: &'static str,
+        /// Channels.
+        features: i64,
+        /// The number.
+        number: f64,
+    },
     /// A row that holds the ends of a quantizer's range.
     Range {
         /// The layer that it is for.
@@ -108,6 +119,7 @@ impl Recipe {
             Self::Levels { weight } | Self::Nibbles { weight } => site(weight).clone(),
             Self::Scales { weight } => format!("{}.scale", site(weight)),
             Self::ZeroPoints { weight } => format!("{}.zero_point", site(weight)),
+            Self::Filled { layer, role, .. } => format!("{layer}.{role}"),
             Self::Range { layer, .. } => format!("{layer}.input_range"),
         };
         name.replace('.', "_")
@@ -144,6 +156,9 @@ impl Recipe {
             Self::ZeroPoints { weight } => {
                 let weight = &given.weights[*weight];
                 (None, vec![add(weight.zero_points()?)])
+            }
+            Self::Filled { features, number, .. } => {
+                (None, vec![add(Tensor::f_full([*features], *number, (Kind::Float, tch::Device::Cpu))?)])
             }
             Self::Range { features, lo, hi, .. } => {
                 let row = Tensor::f_zeros([1, *features], (Kind::Float, tch::Device::Cpu))?;

@@ -225,6 +225,7 @@ impl<'a> Walk<'a> {
             Kernel::Product { data, weight } => self.linear(id, (data, weight), false),
             Kernel::Binary { plain, relu, factor } => self.binary(id, [plain, relu], factor),
             Kernel::Concat => self.concat(id),
+            Kernel::BatchNorm => self.batch_norm(id),
             Kernel::Function(function) => self.function(id, function),
             Kernel::Keep => self.keep(id, None),
             Kernel::KeepOf(rank) => self.keep(id, Some(rank)),

@@ -209,6 +209,7 @@ impl<'a> Classes<'a> {
         let takes_it_in = maker.is_some_and(|maker| {
             matches!(ops::role(&maker.op), Some(Role::Weighted(_) | Role::Product(_) | Role::Quantized(_)))
                 && !ops::keeps_quantizer(&maker.op)
+                || ops::may_run_in_8_bits(&maker.op)
         });
         !takes_it_in || self.users(input).len() > 1 || self.is_returned(input)
     }

@@ -97,6 +97,12 @@ impl Finder<'_> {
                     "scores and softmax inside are computed in float; query, key and value are sites",
                 );
             }
+            // Where it stays in float, the lowering says so.
+            Some(Role::Float) if self.kernels == Kernels::Int8 && ops::may_run_in_8_bits(&node.op) => {
+                if let Some(end) = node.outputs.first().and_then(|&output| self.joining_activation(node, output)) {
+                    self.fused_from.insert(end, id);
+                }
+            }
             Some(Role::Float) => self.leave_op_float(id, "computed in float"),
             Some(Role::Softmax) => self.leave_op_float(id, "computed in float; where its result is used, it is a site"),
             Some(Role::Activation) if self.fused_from.contains_key(&id) => {}

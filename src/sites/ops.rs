@@ -194,6 +194,11 @@ pub(super) fn keeps_quantizer(op: &str) -> bool {
     OPS.contains(&op)
 }
 
+/// True for an op that needs no quantizer of its own, but has an 8-bit kernel for where its input and its result have one.
+pub(super) fn may_run_in_8_bits(op: &str) -> bool {
+    op == "aten::batch_norm"
+}
+
 /// True for the activation functions that 8-bit kernels of layers and sums compute along with them.
 pub(super) fn is_clamp(op: &str) -> bool {
     const OPS: &[&str] = &["relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"];
