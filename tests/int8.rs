@@ -4,7 +4,7 @@
 mod binary;
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -296,6 +296,36 @@ fn batch_normalization_stays_in_8_bits() {
     let in_float = int8["in_float"].as_array().expect("a list");
     assert!(matches!(in_float.as_slice(), [op] if op["op"] == "aten::batch_norm"), "{int8}");
     assert!(report["left_float"].as_array().expect("a list").iter().all(|left| left["op"] != "aten::batch_norm"));
+}
+
+/// What a convolution makes is returned in 8 bits, by itself or in a tuple, and read by others too; left float it is as it was.
+#[test]
+fn convolutions_that_make_outputs_run_in_8_bits() {
+    let none: Option<Tensor> = None;
+    let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
+    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
+    let folder = Folder::new();
+    let yaml = traced(&folder, &[16, 3, 9, 9], |x| convolve(&convolve(x, &first).relu(), &last));
+    let (report, int8) = int8_of_run(&folder, &yaml, &[]);
+    assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 1), "{int8}");
+    assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("conv2d_1.output is returned in 8 bits"), "{warnings}");
+    let emitted = CModule::load(folder.path().join("run/quantized.pt")).expect("a model");
+    let output = emitted.forward_ts(&[noise(&[2, 3, 9, 9], 5.0)]).expect("an output");
+    assert_eq!(output.kind(), Kind::Float);
+    let numbers = Vec::<f32>::try_from(output.flatten(0, -1)).expect("numbers");
+    let levels = numbers.iter().map(|number| number.to_bits()).collect::<BTreeSet<_>>().len();
+    assert!((2..=256).contains(&levels) && output.numel() > 256, "{levels} levels");
+
+    let float = "overrides=[{layers: 'conv2d_1', activations: float}]";
+    let (report, int8) = int8_of_run(&folder, &yaml, &[float]);
+    assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 0), "{int8}");
+    assert!(!report["warnings"].to_string().contains("is returned in 8 bits"));
+    // In float form outputs stay float.
+    folder.quantize(&yaml, &[]).succeeded();
+    let sites = folder.report("run")["sites"].to_string();
+    assert!(!sites.contains("conv2d_1.output"), "{sites}");
 }
 
 /// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.

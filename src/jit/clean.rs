@@ -48,6 +48,16 @@ const STEPS: &[Step] = &[
     ("drop dead code", bridge::Pass::EliminateDeadCode),
 ];
 
+/// How a clean-up leaves what convolutions make and the model returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Outputs {
+    /// As it is: a quantizer of the value does not reach what is returned.
+    #[default]
+    AsTheyAre,
+    /// It goes through `aten::alias`, which reads it: a quantizer of the value stands in front of it.
+    UnderASecondName,
+}
+
 /// A value to look at or to replace while the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tap {
@@ -137,11 +147,14 @@ pub struct Clean {
 }
 
 impl Clean {
-    pub(super) fn new(module: &Module, sample: Option<&Arguments>) -> Result<Self, Error> {
+    pub(super) fn new(module: &Module, sample: Option<&Arguments>, outputs: Outputs) -> Result<Self, Error> {
         let mut clean = Self::freeze(module)?;
         let reference = sample.map(|sample| module.forward(sample)).transpose()?;
         for &step in STEPS {
             clean.apply(step)?;
+        }
+        if outputs == Outputs::UnderASecondName {
+            clean.apply(("name outputs", bridge::Pass::AliasOutputs))?;
         }
         clean.listing = Listing::from_rows(bridge::list_graph(clean.frozen()?)?);
         clean.listing.complete_paths(&module.paths()?);
@@ -200,10 +213,12 @@ impl Clean {
         Ok(())
     }
 
-    /// What values were seen to be, in the order of the listing's.
+    /// What values were seen to be, in the order of the listing's; second names left out.
     #[must_use]
     pub fn seen(&self) -> Vec<Option<Seen>> {
-        self.listing.values.iter().map(|value| value.seen.clone()).collect()
+        let aliases = self.listing.aliases();
+        let values = self.listing.values.iter().enumerate().filter(|(value, _)| !aliases.contains_key(value));
+        values.map(|(_, value)| value.seen.clone()).collect()
     }
 
     /// Takes values to be what another clean-up of the same model saw, on other data: another branch may have run there.
@@ -211,12 +226,20 @@ impl Clean {
     /// # Errors
     /// Where the model has another number of values.
     pub fn see_as(&mut self, seen: &[Option<Seen>]) -> Result<(), Error> {
-        let (expected, found) = (self.listing.values.len(), seen.len());
+        let aliases = self.listing.aliases();
+        let (expected, found) = (self.listing.values.len() - aliases.len(), seen.len());
         if found != expected {
             return Err(Error::Libtorch(format!("expected what {expected} values are, found {found}")));
         }
-        for (value, seen) in self.listing.values.iter_mut().zip(seen) {
+        let values = self.listing.values.iter_mut().enumerate().filter(|(value, _)| !aliases.contains_key(value));
+        for ((_, value), seen) in values.zip(seen) {
             value.seen.clone_from(seen);
+        }
+        for (alias, value) in aliases {
+            let seen = self.listing.values.get(value).and_then(|value| value.seen.clone());
+            if let Some(alias) = self.listing.values.get_mut(alias) {
+                alias.seen = seen;
+            }
         }
         Ok(())
     }

@@ -219,6 +219,7 @@ pub(super) mod bridge {
         ConstantPooling,
         UnpackConstants,
         EliminateDeadCode,
+        AliasOutputs,
     }
 
     extern "Rust" {

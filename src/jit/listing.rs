@@ -1,5 +1,7 @@
 //! A cleaned graph as plain data: what [`sites`](crate::sites) reads. It knows no pointer and no libtorch type.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::ffi::bridge;
@@ -185,6 +187,13 @@ impl Listing {
     pub fn draws(&self) -> bool {
         let name = |node: &Node| node.op.strip_prefix("aten::").map(|name| name.trim_end_matches(['_']).to_owned());
         self.nodes.iter().filter_map(name).any(|name| DRAWING.contains(&name.as_str()))
+    }
+
+    /// Values that are another one under a second name, each with that one; in graph order.
+    #[must_use]
+    pub fn aliases(&self) -> BTreeMap<ValueId, ValueId> {
+        let aliases = self.nodes.iter().filter(|node| node.op == "aten::alias");
+        aliases.filter_map(|node| Some((*node.outputs.first()?, *node.inputs.first()?))).collect()
     }
 
     /// Whether the model has convolutions of images and does not ask how its tensors lie in memory, so that images with their

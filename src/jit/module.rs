@@ -242,7 +242,15 @@ impl Module {
     /// # Errors
     /// Where the model cannot be frozen, a step fails or changes the result.
     pub fn clean(&self, sample: Option<&Arguments>) -> Result<clean::Clean, Error> {
-        clean::Clean::new(self, sample)
+        self.clean_with(sample, clean::Outputs::AsTheyAre)
+    }
+
+    /// The same, with a say in what is returned.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn clean_with(&self, sample: Option<&Arguments>, outputs: clean::Outputs) -> Result<clean::Clean, Error> {
+        clean::Clean::new(self, sample, outputs)
     }
 
     /// A second handle to the same module.

@@ -39,6 +39,8 @@ pub(super) fn kernels_of(plan: &Plan) -> Kernels {
 pub(super) struct Written {
     emitted: Module,
     layers: Vec<LayerDifference>,
+    /// Sites that the model returns in 8 bits.
+    outputs: Vec<String>,
     report: report::Int8,
 }
 
@@ -81,7 +83,12 @@ pub(super) fn write(
         threads: jit::thread_count(),
         speed: Vec::new(),
     };
-    Ok(Written { emitted, layers, report })
+    let aliases = model.listing().aliases();
+    let sites = emission.sites.activations.iter().zip(emission.activations);
+    let outputs = sites
+        .filter(|(site, params)| params.is_some() && site.members.iter().any(|member| aliases.contains_key(member)));
+    let outputs = outputs.map(|(site, _)| site.name.clone()).collect();
+    Ok(Written { emitted, layers, outputs, report })
 }
 
 /// Compares the kernels with what they stand for, and the file with the graph that it was written from.
@@ -216,6 +223,9 @@ impl Written {
                 .iter()
                 .map(|site| format!("{}: {}; it is simulated in float", site.name, site.reason)),
         );
+        warnings.extend(self.outputs.iter().map(|name| {
+            format!("{name} is returned in 8 bits, as kernels of convolutions write no float numbers; `overrides` can leave it float")
+        }));
         warnings
     }
 }

@@ -266,6 +266,19 @@ impl Finder<'_> {
         is_linear && output.is_some_and(|&output| !self.classes.is_computed_with(self.classes.of(output)))
     }
 
+    /// Whether 8-bit kernels of convolutions make what the model returns: they write no float numbers.
+    fn is_output_in_8_bits(&self, anchors: &[ValueId], class: ValueId) -> bool {
+        let is_of_convolution = |&value: &ValueId| {
+            let maker = self.classes.maker(value).map(|id| &self.listing.nodes[self.owner(id)]);
+            let role = maker.and_then(|maker| effective_role(self.listing, maker));
+            matches!(role, Some(Role::Weighted(row)) if row.convolves)
+        };
+        let aliases = self.listing.aliases();
+        self.kernels == Kernels::Int8
+            && anchors.iter().all(is_of_convolution)
+            && self.classes.members(class).any(|member| aliases.contains_key(&member))
+    }
+
     fn demand(&mut self, value: ValueId) {
         // A single number is no tensor worth a quantizer.
         let is_number = self.listing.values[value].seen.as_ref().is_some_and(|seen| seen.shape.is_empty());
@@ -305,7 +318,7 @@ impl Finder<'_> {
             let (name, layer, op) = self.name_value(first);
             if anchors.is_empty() {
                 self.leave_float(name, &op, "made of constants alone".to_owned());
-            } else if !self.classes.is_computed_with(class) {
+            } else if !self.classes.is_computed_with(class) && !self.is_output_in_8_bits(&anchors, class) {
                 let is_output = self.classes.is_model_output(class);
                 let reason =
                     if is_output { "an output of the model" } else { "nothing computes float numbers from it" };

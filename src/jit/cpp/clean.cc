@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <string>
+#include <unordered_set>
 
 #include <torch/csrc/jit/api/compilation_unit.h>
 #include <torch/jit.h>
@@ -393,6 +395,45 @@ std::unique_ptr<Frozen> freeze(const Module &m) {
   return frozen;
 }
 
+namespace {
+
+bool is_convolution(const Node *node) {
+  static const std::unordered_set<std::string> kinds = {
+      "aten::conv1d",           "aten::conv2d",           "aten::conv3d",           "aten::_convolution_mode",
+      "aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d",
+  };
+  return kinds.count(node->kind().toQualString()) != 0;
+}
+
+bool is_clamp(const Node *node) {
+  const auto kind = node->kind();
+  return kind == c10::aten::relu || kind == c10::aten::relu6 || kind == c10::aten::hardtanh ||
+         kind == c10::aten::clamp || kind == c10::aten::clamp_min || kind == c10::aten::clamp_max;
+}
+
+// What convolutions make is returned under a second name, behind which it may be quantized.
+void alias_outputs(Graph &graph, Node *returning) {
+  for (std::size_t slot = 0; slot < returning->inputs().size(); ++slot) {
+    auto *value = returning->input(slot);
+    auto *maker = value->node();
+    if (maker->kind() == prim::TupleConstruct || maker->kind() == prim::ListConstruct ||
+        maker->kind() == prim::DictConstruct) {
+      alias_outputs(graph, maker);
+      continue;
+    }
+    if (is_clamp(maker))
+      maker = maker->input(0)->node();
+    if (!is_convolution(maker) || value->node()->owningBlock() != graph.block())
+      continue;
+    torch::jit::WithInsertPoint before(returning);
+    auto *alias = graph.insertNode(graph.create(c10::aten::alias, {value}));
+    alias->output()->setType(value->type());
+    returning->replaceInput(slot, alias->output());
+  }
+}
+
+} // namespace
+
 std::size_t run_pass(Frozen &f, Pass pass) {
   at::NoGradGuard no_grad;
   std::size_t changes = 0;
@@ -463,6 +504,9 @@ std::size_t run_pass(Frozen &f, Pass pass) {
     break;
   case Pass::EliminateDeadCode:
     torch::jit::EliminateDeadCode(graph);
+    break;
+  case Pass::AliasOutputs:
+    alias_outputs(*graph, graph->return_node());
     break;
   default:
     TORCH_CHECK(false, "unknown pass");
