@@ -77,6 +77,7 @@ pub struct Lowering {
     edits: Edits,
     kernels: Vec<walk::Lowered>,
     in_float: Vec<LeftFloat>,
+    returned: BTreeSet<String>,
 }
 
 impl<'a> Given<'a> {
@@ -152,7 +153,7 @@ impl Lowering {
             let name = emit::free_name(&recipe.name(given), &mut taken);
             edits.attributes.push(recipe.cook(&larder, name, &mut edits.tensors)?);
         }
-        Ok(Self { edits, kernels: found.kernels, in_float: found.in_float })
+        Ok(Self { edits, kernels: found.kernels, in_float: found.in_float, returned: found.returned })
     }
 
     /// Writes the model.
@@ -174,6 +175,11 @@ impl Lowering {
     #[must_use]
     pub fn in_float(&self) -> &[LeftFloat] {
         &self.in_float
+    }
+
+    /// Sites that the model returns as numbers of 8 bits, since the kernel that makes them writes no others.
+    pub fn returned(&self) -> impl Iterator<Item = &str> {
+        self.returned.iter().map(String::as_str)
     }
 
     /// How often each kernel computes.

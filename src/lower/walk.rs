@@ -112,6 +112,8 @@ pub(super) struct Found {
     pub(super) rewirings: Vec<Rewiring>,
     pub(super) kernels: Vec<Lowered>,
     pub(super) in_float: Vec<LeftFloat>,
+    /// Names of sites that the model returns though they were made in 8 bits.
+    pub(super) returned: BTreeSet<String>,
 }
 
 pub(super) struct Walk<'a> {
@@ -162,6 +164,7 @@ impl<'a> Walk<'a> {
                 rewirings: Vec::new(),
                 kernels: Vec::new(),
                 in_float: Vec::new(),
+                returned: BTreeSet::new(),
             },
         }
     }
@@ -363,7 +366,11 @@ impl<'a> Walk<'a> {
     fn returned(&mut self, value: ValueId) -> Operand {
         match &self.forms[value].raw {
             Some(raw) => raw.clone(),
-            None => self.float(value),
+            None => {
+                let site = self.site_of[value].and_then(|site| self.given.sites.activations.get(site));
+                self.found.returned.extend(site.map(|site| site.name.clone()));
+                self.float(value)
+            }
         }
     }
 

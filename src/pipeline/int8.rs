@@ -39,7 +39,7 @@ pub(super) fn kernels_of(plan: &Plan) -> Kernels {
 pub(super) struct Written {
     emitted: Module,
     layers: Vec<LayerDifference>,
-    /// Sites that the model returns in 8 bits.
+    /// Names of sites that the model returns in 8 bits.
     outputs: Vec<String>,
     report: report::Int8,
 }
@@ -83,11 +83,7 @@ pub(super) fn write(
         threads: jit::thread_count(),
         speed: Vec::new(),
     };
-    let aliases = model.listing().aliases();
-    let sites = emission.sites.activations.iter().zip(emission.activations);
-    let outputs = sites
-        .filter(|(site, params)| params.is_some() && site.members.iter().any(|member| aliases.contains_key(member)));
-    let outputs = outputs.map(|(site, _)| site.name.clone()).collect();
+    let outputs = lowering.returned().map(str::to_owned).collect();
     Ok(Written { emitted, layers, outputs, report })
 }
 
@@ -223,8 +219,11 @@ impl Written {
                 .iter()
                 .map(|site| format!("{}: {}; it is simulated in float", site.name, site.reason)),
         );
-        warnings.extend(self.outputs.iter().map(|name| {
-            format!("{name} is returned in 8 bits, as kernels of convolutions write no float numbers; `overrides` can leave it float")
+        warnings.extend(self.outputs.iter().map(|site| {
+            format!(
+                "{site} is returned in 8 bits, as its kernel writes no float numbers; an override with \
+                 `activations: float` leaves it float"
+            )
         }));
         warnings
     }
