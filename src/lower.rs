@@ -153,7 +153,14 @@ impl Lowering {
             let name = emit::free_name(&recipe.name(given), &mut taken);
             edits.attributes.push(recipe.cook(&larder, name, &mut edits.tensors)?);
         }
-        Ok(Self { edits, kernels: found.kernels, in_float: found.in_float, returned: found.returned })
+        let mut returned = found.returned;
+        // They have no other reader.
+        let outputs = given.sites.activations.iter().zip(given.activations);
+        let outputs = outputs.filter(|(site, params)| {
+            site.readers.is_empty() && params.is_some_and(|params| walk::Eight::of(params).is_some())
+        });
+        returned.extend(outputs.map(|(site, _)| site.name.clone()));
+        Ok(Self { edits, kernels: found.kernels, in_float: found.in_float, returned })
     }
 
     /// Writes the model.
@@ -177,7 +184,7 @@ impl Lowering {
         &self.in_float
     }
 
-    /// Sites that the model returns as numbers of 8 bits, since the kernel that makes them writes no others.
+    /// Sites that the model returns as numbers of 8 bits, since kernels that make them write no others.
     pub fn returned(&self) -> impl Iterator<Item = &str> {
         self.returned.iter().map(String::as_str)
     }

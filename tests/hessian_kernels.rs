@@ -115,7 +115,8 @@ fn strides_behind((clean, data): &(Clean, Dataset)) -> Vec<i64> {
     strides.0
 }
 
-/// A view of an image takes its channels first, and what asks for strides may give something else: the scores are the same.
+/// A view of an image takes its channels first, known beforehand or not, and what asks for strides may give something else: the
+/// scores are the same.
 #[test]
 fn channels_lie_last_where_the_model_takes_them() {
     let folder = tempfile::tempdir().unwrap();
@@ -131,13 +132,19 @@ fn channels_lie_last_where_the_model_takes_them() {
     };
     let reshaped = model(&|seen| seen.reshape([3, 180]).matmul(&sums));
     let viewed = model(&|seen| seen.view([3, 180]).matmul(&sums));
+    std::fs::copy(folder.path().join("model.pt"), folder.path().join("viewed.pt")).unwrap();
     let asked = model(&|seen| (seen + 0.0).as_strided([3, 180], [180, 1], 0).matmul(&sums));
     assert_eq!(strides_behind(&reshaped), [180, 1, 30, 5]);
     assert_eq!(strides_behind(&viewed), [180, 36, 6, 1]);
     assert_eq!(strides_behind(&asked), [180, 36, 6, 1]);
+    // Nothing is known of shapes: it fails, and runs again.
+    let unseen = Module::load(&folder.path().join("viewed.pt")).unwrap().clean(None).unwrap();
+    assert!(unseen.listing().takes_channels_last() && !viewed.0.listing().takes_channels_last());
+    let unseen = (unseen, viewed.1);
+    assert_eq!(strides_behind(&unseen), [180, 36, 6, 1]);
     let asked = scores(&asked, 2, 3);
     assert!(asked.max().double_value(&[]) > 0.0);
-    for model in [&reshaped, &viewed] {
+    for model in [&reshaped, &unseen] {
         let distance = (scores(model, 2, 3) - &asked).abs().max() / asked.max();
         assert!(distance.double_value(&[]) < 1e-5, "{distance}");
     }

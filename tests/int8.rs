@@ -285,6 +285,17 @@ fn batch_normalization_stays_in_8_bits() {
         assert_eq!((plain, relu), (1, 1), "{int8}");
         assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
     }
+    // Rows behind a linear layer; constants with gaps are none that the kernel reads.
+    let (rows, gaps) = (noise(&[8, 6], 9.0), noise(&[16], 4.0).abs().slice(0, 0, None, 2) + 0.5);
+    let gaps = gaps.unsqueeze(1).expand([8, 2], false).contiguous().select(1, 0);
+    for (weight, kernels) in [(&weight, 1), (&gaps, u64::from(gaps.stride() == [1]))] {
+        let folder = Folder::new();
+        let yaml = traced(&folder, &[16, 6], |x| {
+            norm(&x.linear(&rows, none.as_ref()).relu(), Some(weight), Some(&bias)).linear(&last, none.as_ref())
+        });
+        let (_, int8) = int8_of_run(&folder, &yaml, &[]);
+        assert_eq!(count(&int8, "quantized::batch_norm1d"), kernels, "{int8}");
+    }
     // The model's own input is float.
     let folder = Folder::new();
     let narrow = narrow.reshape([8, 1, 9]);
@@ -298,34 +309,66 @@ fn batch_normalization_stays_in_8_bits() {
     assert!(report["left_float"].as_array().expect("a list").iter().all(|left| left["op"] != "aten::batch_norm"));
 }
 
-/// What a convolution makes is returned in 8 bits, by itself or in a tuple, and read by others too; left float it is as it was.
+/// The names of sites that a run says are returned in 8 bits.
+fn returned(report: &Value) -> Vec<String> {
+    let warnings = report["warnings"].as_array().expect("a list").iter().filter_map(Value::as_str);
+    warnings.filter_map(|text| Some(text.split_once(" is returned in 8 bits")?.0.to_owned())).collect()
+}
+
+/// What a convolution makes is returned in 8 bits, behind a view too; left float it is as it was.
 #[test]
 fn convolutions_that_make_outputs_run_in_8_bits() {
     let none: Option<Tensor> = None;
     let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
     let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
     let folder = Folder::new();
+    let shapes: [fn(Tensor) -> Tensor; 4] =
+        [|x| x, |x| x.pixel_shuffle(2), |x| x.permute([0, 2, 3, 1]).reshape([-1, 4]), |x| x.relu()];
+    for shape in shapes {
+        let yaml = traced(&folder, &[16, 3, 9, 9], |x| shape(convolve(&convolve(x, &first).relu(), &last)));
+        let (report, int8) = int8_of_run(&folder, &yaml, &[]);
+        let convolutions = ["", "_relu"].map(|end| count(&int8, &format!("quantized::conv2d{end}")));
+        assert_eq!(convolutions.iter().sum::<u64>(), 2, "{int8}");
+        assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
+        assert_eq!(returned(&report), ["conv2d_1.output"]);
+        let emitted = CModule::load(folder.path().join("run/quantized.pt")).expect("a model");
+        let output = emitted.forward_ts(&[noise(&[2, 3, 9, 9], 5.0)]).expect("an output");
+        assert_eq!(output.kind(), Kind::Float);
+        let numbers = Vec::<f32>::try_from(output.flatten(0, -1)).expect("numbers");
+        let levels = numbers.iter().map(|number| number.to_bits()).collect::<BTreeSet<_>>().len();
+        assert!((2..=256).contains(&levels) && numbers.len() > 256, "{levels} levels");
+    }
     let yaml = traced(&folder, &[16, 3, 9, 9], |x| convolve(&convolve(x, &first).relu(), &last));
-    let (report, int8) = int8_of_run(&folder, &yaml, &[]);
-    assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 1), "{int8}");
-    assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
-    let warnings = report["warnings"].to_string();
-    assert!(warnings.contains("conv2d_1.output is returned in 8 bits"), "{warnings}");
-    let emitted = CModule::load(folder.path().join("run/quantized.pt")).expect("a model");
-    let output = emitted.forward_ts(&[noise(&[2, 3, 9, 9], 5.0)]).expect("an output");
-    assert_eq!(output.kind(), Kind::Float);
-    let numbers = Vec::<f32>::try_from(output.flatten(0, -1)).expect("numbers");
-    let levels = numbers.iter().map(|number| number.to_bits()).collect::<BTreeSet<_>>().len();
-    assert!((2..=256).contains(&levels) && output.numel() > 256, "{levels} levels");
-
     let float = "overrides=[{layers: 'conv2d_1', activations: float}]";
     let (report, int8) = int8_of_run(&folder, &yaml, &[float]);
     assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 0), "{int8}");
-    assert!(!report["warnings"].to_string().contains("is returned in 8 bits"));
+    assert!(returned(&report).is_empty());
+    // Its weight is in float: what it makes is rounded all the same, as the simulation has it.
+    let float = "overrides=[{layers: 'conv2d_1', weights: float}]";
+    let (report, int8) = int8_of_run(&folder, &yaml, &[float]);
+    assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 0), "{int8}");
+    assert_eq!(returned(&report), ["conv2d_1.output"]);
+    let difference = int8["against_simulation"]["max_abs_diff"].as_f64().expect("a number");
+    let sites = report["sites"].as_array().expect("sites");
+    let site = sites.iter().find(|site| site["name"] == "conv2d_1.output").expect("the site");
+    let step = site["scale"][0].as_f64().expect("a scale");
+    let is_whole = (difference / step - (difference / step).round()).abs() < 1e-3;
+    assert!(is_whole, "a difference of {difference} at a scale of {step}");
     // In float form outputs stay float.
     folder.quantize(&yaml, &[]).succeeded();
     let sites = folder.report("run")["sites"].to_string();
     assert!(!sites.contains("conv2d_1.output"), "{sites}");
+}
+
+/// A value that is returned among others and read too has the numbers that its reader has.
+#[test]
+fn an_output_that_is_read_is_returned_in_8_bits() {
+    let (folder, model) = (Folder::new(), common::model("multi_io"));
+    let inputs: Vec<String> = model.inputs.iter().map(|input| format!("{input}: {input}")).collect();
+    let yaml = experiment(&model.path(), &model.data_path(), &format!("{{{}}}", inputs.join(", ")));
+    let (report, int8) = int8_of_run(&folder, &yaml, &[]);
+    assert_eq!(count(&int8, "quantized::conv2d_relu"), 1, "{int8}");
+    assert_eq!(returned(&report), ["conv.output"]);
 }
 
 /// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.

@@ -104,11 +104,11 @@ impl<'a> Summary<'a> {
 
     fn print(&self, out: &mut impl Write) -> std::io::Result<()> {
         writeln!(out, "{}", self.covered())?;
-        let Key { versions, device, allow_tf32, model, data, calibration } = self.key;
+        let Key { versions, device, allow_tf32, kernels, model, data, calibration } = self.key;
         let tf32 = if *allow_tf32 { " with TF32" } else { "" };
         writeln!(
             out,
-            "by tsquant {} on torch {}, {device}{tf32}, {}; the data has {}",
+            "by tsquant {} on torch {}, {device}{tf32}, {}, for {kernels} kernels; the data has {}",
             versions.tsquant,
             versions.torch,
             table::count(self.threads, "thread"),

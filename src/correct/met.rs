@@ -13,39 +13,57 @@ use super::geometry::Axis;
 /// Numbers that are worth a call of their own.
 const ENOUGH: usize = 1 << 15;
 
+/// Pairs of a tap and a position of an axis that are worth listing.
+const MOST_MET: i64 = 1 << 22;
+
 /// How the taps of all axes meet an input.
 pub(super) struct Met {
     /// Of each line of a feature the kind, unless no tap meets it.
     lines: Vec<Option<usize>>,
     /// Numbers of a line.
     length: usize,
-    /// Sizes of (kinds along each axis but the last, places of a line).
-    sizes: Vec<usize>,
-    /// For each axis and each of its taps: the kinds, or places, that it meets.
+    /// Kinds along each axis but the last.
+    kinds: Vec<usize>,
+    /// For each of these axes and each of its taps: the kinds that it meets.
     of_taps: Vec<Vec<Vec<usize>>>,
+    /// For each tap of the last axis the places that it meets.
+    places: Vec<Places>,
+}
+
+/// Equally far from each other.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    start: usize,
+    step: usize,
+    count: usize,
 }
 
 impl Met {
-    /// For an input of these lengths along the axes of a kernel; `None` where there is no axis or nothing along one.
+    /// For an input of these lengths along the axes of a kernel; `None` where there is no axis or nothing along one, and where
+    /// taps meet more of other axes than the last than is worth listing.
     pub(super) fn new(axes: &[Axis], lengths: &[usize]) -> Option<Self> {
-        let (last, &length) = (axes.last()?, lengths.last().filter(|_| axes.len() == lengths.len())?);
+        let (last, outer) = axes.split_last()?;
+        let (&length, outer_lengths) = lengths.split_last().filter(|_| axes.len() == lengths.len())?;
         if lengths.contains(&0) {
             return None;
         }
-        let (mut lines, mut sizes, mut of_taps) = (vec![Some(0)], Vec::new(), Vec::new());
-        for (axis, &length) in axes.iter().zip(lengths).take(axes.len() - 1) {
-            let (kinds, count, of_tap) = kinds(&positions(axis, length), length);
+        let (mut lines, mut all_kinds, mut of_taps) = (vec![Some(0)], Vec::new(), Vec::new());
+        for (axis, &length) in outer.iter().zip(outer_lengths) {
+            let met: i64 = (0..axis.kernel).map(|tap| places(axis, length, tap).count as i64).sum();
+            if met > MOST_MET {
+                return None;
+            }
+            let (kinds, count, of_tap) = kinds(axis, length);
             let with = |line: &Option<usize>| {
                 let line = *line;
                 kinds.iter().map(move |kind| Some(line? * count + (*kind)?)).collect::<Vec<_>>()
             };
             lines = lines.iter().flat_map(with).collect();
-            sizes.push(count);
+            all_kinds.push(count);
             of_taps.push(of_tap);
         }
-        sizes.push(length);
-        of_taps.push(positions(last, length));
-        Some(Self { lines, length, sizes, of_taps })
+        let places = (0..last.kernel).map(|tap| places(last, length, tap)).collect();
+        Some(Self { lines, length, kinds: all_kinds, of_taps, places })
     }
 
     /// The sums over (rows, features, lengths) by feature and tap, the last axis's taps side by side.
@@ -58,10 +76,10 @@ impl Met {
         features: usize,
         in_parallel: impl FnOnce(usize, &(dyn Fn(usize) + Sync)),
     ) -> Vec<f64> {
-        let taps = self.of_taps.iter().map(Vec::len).product::<usize>();
+        let taps = self.of_taps.iter().map(Vec::len).product::<usize>() * self.places.len();
         let mut sums = vec![0.0; features * taps];
         let each = self.lines.len() * self.length;
-        if values.is_empty() || self.sizes.contains(&0) {
+        if values.is_empty() || self.kinds.contains(&0) {
             return sums;
         }
         let rows = values.len() / (features * each).max(1);
@@ -75,7 +93,7 @@ impl Met {
                 let feature = number * together + index;
                 let planes = values.chunks(each).skip(feature).step_by(features);
                 pulp::Arch::new().dispatch(AddUp { planes, sums: &mut of_rows });
-                sums.copy_from_slice(&self.by_tap(self.by_line(&of_rows)));
+                sums.copy_from_slice(&self.by_tap(&self.by_line(&of_rows)));
             }
         });
         drop(parts);
@@ -84,7 +102,7 @@ impl Met {
 
     /// The sums of lines of one kind, place by place.
     fn by_line(&self, plane: &[f32]) -> Vec<f64> {
-        let mut sums = vec![0.0; self.sizes.iter().product()];
+        let mut sums = vec![0.0; self.kinds.iter().product::<usize>() * self.length];
         for (line, kind) in plane.chunks_exact(self.length).zip(&self.lines) {
             let Some(kind) = kind else { continue };
             let Some(own) = sums.get_mut(kind * self.length..(kind + 1) * self.length) else { continue };
@@ -94,10 +112,15 @@ impl Met {
     }
 
     /// What each tap meets of sums by kind along all axes but the last, and by place along that.
-    fn by_tap(&self, mut sums: Vec<f64>) -> Vec<f64> {
-        let mut behind = 1;
-        for (axis, &size) in self.of_taps.iter().zip(&self.sizes).rev() {
-            let picked = sums.chunks(size * behind).flat_map(|sums| {
+    fn by_tap(&self, by_line: &[f64]) -> Vec<f64> {
+        let of_line = by_line.chunks(self.length).flat_map(|line| {
+            self.places.iter().map(|&Places { start, step, count }| {
+                line.get(start..).unwrap_or_default().iter().step_by(step).take(count).sum()
+            })
+        });
+        let (mut sums, mut behind) = (of_line.collect::<Vec<f64>>(), self.places.len());
+        for (axis, &kinds) in self.of_taps.iter().zip(&self.kinds).rev() {
+            let picked = sums.chunks(kinds * behind).flat_map(|sums| {
                 axis.iter().flat_map(move |met| {
                     (0..behind).map(move |place| met.iter().filter_map(|kind| sums.get(kind * behind + place)).sum())
                 })
@@ -109,19 +132,24 @@ impl Met {
     }
 }
 
-/// The positions that each tap meets.
-fn positions(axis: &Axis, length: usize) -> Vec<Vec<usize>> {
-    let all = |tap| axis.met(length as i64, tap).filter_map(|position| usize::try_from(position).ok()).collect();
-    (0..axis.kernel).map(all).collect()
+/// What a tap meets.
+fn places(axis: &Axis, length: usize, tap: i64) -> Places {
+    let mut met = axis.met(length as i64, tap).filter_map(|position| usize::try_from(position).ok());
+    let (first, second) = (met.next(), met.next());
+    let count = usize::from(first.is_some()) + usize::from(second.is_some()) + met.count();
+    let step = second.zip(first).map_or(1, |(second, first)| second - first);
+    Places { start: first.unwrap_or_default(), step, count }
 }
 
 /// Positions that the same taps meet are of one kind: that of each position, how many there are, and those that each tap meets.
-fn kinds(met: &[Vec<usize>], length: usize) -> (Vec<Option<usize>>, usize, Vec<Vec<usize>>) {
+fn kinds(axis: &Axis, length: usize) -> (Vec<Option<usize>>, usize, Vec<Vec<usize>>) {
     let mut taps_at = vec![Vec::new(); length];
-    for (tap, positions) in met.iter().enumerate() {
-        positions.iter().for_each(|&position| taps_at[position].push(tap));
+    let taps = usize::try_from(axis.kernel).unwrap_or_default();
+    for tap in 0..taps {
+        let Places { start, step, count } = places(axis, length, tap as i64);
+        (0..count).for_each(|index| taps_at[start + index * step].push(tap));
     }
-    let (mut known, mut of_taps) = (HashMap::new(), vec![Vec::new(); met.len()]);
+    let (mut known, mut of_taps) = (HashMap::new(), vec![Vec::new(); taps]);
     let mut kind_of = |taps: Vec<usize>| {
         if taps.is_empty() {
             return None;
@@ -221,6 +249,8 @@ mod tests {
     fn nothing_to_add_up() {
         let axis = Axis { kernel: 3, stride: 1, padding: Padding::Zeros(1), dilation: 1, transposed: None };
         assert!(Met::new(&[], &[]).is_none() && Met::new(&[axis, axis], &[0, 4]).is_none());
+        let long = Axis { kernel: 4001, padding: Padding::Same, ..axis };
+        assert!(Met::new(&[long, axis], &[48_000, 1]).is_none() && Met::new(&[axis, long], &[1, 48_000]).is_some());
         let none = Met::new(&[axis, axis], &[2, 4]).expect("axes").sums(&[], 2, in_turn);
         assert_eq!(none, [0.0; 18]);
         // No position of the result is there at all.

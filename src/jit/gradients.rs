@@ -1,7 +1,5 @@
 //! Runs of a graph that its gradients can be asked for. Which constants and values they are of is the caller's business.
 
-use std::cell::Cell;
-
 use cxx::UniquePtr;
 use tch::Tensor;
 
@@ -19,19 +17,18 @@ pub struct Differentiable {
     constants: UniquePtr<bridge::Tensors>,
     /// Whether images are put into memory with their channels last: forward and back take three quarters of the time of
     /// MobileNetV2 so.
-    channels_last: Cell<bool>,
+    channels_last: bool,
 }
 
 impl Differentiable {
     pub(super) fn new(executable: UniquePtr<bridge::Executable>, constants: &[Tensor], channels_last: bool) -> Self {
-        Self { executable, constants: tensor::list(constants.iter()), channels_last: Cell::new(channels_last) }
+        Self { executable, constants: tensor::list(constants.iter()), channels_last }
     }
 
     /// With images as they are given, which is what others compare with.
     #[must_use]
     pub fn as_given(self) -> Self {
-        self.channels_last.set(false);
-        self
+        Self { channels_last: false, ..self }
     }
 
     /// Runs the graph forward and keeps what the way back needs. A model that does not take its images with their channels last,
@@ -40,12 +37,9 @@ impl Differentiable {
     /// # Errors
     /// The visit's own error, or that of the model.
     pub fn record(&self, arguments: &Arguments, visit: &mut dyn Visit) -> Result<Recording, Error> {
-        let channels_last = self.channels_last.get();
-        match self.record_as(channels_last, arguments, visit) {
-            Err(Error::Run { .. }) if channels_last => {
-                self.channels_last.set(false);
-                self.record_as(false, arguments, visit)
-            }
+        match self.record_as(self.channels_last, arguments, visit) {
+            // Whether a batch fails so depends on that batch alone: others before it do not count.
+            Err(Error::Run { .. }) if self.channels_last => self.record_as(false, arguments, visit),
             recording => recording,
         }
     }

@@ -115,10 +115,15 @@ pub struct Node {
 
 /// Ops whose results depend on how their tensors lie in memory.
 const ASKING_FOR_STRIDES: &[&str] = &[
+    "aten::_reshape_alias",
     "aten::as_strided",
     "aten::as_strided_",
+    "aten::as_strided_copy",
+    "aten::as_strided_scatter",
     "aten::is_contiguous",
+    "aten::resize",
     "aten::resize_",
+    "aten::resize_as_",
     "aten::set_",
     "aten::storage_offset",
     "aten::stride",
@@ -196,13 +201,27 @@ impl Listing {
         aliases.filter_map(|node| Some((*node.outputs.first()?, *node.inputs.first()?))).collect()
     }
 
-    /// Whether the model has convolutions of images and does not ask how its tensors lie in memory, so that images with their
-    /// channels last give the same.
+    /// Whether the model has convolutions of images, does not ask how its tensors lie in memory, and takes no views of images as
+    /// they were seen, so that images with their channels last give the same.
     #[must_use]
     pub fn takes_channels_last(&self) -> bool {
         let has = |ops: &[&str]| self.nodes.iter().any(|node| ops.contains(&node.op.as_str()));
         // Random numbers are drawn in the order of memory.
-        has(&["aten::conv2d", "aten::conv_transpose2d"]) && !has(ASKING_FOR_STRIDES) && !self.draws()
+        has(&["aten::conv2d", "aten::conv_transpose2d"])
+            && !has(ASKING_FOR_STRIDES)
+            && !self.draws()
+            && !self.nodes.iter().any(|node| self.views_an_image(node))
+    }
+
+    /// Whether it views what has several channels and several places, which lie in memory channel by channel or place by place.
+    fn views_an_image(&self, node: &Node) -> bool {
+        let is_view = ["aten::view", "aten::_unsafe_view", "aten::view_as"].contains(&node.op.as_str());
+        let seen = node.inputs.first().and_then(|&value| self.values.get(value)?.seen.as_ref());
+        let is_image = seen.is_some_and(|seen| match seen.shape.as_slice() {
+            &[_, channels, height, width] => channels > 1 && height * width > 1,
+            _ => false,
+        });
+        is_view && is_image
     }
 
     /// What a node clamps each number to, if that is all that it does and the bounds are constants.
@@ -316,5 +335,14 @@ mod tests {
         assert!(!takes(&["aten::linear"]));
         assert!(!takes(&["aten::conv2d", "aten::stride"]) && !takes(&["aten::as_strided", "aten::conv2d"]));
         assert!(!takes(&["aten::conv2d", "aten::rand_like"]));
+        let viewing = |shape: &[i64]| {
+            let seen = Some(Seen { dtype: "Float".to_owned(), shape: shape.to_vec() });
+            let convolution = Node { op: "aten::conv2d".to_owned(), ..Node::default() };
+            let view = Node { op: "aten::view".to_owned(), inputs: vec![0], ..Node::default() };
+            let values = vec![Value { seen, ..Value::default() }];
+            Listing { values, nodes: vec![convolution, view], ..Listing::default() }.takes_channels_last()
+        };
+        assert!(viewing(&[2, 8, 1, 1]) && viewing(&[2, 1, 5, 5]) && viewing(&[2, 40]));
+        assert!(!viewing(&[2, 8, 1, 3]));
     }
 }

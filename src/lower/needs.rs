@@ -1,24 +1,32 @@
 //! What the kernels of an engine need of weights for it to compute them right. It knows the graph and what a trial showed, and
 //! nothing of thresholds.
 
+use std::collections::BTreeSet;
+
 use super::engine::{Task, Trial};
 use super::graph::Graph;
 use super::kernels::{self, Kernel};
 use crate::jit::{Listing, Node, ValueId};
 use crate::settings::{KernelNeeds, WeightNeeds};
-use crate::sites::{Sites, WeightSite};
+use crate::sites::{ActivationSite, Sites, WeightSite};
 
-/// What this engine needs of the sites of a graph, whose activations have 7 bits or else 8.
+/// What this engine needs of the sites of a graph, whose activations have 7 bits or else 8. `left` are the activation sites that stay
+/// sites: a convolution that makes none of them computes in float.
 #[must_use]
-pub fn needs(listing: &Listing, sites: &Sites, trial: &Trial, has_7_bits: bool) -> KernelNeeds {
+pub fn needs(
+    listing: &Listing,
+    sites: &Sites,
+    left: &[ActivationSite],
+    (trial, has_7_bits): (&Trial, bool),
+) -> KernelNeeds {
     let graph = Graph::new(listing);
+    let of_sites: BTreeSet<ValueId> = left.iter().flat_map(|site| site.members.iter().copied()).collect();
     let weight = |site: &WeightSite| {
-        // A convolution that makes an output of the model computes in float.
-        let is_output = |value: &ValueId| {
-            graph.is_output(*value) || graph.behind(*value).is_some_and(|value| graph.is_output(value))
+        let is_site = |value: &ValueId| {
+            of_sites.contains(value) || graph.behind(*value).is_some_and(|value| of_sites.contains(&value))
         };
         let is_own = |node: &&Node| {
-            node.inputs.get(1).is_some_and(|value| site.values.contains(value)) && !node.outputs.iter().any(is_output)
+            node.inputs.get(1).is_some_and(|value| site.values.contains(value)) && node.outputs.iter().any(is_site)
         };
         let nodes = || listing.nodes.iter().filter(is_own);
         let is_depthwise = nodes().any(|node| is_depthwise(&graph, node, site));

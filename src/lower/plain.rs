@@ -59,7 +59,8 @@ impl Walk<'_> {
             _ => return Err("its 8-bit kernel takes tensors of two to five axes".into()),
         };
         let known = |slot| self.graph.constant(node, slot);
-        let channels = |slot| known(slot).filter(|known| known.dtype == "Float")?.shape.first().copied();
+        let channels =
+            |slot| known(slot).filter(|known| known.dtype == "Float" && known.strides == [1])?.shape.first().copied();
         let is_in_training = !known(5).is_some_and(|known| ["False", "0"].contains(&known.text.as_str()));
         let (false, Some(features), Some(_)) = (is_in_training, channels(3), channels(4)) else {
             return Err("its 8-bit kernel takes constant means and variances".into());

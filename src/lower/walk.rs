@@ -353,7 +353,10 @@ impl<'a> Walk<'a> {
 
     /// Where kernels do not take the quantizer, what it makes of the value.
     fn simulated(&mut self, value: ValueId, raw: Operand) -> Operand {
-        let params = self.params(value).filter(|params| self.is_anchor(value) && Eight::of(*params).is_none());
+        // What only leaves the model is a number of its quantizer there, as in the simulation.
+        let is_output = self.site_of[value].is_some_and(|site| self.given.sites.activations[site].readers.is_empty());
+        let is_wanted = |params: &QuantParams| self.is_anchor(value) && (is_output || Eight::of(*params).is_none());
+        let params = self.params(value).filter(is_wanted);
         let Some(params) = params else { return raw };
         let numbers = [params.zero_point(), params.quant_min(), params.quant_max()];
         let numbers = numbers.map(|number| Operand::Int(i64::from(number)));

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use super::calibration::Calibration;
 use super::compare::Comparison;
 use super::device::Taken;
-use super::kept::statistics::{Kept, Key, section};
+use super::kept::statistics::{Kept, Key, name_of, section};
 use super::{Error, calibration_batches, hash, int8, load_checked, versions};
 use crate::config::{BiasCorrection, Plan};
 use crate::correct::{InputSums, Targets};
@@ -159,6 +159,7 @@ impl Base {
             device: device.to_owned(),
             // On the processor TF32 is never used.
             allow_tf32: plan.allow_tf32 && device != "cpu",
+            kernels: name_of(int8::kernels_of(plan)).to_owned(),
             model: self.model_hash.clone(),
             data: self.calibration.hash.clone(),
             calibration: section(&plan.calibration)?,

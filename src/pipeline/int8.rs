@@ -221,7 +221,7 @@ impl Written {
         );
         warnings.extend(self.outputs.iter().map(|site| {
             format!(
-                "{site} is returned in 8 bits, as its kernel writes no float numbers; an override with \
+                "{site} is returned in 8 bits, as 8-bit kernels of its op write no float numbers; an override with \
                  `activations: float` leaves it float"
             )
         }));
@@ -256,7 +256,9 @@ pub(super) fn settle(plan: &Plan, base: &Base) -> Result<(Sites, Settings), Erro
     let needs = match settled(plan)?.output.int8 {
         Some(int8) => {
             let has_7_bits = int8.reduce_range == ReduceRange::Always;
-            lower::needs(base.model.listing(), &base.sites, trial(int8.engine)?, has_7_bits)
+            let (left, _) = settings::settle(plan, base.sites.clone())?;
+            let given = (trial(int8.engine)?, has_7_bits);
+            lower::needs(base.model.listing(), &base.sites, &left.activations, given)
         }
         None => KernelNeeds::default(),
     };

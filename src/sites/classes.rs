@@ -128,7 +128,8 @@ impl<'a> Classes<'a> {
         self.members(class).any(|value| self.reaches_return(value))
     }
 
-    fn reaches_return(&self, value: ValueId) -> bool {
+    /// True if the model returns the value, by itself or in a tuple, list or dict.
+    pub(super) fn reaches_return(&self, value: ValueId) -> bool {
         self.listing.blocks.first().is_some_and(|forward| forward.returns.contains(&value))
             || self.users(value).iter().any(|&id| {
                 let node = &self.listing.nodes[id];

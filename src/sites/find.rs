@@ -266,17 +266,18 @@ impl Finder<'_> {
         is_linear && output.is_some_and(|&output| !self.classes.is_computed_with(self.classes.of(output)))
     }
 
-    /// Whether 8-bit kernels of convolutions make what the model returns: they write no float numbers.
+    /// Whether 8-bit kernels of convolutions make what the model returns: they write no float numbers. A value that is returned
+    /// itself stays as it is made; see [`Outputs`](crate::jit::Outputs).
     fn is_output_in_8_bits(&self, anchors: &[ValueId], class: ValueId) -> bool {
         let is_of_convolution = |&value: &ValueId| {
             let maker = self.classes.maker(value).map(|id| &self.listing.nodes[self.owner(id)]);
             let role = maker.and_then(|maker| effective_role(self.listing, maker));
-            matches!(role, Some(Role::Weighted(row)) if row.convolves)
+            // Transposed ones have their output channels second: most engines compute them in float.
+            matches!(role, Some(Role::Weighted(row)) if row.convolves && row.axis == 0)
         };
-        let aliases = self.listing.aliases();
         self.kernels == Kernels::Int8
-            && anchors.iter().all(is_of_convolution)
-            && self.classes.members(class).any(|member| aliases.contains_key(&member))
+            && self.classes.is_model_output(class)
+            && anchors.iter().all(|anchor| is_of_convolution(anchor) && !self.classes.reaches_return(*anchor))
     }
 
     fn demand(&mut self, value: ValueId) {

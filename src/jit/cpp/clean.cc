@@ -398,10 +398,8 @@ std::unique_ptr<Frozen> freeze(const Module &m) {
 namespace {
 
 bool is_convolution(const Node *node) {
-  static const std::unordered_set<std::string> kinds = {
-      "aten::conv1d",           "aten::conv2d",           "aten::conv3d",           "aten::_convolution_mode",
-      "aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d",
-  };
+  static const std::unordered_set<std::string> kinds = {"aten::conv1d", "aten::conv2d", "aten::conv3d",
+                                                        "aten::_convolution_mode"};
   return kinds.count(node->kind().toQualString()) != 0;
 }
 

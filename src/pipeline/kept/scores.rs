@@ -87,7 +87,7 @@ pub(in crate::pipeline) fn request(
     let all = layers.weights.iter().map(|site| &site.name).chain(layers.activations.iter().map(|site| &site.name));
     let names: Vec<&String> = all.filter(|_| hessian.request.tolerance.is_some()).collect();
     let request = (data.to_yaml()?, data.seed, hessian.request_to_yaml()?, names);
-    let all = (&key.versions, (device, key.allow_tf32), &key.model, &key.data, request);
+    let all = (&key.versions, (device, key.allow_tf32, &key.kernels), &key.model, &key.data, request);
     Ok(hash::hex(&Sha256::digest(serde_json::to_string(&all)?.as_bytes())))
 }
 

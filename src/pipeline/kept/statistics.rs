@@ -14,10 +14,10 @@ use crate::correct::LayerSum;
 use crate::dataset::Shard;
 use crate::hessian::{Layers, Scored, Unusable};
 use crate::jit::{self, Seen};
-use crate::pipeline::Error;
 use crate::pipeline::output_file::OutputFile;
+use crate::pipeline::{Error, int8};
 use crate::report::Versions;
-use crate::sites::Sites;
+use crate::sites::{Kernels, Sites};
 use crate::statistics::{Activation, ActivationArrays};
 
 /// What `kind` says in the file.
@@ -27,7 +27,7 @@ const KIND: &str = "statistics";
 const MOST_ROWS: usize = 1 << 48;
 
 /// Changes when files change so that older readers would go wrong.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 /// What statistics are of: where any of it differs they are of no use.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +38,8 @@ pub struct Key {
     pub device: String,
     /// Whether it might round to TF32 there.
     pub allow_tf32: bool,
+    /// What the sites are found for, which decides what a site is: `float` or `int8` kernels.
+    pub kernels: String,
     /// SHA-256 of the model.
     pub model: String,
     /// SHA-256 of the calibration data.
@@ -155,7 +157,8 @@ impl Key {
     /// What a plan asks for, with the calibration data and the device that these statistics are of.
     fn asked(&self, plan: &Plan, versions: &Versions, model: &str) -> Result<Self, Error> {
         let (versions, model) = (versions.clone(), model.to_owned());
-        Ok(Self { versions, model, calibration: section(&plan.calibration)?, ..self.clone() })
+        let kernels = name_of(int8::kernels_of(plan)).to_owned();
+        Ok(Self { versions, kernels, model, calibration: section(&plan.calibration)?, ..self.clone() })
     }
 
     /// The first thing that differs, in words.
@@ -170,6 +173,7 @@ impl Key {
             ("the SHA-256 of the model", &self.model, &other.model),
             ("the SHA-256 of the calibration data", &self.data, &other.data),
             ("the device", &self.device, &other.device),
+            ("the kernels that sites are found for (`output.format`)", &self.kernels, &other.kernels),
             ("`allow_tf32`", &flag(self.allow_tf32), &flag(other.allow_tf32)),
         ];
         let (own, others) = (&self.calibration, &other.calibration);
@@ -182,6 +186,14 @@ impl Key {
             let mut keys = keys;
             keys.find_map(|key| plain(&named(key), &text(self, key), &text(other, key)))
         })
+    }
+}
+
+/// What a file calls kernels.
+pub(in crate::pipeline) fn name_of(kernels: Kernels) -> &'static str {
+    match kernels {
+        Kernels::Float => "float",
+        Kernels::Int8 => "int8",
     }
 }
 
