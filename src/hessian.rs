@@ -580,6 +580,7 @@ mod tests {
             channel_axis: ChannelAxis::Second,
             anchors: vec![Anchor { value, name: String::new() }],
             members: vec![value],
+            is_returned: false,
             makers: Vec::new(),
             readers: Vec::new(),
         };

@@ -77,7 +77,6 @@ pub struct Lowering {
     edits: Edits,
     kernels: Vec<walk::Lowered>,
     in_float: Vec<LeftFloat>,
-    returned: BTreeSet<String>,
 }
 
 impl<'a> Given<'a> {
@@ -97,6 +96,13 @@ impl<'a> Given<'a> {
         });
         let (sites, activations, biases) = (emission.sites, emission.activations, emission.biases);
         Self { sites, activations, weights: weights.collect(), biases, trial }
+    }
+
+    /// Names of the sites that the model returns in 8 bits.
+    pub fn returned(&self) -> impl Iterator<Item = &str> {
+        let sites = self.sites.activations.iter().zip(self.activations);
+        let returned = sites.filter(|(site, params)| site.is_returned && params.and_then(walk::Eight::of).is_some());
+        returned.map(|(site, _)| site.name.as_str())
     }
 
     /// Sites whose quantizer no kernel takes, each with the reason.
@@ -153,14 +159,7 @@ impl Lowering {
             let name = emit::free_name(&recipe.name(given), &mut taken);
             edits.attributes.push(recipe.cook(&larder, name, &mut edits.tensors)?);
         }
-        let mut returned = found.returned;
-        // They have no other reader.
-        let outputs = given.sites.activations.iter().zip(given.activations);
-        let outputs = outputs.filter(|(site, params)| {
-            site.readers.is_empty() && params.is_some_and(|params| walk::Eight::of(params).is_some())
-        });
-        returned.extend(outputs.map(|(site, _)| site.name.clone()));
-        Ok(Self { edits, kernels: found.kernels, in_float: found.in_float, returned })
+        Ok(Self { edits, kernels: found.kernels, in_float: found.in_float })
     }
 
     /// Writes the model.
@@ -182,11 +181,6 @@ impl Lowering {
     #[must_use]
     pub fn in_float(&self) -> &[LeftFloat] {
         &self.in_float
-    }
-
-    /// Sites that the model returns as numbers of 8 bits, since kernels that make them write no others.
-    pub fn returned(&self) -> impl Iterator<Item = &str> {
-        self.returned.iter().map(String::as_str)
     }
 
     /// How often each kernel computes.

@@ -97,6 +97,9 @@ pub struct ActivationSite {
     /// All values that are these numbers, made or moved.
     #[serde(skip)]
     pub members: Vec<ValueId>,
+    /// Whether the model returns the quantized numbers too: a value that is moved, not one that is made here.
+    #[serde(skip)]
+    pub is_returned: bool,
     /// The ops whose results it is; a fused activation function counts as the op that it joins.
     #[serde(skip)]
     pub makers: Vec<OpId>,

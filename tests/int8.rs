@@ -369,6 +369,12 @@ fn an_output_that_is_read_is_returned_in_8_bits() {
     let (report, int8) = int8_of_run(&folder, &yaml, &[]);
     assert_eq!(count(&int8, "quantized::conv2d_relu"), 1, "{int8}");
     assert_eq!(returned(&report), ["conv.output"]);
+    // Computed in float it is what its readers read all the same.
+    let (report, int8) = int8_of_run(&folder, &yaml, &["overrides=[{layers: conv, weights: float}]"]);
+    assert_eq!(count(&int8, "quantized::conv2d_relu"), 0, "{int8}");
+    assert_eq!(returned(&report), ["conv.output"]);
+    let apart = int8["against_simulation"]["sqnr_db"].as_f64();
+    assert!(apart.is_none_or(|db| db > 80.0), "{apart:?}: numbers between levels are 40 dB apart");
 }
 
 /// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.

@@ -22,11 +22,10 @@ pub fn needs(
     let graph = Graph::new(listing);
     let of_sites: BTreeSet<ValueId> = left.iter().flat_map(|site| site.members.iter().copied()).collect();
     let weight = |site: &WeightSite| {
-        let is_site = |value: &ValueId| {
-            of_sites.contains(value) || graph.behind(*value).is_some_and(|value| of_sites.contains(&value))
-        };
+        let is_site = |value: ValueId| of_sites.contains(&value) && !graph.is_output(value);
+        let makes_site = |&value: &ValueId| is_site(value) || graph.behind(value).is_some_and(is_site);
         let is_own = |node: &&Node| {
-            node.inputs.get(1).is_some_and(|value| site.values.contains(value)) && node.outputs.iter().any(is_site)
+            node.inputs.get(1).is_some_and(|value| site.values.contains(value)) && node.outputs.iter().any(makes_site)
         };
         let nodes = || listing.nodes.iter().filter(is_own);
         let is_depthwise = nodes().any(|node| is_depthwise(&graph, node, site));

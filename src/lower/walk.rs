@@ -112,8 +112,6 @@ pub(super) struct Found {
     pub(super) rewirings: Vec<Rewiring>,
     pub(super) kernels: Vec<Lowered>,
     pub(super) in_float: Vec<LeftFloat>,
-    /// Names of sites that the model returns though they were made in 8 bits.
-    pub(super) returned: BTreeSet<String>,
 }
 
 pub(super) struct Walk<'a> {
@@ -164,7 +162,6 @@ impl<'a> Walk<'a> {
                 rewirings: Vec::new(),
                 kernels: Vec::new(),
                 in_float: Vec::new(),
-                returned: BTreeSet::new(),
             },
         }
     }
@@ -353,9 +350,10 @@ impl<'a> Walk<'a> {
 
     /// Where kernels do not take the quantizer, what it makes of the value.
     fn simulated(&mut self, value: ValueId, raw: Operand) -> Operand {
-        // What only leaves the model is a number of its quantizer there, as in the simulation.
-        let is_output = self.site_of[value].is_some_and(|site| self.given.sites.activations[site].readers.is_empty());
-        let is_wanted = |params: &QuantParams| self.is_anchor(value) && (is_output || Eight::of(*params).is_none());
+        // What leaves the model is a number of its quantizer there, as in the simulation.
+        let site = self.site_of[value].and_then(|site| self.given.sites.activations.get(site));
+        let is_returned = site.is_some_and(|site| site.is_returned);
+        let is_wanted = |params: &QuantParams| self.is_anchor(value) && (is_returned || Eight::of(*params).is_none());
         let params = self.params(value).filter(is_wanted);
         let Some(params) = params else { return raw };
         let numbers = [params.zero_point(), params.quant_min(), params.quant_max()];
@@ -369,11 +367,7 @@ impl<'a> Walk<'a> {
     fn returned(&mut self, value: ValueId) -> Operand {
         match &self.forms[value].raw {
             Some(raw) => raw.clone(),
-            None => {
-                let site = self.site_of[value].and_then(|site| self.given.sites.activations.get(site));
-                self.found.returned.extend(site.map(|site| site.name.clone()));
-                self.float(value)
-            }
+            None => self.float(value),
         }
     }
 

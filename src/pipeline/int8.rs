@@ -83,7 +83,7 @@ pub(super) fn write(
         threads: jit::thread_count(),
         speed: Vec::new(),
     };
-    let outputs = lowering.returned().map(str::to_owned).collect();
+    let outputs = given.returned().map(str::to_owned).collect();
     Ok(Written { emitted, layers, outputs, report })
 }
 
@@ -220,10 +220,7 @@ impl Written {
                 .map(|site| format!("{}: {}; it is simulated in float", site.name, site.reason)),
         );
         warnings.extend(self.outputs.iter().map(|site| {
-            format!(
-                "{site} is returned in 8 bits, as 8-bit kernels of its op write no float numbers; an override with \
-                 `activations: float` leaves it float"
-            )
+            format!("{site} is returned in 8 bits; an override with `activations: float` leaves it float")
         }));
         warnings
     }

@@ -31,6 +31,7 @@ fn sites() -> Sites {
         channel_axis: ChannelAxis::Second,
         anchors: Vec::new(),
         members: Vec::new(),
+        is_returned: false,
         makers: vec![maker],
         readers: readers.to_vec(),
     };

@@ -334,12 +334,15 @@ impl Finder<'_> {
             } else if anchors.iter().any(|&value| !self.listing.values[value].is_tensor) {
                 self.leave_float(name, &op, "a list of tensors".to_owned());
             } else {
-                let anchors =
+                let anchors: Vec<Anchor> =
                     anchors.into_iter().map(|value| Anchor { value, name: self.name_value(value).0 }).collect();
                 let channel_axis = self.channel_axis(class);
-                let members = self.classes.members(class).collect();
+                let members: Vec<ValueId> = self.classes.members(class).collect();
+                let is_made = |value: &ValueId| anchors.iter().any(|anchor| anchor.value == *value);
+                let is_returned = members.iter().any(|value| !is_made(value) && self.classes.reaches_return(*value));
                 let (makers, readers) = (Vec::new(), Vec::new());
-                let site = ActivationSite { name, layer, op, channel_axis, anchors, members, makers, readers };
+                let site =
+                    ActivationSite { name, layer, op, channel_axis, anchors, members, is_returned, makers, readers };
                 self.sites.activations.push(site);
             }
         }
