@@ -16,6 +16,7 @@ mod hash;
 mod int8;
 mod journal;
 mod kept;
+mod kernels;
 mod mixed;
 mod output_file;
 mod refine;
@@ -327,7 +328,7 @@ fn load_checked(plan: &Plan, (data, section): (&Dataset, &'static str), device: 
     let batches = Batches { key: device::batch_size_of(section), rows: data.batch_size() };
     let module = Module::load_onto(&plan.model, device).map_err(device::blame_weights)?;
     let (sample, _) = check_rows(&module, data, section).map_err(batches.blame())?;
-    let outputs = match int8::kernels_of(plan) {
+    let outputs = match kernels::of(plan) {
         Kernels::Float => Outputs::AsTheyAre,
         Kernels::Int8 => Outputs::UnderASecondName,
     };

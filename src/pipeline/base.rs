@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use super::calibration::Calibration;
 use super::compare::Comparison;
 use super::device::Taken;
-use super::kept::statistics::{Kept, Key, name_of, section};
-use super::{Error, calibration_batches, hash, int8, load_checked, versions};
+use super::kept::statistics::{Kept, Key, section};
+use super::{Error, calibration_batches, hash, kernels, load_checked, versions};
 use crate::config::{BiasCorrection, Plan};
 use crate::correct::{InputSums, Targets};
 use crate::dataset::Batches;
@@ -80,7 +80,7 @@ impl Base {
         calibration: Calibration,
         (model, model_hash): (Clean, String),
     ) -> Result<Self, Error> {
-        let sites = sites::find_for(model.listing(), int8::kernels_of(plan));
+        let sites = sites::find_for(model.listing(), kernels::of(plan));
         if sites.weights.is_empty() && sites.activations.is_empty() {
             return Err(Error::NoSites { model: plan.model.clone() });
         }
@@ -159,7 +159,7 @@ impl Base {
             device: device.to_owned(),
             // On the processor TF32 is never used.
             allow_tf32: plan.allow_tf32 && device != "cpu",
-            kernels: name_of(int8::kernels_of(plan)).to_owned(),
+            kernels: kernels::name(plan).to_owned(),
             model: self.model_hash.clone(),
             data: self.calibration.hash.clone(),
             calibration: section(&plan.calibration)?,

@@ -7,7 +7,7 @@ use super::device::Taken;
 use super::journal::{Journal, Key, PlanKey, RowKey};
 use super::run_dir::RunDir;
 use super::shared::Shared;
-use super::{Clock, Error, Progress, Work, device, finish, hash, int8, versions};
+use super::{Clock, Error, Progress, Work, device, finish, hash, kernels, versions};
 use crate::config::{Combination, Emit, Metric, Plan, Sweep};
 use crate::report::{self, Gave, SiteReport, SweepReport, SweepRow};
 use crate::sites::WeightSite;
@@ -212,7 +212,7 @@ impl Runs<'_> {
         for &index in rows {
             let Some(plan) = self.plan(index) else { continue };
             let shares = |other: &Plan| {
-                let same_sites = int8::kernels_of(other) == int8::kernels_of(plan);
+                let same_sites = kernels::of(other) == kernels::of(plan);
                 other.model == plan.model && same_sites && other.calibration.is_same_as(&plan.calibration)
             };
             match groups.iter_mut().find(|(other, _)| shares(other)) {

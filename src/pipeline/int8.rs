@@ -15,7 +15,7 @@ use crate::lower::engine::{self, Trial};
 use crate::lower::{self, Given, LayerDifference, Lowering};
 use crate::report::{self, SiteReport};
 use crate::settings::{self, KernelNeeds, Settings};
-use crate::sites::{Kernels, LeftFloat, Sites};
+use crate::sites::{LeftFloat, Sites};
 use crate::speed::{self, Contender};
 
 /// Levels by which a kernel may differ from the op that it stands for.
@@ -29,11 +29,6 @@ const MOST_APART: f64 = 1e-4;
 const BATCH_SIZES: [usize; 2] = [1, 8];
 /// Time for each of them.
 const RACE: Duration = Duration::from_millis(500);
-
-/// What the sites of a plan are found for.
-pub(super) fn kernels_of(plan: &Plan) -> Kernels {
-    if plan.output.int8.is_some() { Kernels::Int8 } else { Kernels::Float }
-}
 
 /// A written 8-bit model.
 pub(super) struct Written {

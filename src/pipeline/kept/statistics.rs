@@ -15,9 +15,9 @@ use crate::dataset::Shard;
 use crate::hessian::{Layers, Scored, Unusable};
 use crate::jit::{self, Seen};
 use crate::pipeline::output_file::OutputFile;
-use crate::pipeline::{Error, int8};
+use crate::pipeline::{Error, kernels};
 use crate::report::Versions;
-use crate::sites::{Kernels, Sites};
+use crate::sites::Sites;
 use crate::statistics::{Activation, ActivationArrays};
 
 /// What `kind` says in the file.
@@ -157,7 +157,7 @@ impl Key {
     /// What a plan asks for, with the calibration data and the device that these statistics are of.
     fn asked(&self, plan: &Plan, versions: &Versions, model: &str) -> Result<Self, Error> {
         let (versions, model) = (versions.clone(), model.to_owned());
-        let kernels = name_of(int8::kernels_of(plan)).to_owned();
+        let kernels = kernels::name(plan).to_owned();
         Ok(Self { versions, kernels, model, calibration: section(&plan.calibration)?, ..self.clone() })
     }
 
@@ -186,14 +186,6 @@ impl Key {
             let mut keys = keys;
             keys.find_map(|key| plain(&named(key), &text(self, key), &text(other, key)))
         })
-    }
-}
-
-/// What a file calls kernels.
-pub(in crate::pipeline) fn name_of(kernels: Kernels) -> &'static str {
-    match kernels {
-        Kernels::Float => "float",
-        Kernels::Int8 => "int8",
     }
 }
 
