@@ -22,6 +22,14 @@ pub(super) enum Padding {
     Same,
 }
 
+/// Positions that are equally far from each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Places {
+    pub(super) start: usize,
+    pub(super) step: usize,
+    pub(super) count: usize,
+}
+
 impl Axis {
     /// Positions of the result for an input of this length.
     pub(super) fn output(&self, input: i64) -> i64 {
@@ -49,6 +57,15 @@ impl Axis {
             let position = if is_transposed { step } else { other };
             (0..length).contains(&other).then_some(position)
         })
+    }
+
+    /// The same, as the progression that they are.
+    pub(super) fn places(&self, input: i64, tap: i64) -> Places {
+        let mut met = self.met(input, tap).filter_map(|position| usize::try_from(position).ok());
+        let (first, second) = (met.next(), met.next());
+        let count = usize::from(first.is_some()) + usize::from(second.is_some()) + met.count();
+        let step = second.zip(first).map_or(1, |(second, first)| second - first);
+        Places { start: first.unwrap_or_default(), step, count }
     }
 
     /// True if each position of the input is met once by the only tap.
@@ -86,6 +103,14 @@ mod tests {
         assert_eq!(met(Axis { stride: 2, ..PLAIN }, 5), [vec![1, 3], vec![0, 2, 4], vec![1, 3]]);
         let wide = Axis { dilation: 2, padding: Padding::Zeros(0), ..PLAIN };
         assert_eq!((wide.output(6), met(wide, 6)), (2, vec![vec![0, 1], vec![2, 3], vec![4, 5]]));
+    }
+
+    #[test]
+    fn what_a_tap_meets_is_a_progression() {
+        let axis = Axis { stride: 2, ..PLAIN };
+        assert_eq!(axis.places(5, 1), Places { start: 0, step: 2, count: 3 });
+        assert_eq!(axis.places(2, 0), Places { start: 0, step: 1, count: 0 });
+        assert_eq!(axis.places(3, 2), Places { start: 1, step: 1, count: 1 });
     }
 
     #[test]

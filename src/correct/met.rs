@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use super::geometry::Axis;
+use super::geometry::{Axis, Places};
 
 /// Numbers that are worth a call of their own.
 const ENOUGH: usize = 1 << 15;
@@ -30,14 +30,6 @@ pub(super) struct Met {
     places: Vec<Places>,
 }
 
-/// Equally far from each other.
-#[derive(Debug, Clone, Copy)]
-struct Places {
-    start: usize,
-    step: usize,
-    count: usize,
-}
-
 impl Met {
     /// For an input of these lengths along the axes of a kernel; `None` where there is no axis or nothing along one, and where
     /// taps meet more of other axes than the last than is worth listing.
@@ -49,7 +41,7 @@ impl Met {
         }
         let (mut lines, mut all_kinds, mut of_taps) = (vec![Some(0)], Vec::new(), Vec::new());
         for (axis, &length) in outer.iter().zip(outer_lengths) {
-            let met: i64 = (0..axis.kernel).map(|tap| places(axis, length, tap).count as i64).sum();
+            let met: i64 = (0..axis.kernel).map(|tap| axis.places(length as i64, tap).count as i64).sum();
             if met > MOST_MET {
                 return None;
             }
@@ -62,7 +54,7 @@ impl Met {
             all_kinds.push(count);
             of_taps.push(of_tap);
         }
-        let places = (0..last.kernel).map(|tap| places(last, length, tap)).collect();
+        let places = (0..last.kernel).map(|tap| last.places(length as i64, tap)).collect();
         Some(Self { lines, length, kinds: all_kinds, of_taps, places })
     }
 
@@ -132,21 +124,12 @@ impl Met {
     }
 }
 
-/// What a tap meets.
-fn places(axis: &Axis, length: usize, tap: i64) -> Places {
-    let mut met = axis.met(length as i64, tap).filter_map(|position| usize::try_from(position).ok());
-    let (first, second) = (met.next(), met.next());
-    let count = usize::from(first.is_some()) + usize::from(second.is_some()) + met.count();
-    let step = second.zip(first).map_or(1, |(second, first)| second - first);
-    Places { start: first.unwrap_or_default(), step, count }
-}
-
 /// Positions that the same taps meet are of one kind: that of each position, how many there are, and those that each tap meets.
 fn kinds(axis: &Axis, length: usize) -> (Vec<Option<usize>>, usize, Vec<Vec<usize>>) {
     let mut taps_at = vec![Vec::new(); length];
     let taps = usize::try_from(axis.kernel).unwrap_or_default();
     for tap in 0..taps {
-        let Places { start, step, count } = places(axis, length, tap as i64);
+        let Places { start, step, count } = axis.places(length as i64, tap as i64);
         (0..count).for_each(|index| taps_at[start + index * step].push(tap));
     }
     let (mut known, mut of_taps) = (HashMap::new(), vec![Vec::new(); taps]);

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::geometry::Axis;
+use super::geometry::{Axis, Places};
 use super::met::Met;
 use super::targets::{Reading, Source, Targets};
 use crate::jit::{self, BoxError, Tap, TapKind};
@@ -263,12 +263,9 @@ fn in_one_pass(batch: &Tensor, axes: &[Axis]) -> Result<Option<Tensor>, jit::Err
 fn met_by_each_tap(sum: &Tensor, axis: &Axis) -> Result<Tensor, tch::TchError> {
     let length = sum.size().last().copied().unwrap_or_default();
     let taps = (0..axis.kernel).map(|tap| {
-        // Equally far from each other.
-        let mut met = axis.met(length, tap);
-        let (first, second, count) = (met.next(), met.next(), met.count() as i64);
-        let (start, step) = (first.unwrap_or_default(), second.zip(first).map_or(1, |(second, first)| second - first));
-        let positions = i64::from(first.is_some()) + i64::from(second.is_some()) + count;
-        let end = if positions == 0 { start } else { start + (positions - 1) * step + 1 };
+        let Places { start, step, count } = axis.places(length, tap);
+        let end = if count == 0 { start } else { start + (count - 1) * step + 1 };
+        let [start, end, step] = [start, end, step].map(|number| number as i64);
         sum.f_slice(-1, start, end, step)?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Double)
     });
     Tensor::f_stack(&taps.collect::<Result<Vec<_>, _>>()?, -1)
