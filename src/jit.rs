@@ -20,7 +20,7 @@ mod tensor;
 mod value;
 mod visit;
 
-pub use clean::{Clean, ExtraFile, Instrumented, Outputs, Parameter, Place, Quantizer, Tap, TapKind};
+pub use clean::{Clean, ExtraFile, Instrumented, Parameter, Place, Quantizer, Tap, TapKind};
 pub use device::{
     Flat, NoCuda, cuda, device_name, flat, flat_pair, in_any_order, peak_device_memory, prepare, synchronize,
     take_unordered, upload,

@@ -9,6 +9,7 @@ mod graph;
 mod kernels;
 mod layers;
 mod needs;
+mod outputs;
 mod plain;
 mod recipe;
 mod verify;
@@ -31,6 +32,7 @@ use engine::Trial;
 use recipe::Larder;
 
 pub use needs::needs;
+pub use outputs::outputs_in_float;
 pub use verify::{LayerDifference, Verification};
 
 /// What was chosen for a graph whose sites were found for 8-bit kernels.

@@ -44,10 +44,10 @@ use self::score::{Asking, Keeping, ScoresTold};
 use crate::config::{BiasCorrection, DataPlan, Format, HessianPlan, Plan, Rounding};
 use crate::correct::Corrections;
 use crate::dataset::Dataset;
-use crate::jit::{self, Arguments, Clean, Module, Outputs};
+use crate::jit::{self, Arguments, Clean, Listing, Module};
 use crate::report::{self, Report, SiteReport, Sqnr, Timings};
 use crate::settings::Settings;
-use crate::sites::{Kernels, LeftFloat, Sites};
+use crate::sites::{self, Kernels, LeftFloat, Sites};
 
 pub use bench::{BenchRequest, bench};
 pub use calibrate::{Calibrated, Request, calibrate, merge};
@@ -328,11 +328,11 @@ fn load_checked(plan: &Plan, (data, section): (&Dataset, &'static str), device: 
     let batches = Batches { key: device::batch_size_of(section), rows: data.batch_size() };
     let module = Module::load_onto(&plan.model, device).map_err(device::blame_weights)?;
     let (sample, _) = check_rows(&module, data, section).map_err(batches.blame())?;
-    let outputs = match kernels::of(plan) {
-        Kernels::Float => Outputs::AsTheyAre,
-        Kernels::Int8 => Outputs::UnderASecondName,
+    let aliased = |listing: &Listing| match kernels::of(plan) {
+        Kernels::Float => Vec::new(),
+        Kernels::Int8 => sites::returned_in_8_bits(listing),
     };
-    let model = module.clean_with(Some(&sample), outputs).map_err(batches.blame())?;
+    let model = module.clean_with(Some(&sample), aliased).map_err(batches.blame())?;
     jit::prepare(device, plan.allow_tf32)?;
     Ok(model)
 }

@@ -8,6 +8,7 @@ mod classes;
 mod find;
 mod names;
 mod ops;
+mod returned;
 
 use serde::Serialize;
 
@@ -157,6 +158,13 @@ pub fn find(listing: &Listing) -> Sites {
 #[must_use]
 pub fn find_for(listing: &Listing, kernels: Kernels) -> Sites {
     find::find(listing, kernels)
+}
+
+/// The values that the model returns and that 8-bit kernels make without a way to write them in float: they are sites where they are
+/// returned through `aten::alias`, in front of which a quantizer can stand.
+#[must_use]
+pub fn returned_in_8_bits(listing: &Listing) -> Vec<ValueId> {
+    returned::find(listing)
 }
 
 /// The name of each node of a graph, as in the names of its sites.

@@ -48,16 +48,6 @@ const STEPS: &[Step] = &[
     ("drop dead code", bridge::Pass::EliminateDeadCode),
 ];
 
-/// How a clean-up leaves what convolutions make and the model returns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Outputs {
-    /// As it is: a quantizer of the value does not reach what is returned.
-    #[default]
-    AsTheyAre,
-    /// It goes through `aten::alias`, which reads it: a quantizer of the value stands in front of it.
-    UnderASecondName,
-}
-
 /// A value to look at or to replace while the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tap {
@@ -147,17 +137,22 @@ pub struct Clean {
 }
 
 impl Clean {
-    pub(super) fn new(module: &Module, sample: Option<&Arguments>, outputs: Outputs) -> Result<Self, Error> {
+    pub(super) fn new(
+        module: &Module,
+        sample: Option<&Arguments>,
+        aliased: impl FnOnce(&Listing) -> Vec<ValueId>,
+    ) -> Result<Self, Error> {
         let mut clean = Self::freeze(module)?;
         let reference = sample.map(|sample| module.forward(sample)).transpose()?;
         for &step in STEPS {
             clean.apply(step)?;
         }
-        if outputs == Outputs::UnderASecondName {
-            clean.apply(("name outputs", bridge::Pass::AliasOutputs))?;
+        clean.list(module)?;
+        let aliased = aliased(&clean.listing);
+        if !aliased.is_empty() {
+            bridge::alias_outputs(clean.frozen.pin_mut(), &aliased)?;
+            clean.list(module)?;
         }
-        clean.listing = Listing::from_rows(bridge::list_graph(clean.frozen()?)?);
-        clean.listing.complete_paths(&module.paths()?);
         if let (Some(sample), Some(reference)) = (sample, reference) {
             if let Err(error) = clean.check("the clean-up", sample, &reference) {
                 return Err(blame(module, sample, &reference).err().unwrap_or(error));
@@ -173,6 +168,12 @@ impl Clean {
             bridge::freeze(module.as_bridge()?).map_err(|error| Error::Freeze { message: one_line(error.what()) })?;
         let notes = module.notes().to_vec();
         Ok(Self { frozen, module: module.share()?, listing: Listing::default(), notes, checked: false })
+    }
+
+    fn list(&mut self, module: &Module) -> Result<(), Error> {
+        self.listing = Listing::from_rows(bridge::list_graph(self.frozen()?)?);
+        self.listing.complete_paths(&module.paths()?);
+        Ok(())
     }
 
     fn apply(&mut self, (name, pass): Step) -> Result<(), Error> {

@@ -219,7 +219,6 @@ pub(super) mod bridge {
         ConstantPooling,
         UnpackConstants,
         EliminateDeadCode,
-        AliasOutputs,
     }
 
     extern "Rust" {
@@ -282,6 +281,7 @@ pub(super) mod bridge {
 
         fn freeze(m: &Module) -> Result<UniquePtr<Frozen>>;
         fn run_pass(f: Pin<&mut Frozen>, pass: Pass) -> Result<usize>;
+        fn alias_outputs(f: Pin<&mut Frozen>, values: &[usize]) -> Result<()>;
         fn attribute_names(f: &Frozen) -> Result<Vec<String>>;
         fn graph_text(f: &Frozen) -> Result<String>;
         fn list_graph(f: &Frozen) -> Result<ListingRows>;

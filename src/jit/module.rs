@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 use super::error::one_line;
 use super::ffi::bridge;
 use super::value::{Argument, Output};
-use super::{Error, clean, device, file};
+use super::{Error, Listing, ValueId, clean, device, file};
 use crate::names;
 
 /// The arguments and results of `forward`.
@@ -242,15 +242,20 @@ impl Module {
     /// # Errors
     /// Where the model cannot be frozen, a step fails or changes the result.
     pub fn clean(&self, sample: Option<&Arguments>) -> Result<clean::Clean, Error> {
-        self.clean_with(sample, clean::Outputs::AsTheyAre)
+        self.clean_with(sample, |_| Vec::new())
     }
 
-    /// The same, with a say in what is returned.
+    /// The same, where values that `aliased` picks of the cleaned graph are returned through `aten::alias`, which reads them: a
+    /// quantizer of such a value stands in front of it, where it does not reach what is returned as it is.
     ///
     /// # Errors
     /// As there.
-    pub fn clean_with(&self, sample: Option<&Arguments>, outputs: clean::Outputs) -> Result<clean::Clean, Error> {
-        clean::Clean::new(self, sample, outputs)
+    pub fn clean_with(
+        &self,
+        sample: Option<&Arguments>,
+        aliased: impl FnOnce(&Listing) -> Vec<ValueId>,
+    ) -> Result<clean::Clean, Error> {
+        clean::Clean::new(self, sample, aliased)
     }
 
     /// A second handle to the same module.

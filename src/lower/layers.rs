@@ -31,10 +31,10 @@ impl Walk<'_> {
         if spatial == 3 && self.runs_on_qnnpack() {
             return Err("a file cannot hold what QNNPACK packs for 3 dimensions".into());
         }
-        let target = self.target(id)?;
         let geometry = self.geometry(node, slots, spatial)?;
         self.check_engine(self.task(weight, &geometry), &input)?;
         self.check_layer((weight, &geometry), &input)?;
+        let target = self.target(id)?;
         let numbers = geometry.operands();
         let (pack, names) = match spatial {
             1 => ("quantized::conv1d_prepack", ["quantized::conv1d", "quantized::conv1d_relu"]),
@@ -58,14 +58,14 @@ impl Walk<'_> {
         if self.given.weights[weight].scale.len() != 1 {
             return Err("its 8-bit kernel takes weights with one scale, found one for each channel".into());
         }
+        let geometry = self.transposed_geometry(node, spatial)?;
+        self.check_layer((weight, &geometry), &input)?;
         let mut target = self.target(id)?;
         // Its kernel has no form with a ReLU.
         if std::mem::take(&mut target.relu) && target.eight.params.zero_point() > target.eight.params.quant_min() {
             let [_, hi] = target.clamp.unwrap_or([0.0, f64::INFINITY]);
             target.clamp = Some([0.0, hi]);
         }
-        let geometry = self.transposed_geometry(node, spatial)?;
-        self.check_layer((weight, &geometry), &input)?;
         let numbers = geometry.operands();
         let (pack, name) = match spatial {
             1 => ("quantized::conv_transpose1d_prepack", "quantized::conv_transpose1d"),

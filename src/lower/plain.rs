@@ -4,6 +4,7 @@ use super::kernels::Function;
 use super::recipe::Recipe;
 use super::walk::{Stay, Walk};
 use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
+use crate::sites;
 
 /// Reason of an op whose operands are not all sites.
 const NOT_BOTH: &str = "not all of its operands have an 8-bit quantizer";
@@ -128,7 +129,9 @@ impl Walk<'_> {
     pub(super) fn keep(&mut self, id: NodeId, rank: Option<usize>) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let eight = self.native(value).ok_or(Stay::AsItIs)?;
+        let is_lone_function = sites::is_clamp(&node.op) && self.same_site(value, node.outputs[0]);
+        let stay = || if is_lone_function { Stay::from("its input is in float") } else { Stay::AsItIs };
+        let eight = self.native(value).ok_or_else(stay)?;
         if rank.is_some_and(|rank| self.graph.rank(value) != Some(rank)) {
             return Err("its 8-bit kernel takes batches".into());
         }

@@ -174,6 +174,14 @@ impl<'a> Walk<'a> {
         self.feed_returns()
     }
 
+    /// Whether each value of the graph is made as a quantized tensor.
+    pub(super) fn made_in_8_bits(mut self) -> Vec<bool> {
+        for id in 0..self.graph.listing.nodes.len() {
+            self.visit(id);
+        }
+        self.forms.iter().map(|form| form.native.is_some()).collect()
+    }
+
     /// Walks the whole graph and leaves it in float; only its weights are stored in another way.
     pub(super) fn store_weights(mut self) -> Found {
         for id in 0..self.graph.listing.nodes.len() {

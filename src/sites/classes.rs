@@ -310,7 +310,8 @@ pub(super) fn holds_tensors(listing: &Listing, value: ValueId) -> bool {
     value.is_tensor || matches!(value.type_name.as_str(), "Tensor[]" | "List[Tensor]")
 }
 
-fn is_container(node: &Node) -> bool {
+/// True for ops that put values together and do nothing else.
+pub(super) fn is_container(node: &Node) -> bool {
     matches!(node.op.as_str(), "prim::ListConstruct" | "prim::TupleConstruct" | "prim::DictConstruct")
 }
 

@@ -8,6 +8,7 @@ use super::attention::{self, Scores};
 use super::classes::{Classes, effective_role, moves};
 use super::names;
 use super::ops::{self, Role, Weighted, Weights};
+use super::returned::Makers;
 use super::{ActivationSite, Anchor, ChannelAxis, Kernels, Layer, LeftFloat, Sites, WeightSite};
 use crate::jit::{Constant, Listing, Node, NodeId, ValueId};
 
@@ -22,6 +23,7 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
         scores,
         names,
         fused_from: BTreeMap::new(),
+        lone: Vec::new(),
         demanded: BTreeSet::new(),
         weights: BTreeMap::new(),
         weight_users: Vec::new(),
@@ -31,6 +33,7 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
         finder.visit(id);
     }
     finder.demand_arguments();
+    finder.leave_lone_functions();
     finder.collect_activations();
     finder.collect_ops();
     finder.collect_unknown_ops();
@@ -45,6 +48,8 @@ struct Finder<'a> {
     names: Vec<String>,
     /// Activation function → the op that it joins.
     fused_from: BTreeMap<NodeId, NodeId>,
+    /// Activation functions that join no op.
+    lone: Vec<NodeId>,
     demanded: BTreeSet<ValueId>,
     /// Identity of a weight → its index among the sites.
     weights: BTreeMap<(usize, Vec<i64>, Vec<i64>), usize>,
@@ -99,9 +104,7 @@ impl Finder<'_> {
             }
             // Where it stays in float, the lowering says so.
             Some(Role::Float) if self.kernels == Kernels::Int8 && ops::may_run_in_8_bits(&node.op) => {
-                if let Some(end) = node.outputs.first().and_then(|&output| self.joining_activation(node, output)) {
-                    self.fused_from.insert(end, id);
-                }
+                self.visit_normalization(id);
             }
             Some(Role::Float) => self.leave_op_float(id, "computed in float"),
             Some(Role::Softmax) => self.leave_op_float(id, "computed in float; where its result is used, it is a site"),
@@ -109,9 +112,7 @@ impl Finder<'_> {
             Some(Role::Activation) if self.kernels == Kernels::Int8 && !ops::is_clamp(&node.op) => {
                 self.visit_quantized(id, &[0]);
             }
-            Some(Role::Activation) => {
-                self.leave_op_float(id, "computed in float: it follows no layer that it could join");
-            }
+            Some(Role::Activation) => self.lone.push(id),
             Some(Role::Move(_) | Role::Pad(_) | Role::Other) => {}
             None if PLUMBING.contains(&node.op.as_str()) => {}
             None if !node.op.starts_with("aten::") && !node.op.starts_with("prim::") => {
@@ -213,6 +214,20 @@ impl Finder<'_> {
         }
     }
 
+    /// An op that is no reason for a site but that the model returns what its kernel makes.
+    fn visit_normalization(&mut self, id: NodeId) {
+        let node = &self.listing.nodes[id];
+        let Some(&output) = node.outputs.first() else { return };
+        let end = self.joining_activation(node, output);
+        if let Some(end) = end {
+            self.fused_from.insert(end, id);
+        }
+        let result = end.and_then(|end| self.listing.nodes[end].outputs.first()).copied().unwrap_or(output);
+        if self.is_output_in_8_bits(&[result], self.classes.of(result)) {
+            self.demand(result);
+        }
+    }
+
     /// Lists a constant tensor that takes part in a quantized op without being a weight.
     fn leave_constant_float(&mut self, id: NodeId, value: ValueId) {
         let constant = self.listing.values[value].constant.as_ref();
@@ -266,18 +281,13 @@ impl Finder<'_> {
         is_linear && output.is_some_and(|&output| !self.classes.is_computed_with(self.classes.of(output)))
     }
 
-    /// Whether 8-bit kernels of convolutions make what the model returns: they write no float numbers. A value that is returned
-    /// itself stays as it is made; see [`Outputs`](crate::jit::Outputs).
+    /// Whether the model returns what kernels make in 8 bits alone. A value that is returned itself stays as it is made; see
+    /// [`returned_in_8_bits`](super::returned_in_8_bits).
     fn is_output_in_8_bits(&self, anchors: &[ValueId], class: ValueId) -> bool {
-        let is_of_convolution = |&value: &ValueId| {
-            let maker = self.classes.maker(value).map(|id| &self.listing.nodes[self.owner(id)]);
-            let role = maker.and_then(|maker| effective_role(self.listing, maker));
-            // Transposed ones have their output channels second: most engines compute them in float.
-            matches!(role, Some(Role::Weighted(row)) if row.convolves && row.axis == 0)
-        };
+        let makers = Makers { listing: self.listing, classes: &self.classes };
         self.kernels == Kernels::Int8
             && self.classes.is_model_output(class)
-            && anchors.iter().all(|anchor| is_of_convolution(anchor) && !self.classes.reaches_return(*anchor))
+            && anchors.iter().all(|&anchor| makers.write_8_bits(anchor) && !self.classes.reaches_return(anchor))
     }
 
     fn demand(&mut self, value: ValueId) {
@@ -297,6 +307,19 @@ impl Finder<'_> {
             drop(readers);
             if is_read {
                 self.demand(value);
+            }
+        }
+    }
+
+    /// They are computed in float, but for one whose result has the quantizer of what it reads.
+    fn leave_lone_functions(&mut self) {
+        for id in std::mem::take(&mut self.lone) {
+            let node = &self.listing.nodes[id];
+            let ends =
+                [node.inputs.first(), node.outputs.first()].map(|value| value.map(|&value| self.classes.of(value)));
+            let is_of_site = ends[0] == ends[1] && ends[0].is_some_and(|class| self.demanded.contains(&class));
+            if !is_of_site {
+                self.leave_op_float(id, "computed in float: it follows no layer that it could join");
             }
         }
     }

@@ -199,6 +199,21 @@ pub(super) fn may_run_in_8_bits(op: &str) -> bool {
     op == "aten::batch_norm"
 }
 
+/// How many of the first inputs of an op without weights are quantized tensors for its 8-bit kernel, where that writes a quantizer of
+/// its own; 0 for all others.
+pub(super) fn operands_in_8_bits(op: &str) -> usize {
+    match op {
+        "aten::add" | "aten::mul" => 2,
+        "aten::cat" | "aten::batch_norm" | "aten::hardswish" | "aten::sigmoid" | "aten::leaky_relu" | "aten::elu" => 1,
+        _ => 0,
+    }
+}
+
+/// The slot of a factor that 8-bit kernels do not take.
+pub(super) fn factor(op: &str) -> Option<usize> {
+    (op == "aten::add").then_some(2)
+}
+
 /// True for the activation functions that 8-bit kernels of layers and sums compute along with them.
 pub(super) fn is_clamp(op: &str) -> bool {
     const OPS: &[&str] = &["relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"];

@@ -397,31 +397,16 @@ std::unique_ptr<Frozen> freeze(const Module &m) {
 
 namespace {
 
-bool is_convolution(const Node *node) {
-  static const std::unordered_set<std::string> kinds = {"aten::conv1d", "aten::conv2d", "aten::conv3d",
-                                                        "aten::_convolution_mode"};
-  return kinds.count(node->kind().toQualString()) != 0;
-}
-
-bool is_clamp(const Node *node) {
-  const auto kind = node->kind();
-  return kind == c10::aten::relu || kind == c10::aten::relu6 || kind == c10::aten::hardtanh ||
-         kind == c10::aten::clamp || kind == c10::aten::clamp_min || kind == c10::aten::clamp_max;
-}
-
-// What convolutions make is returned under a second name, behind which it may be quantized.
-void alias_outputs(Graph &graph, Node *returning) {
+void alias_returned(Graph &graph, Node *returning, const std::unordered_set<torch::jit::Value *> &chosen) {
   for (std::size_t slot = 0; slot < returning->inputs().size(); ++slot) {
     auto *value = returning->input(slot);
     auto *maker = value->node();
     if (maker->kind() == prim::TupleConstruct || maker->kind() == prim::ListConstruct ||
         maker->kind() == prim::DictConstruct) {
-      alias_outputs(graph, maker);
+      alias_returned(graph, maker, chosen);
       continue;
     }
-    if (is_clamp(maker))
-      maker = maker->input(0)->node();
-    if (!is_convolution(maker) || value->node()->owningBlock() != graph.block())
+    if (chosen.count(value) == 0 || maker->owningBlock() != graph.block())
       continue;
     torch::jit::WithInsertPoint before(returning);
     auto *alias = graph.insertNode(graph.create(c10::aten::alias, {value}));
@@ -431,6 +416,15 @@ void alias_outputs(Graph &graph, Node *returning) {
 }
 
 } // namespace
+
+void alias_outputs(Frozen &f, rust::Slice<const std::size_t> values) {
+  const auto all = enumerate_values(*f.graph);
+  std::unordered_set<torch::jit::Value *> chosen;
+  for (const auto value : values)
+    chosen.insert(all.at(value));
+  alias_returned(*f.graph, f.graph->return_node(), chosen);
+  f.graph->lint();
+}
 
 std::size_t run_pass(Frozen &f, Pass pass) {
   at::NoGradGuard no_grad;
@@ -502,9 +496,6 @@ std::size_t run_pass(Frozen &f, Pass pass) {
     break;
   case Pass::EliminateDeadCode:
     torch::jit::EliminateDeadCode(graph);
-    break;
-  case Pass::AliasOutputs:
-    alias_outputs(*graph, graph->return_node());
     break;
   default:
     TORCH_CHECK(false, "unknown pass");

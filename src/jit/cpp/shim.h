@@ -126,6 +126,8 @@ struct Frozen {
 
 std::unique_ptr<Frozen> freeze(const Module &m);
 std::size_t run_pass(Frozen &f, Pass pass);
+// Lets the model return these values, by their numbers in the listing, through aten::alias: a quantizer can then stand in front of it.
+void alias_outputs(Frozen &f, rust::Slice<const std::size_t> values);
 rust::Vec<rust::String> attribute_names(const Frozen &f);
 rust::String graph_text(const Frozen &f);
 ListingRows list_graph(const Frozen &f);
