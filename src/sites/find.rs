@@ -23,7 +23,6 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
         scores,
         names,
         fused_from: BTreeMap::new(),
-        lone: Vec::new(),
         demanded: BTreeSet::new(),
         weights: BTreeMap::new(),
         weight_users: Vec::new(),
@@ -33,8 +32,8 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
         finder.visit(id);
     }
     finder.demand_arguments();
-    finder.leave_lone_functions();
     finder.collect_activations();
+    finder.take_up_lone_functions();
     finder.collect_ops();
     finder.collect_unknown_ops();
     finder.sites
@@ -48,8 +47,6 @@ struct Finder<'a> {
     names: Vec<String>,
     /// Activation function → the op that it joins.
     fused_from: BTreeMap<NodeId, NodeId>,
-    /// Activation functions that join no op.
-    lone: Vec<NodeId>,
     demanded: BTreeSet<ValueId>,
     /// Identity of a weight → its index among the sites.
     weights: BTreeMap<(usize, Vec<i64>, Vec<i64>), usize>,
@@ -112,7 +109,9 @@ impl Finder<'_> {
             Some(Role::Activation) if self.kernels == Kernels::Int8 && !ops::is_clamp(&node.op) => {
                 self.visit_quantized(id, &[0]);
             }
-            Some(Role::Activation) => self.lone.push(id),
+            Some(Role::Activation) => {
+                self.leave_op_float(id, "computed in float: it follows no layer that it could join");
+            }
             Some(Role::Move(_) | Role::Pad(_) | Role::Other) => {}
             None if PLUMBING.contains(&node.op.as_str()) => {}
             None if !node.op.starts_with("aten::") && !node.op.starts_with("prim::") => {
@@ -311,15 +310,15 @@ impl Finder<'_> {
         }
     }
 
-    /// They are computed in float, but for one whose result has the quantizer of what it reads.
-    fn leave_lone_functions(&mut self) {
-        for id in std::mem::take(&mut self.lone) {
-            let node = &self.listing.nodes[id];
-            let ends =
-                [node.inputs.first(), node.outputs.first()].map(|value| value.map(|&value| self.classes.of(value)));
-            let is_of_site = ends[0] == ends[1] && ends[0].is_some_and(|class| self.demanded.contains(&class));
-            if !is_of_site {
-                self.leave_op_float(id, "computed in float: it follows no layer that it could join");
+    /// A function whose result has the quantizer of what it reads is not left float after all.
+    fn take_up_lone_functions(&mut self) {
+        for (id, node) in self.listing.nodes.iter().enumerate() {
+            let (Some(input), Some(output)) = (node.inputs.first(), node.outputs.first()) else { continue };
+            let is_function = matches!(effective_role(self.listing, node), Some(Role::Activation));
+            let is_within = |site: &ActivationSite| site.members.contains(input) && site.members.contains(output);
+            if is_function && self.sites.activations.iter().any(is_within) {
+                let name = &self.names[id];
+                self.sites.left_float.retain(|left| left.name != *name);
             }
         }
     }
