@@ -136,6 +136,25 @@ class MultiIo(nn.Module):
         return logits, {"features": features, "pooled": pooled}, [torch.sigmoid(logits), torch.softmax(logits, 1)]
 
 
+class Outputs(nn.Module):
+    """Returns what ops of several kinds make: alone, in a list, under two keys of a dict, and though other ops read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.last = nn.Conv2d(4, 4, 1)
+        self.encode = nn.Linear(8, 6)
+        self.decode = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        features = torch.relu(self.conv(x))
+        up = self.up(features)
+        total = self.last(up) + up
+        code = torch.sigmoid(self.encode(features.mean([2, 3])))
+        return up, [total, self.decode(code)], {"code": code, "again": code}
+
+
 class EncoderLayer(nn.Module):
     """A BERT layer with attention written out."""
 
@@ -514,6 +533,7 @@ CASES = [
         script,
         shorter_calls={"expected_without_y": ["x"]},
     ),
+    Case("outputs", Outputs, images(3, 9), script),
     Case("tiny_encoder", TinyEncoder, token_inputs, trace),
     Case("recurrent", Recurrent, sequences(10, 6), script),
     Case("conv_zoo", ConvZoo, images(4, 12), trace),
@@ -553,7 +573,7 @@ def age(module: nn.Module) -> None:
 def flatten(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nested output under dotted names."""
     if isinstance(value, Tensor):
-        yield name, value.detach().float().contiguous()
+        yield name, value.detach().float().contiguous().clone()
         return
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield from flatten(f"{name}.{key}", part)

@@ -39,7 +39,9 @@ pub fn fake_quant(model: &Clean, emission: &Emission, path: &Path) -> Result<(),
     let sites = emission.sites.activations.iter().zip(emission.activations);
     let quantizers: Vec<_> = sites
         .filter_map(|(site, params)| Some((site, (*params)?)))
-        .flat_map(|(site, params)| site.anchors.iter().map(move |anchor| quantizer(anchor.value, &params)))
+        .flat_map(|(site, params)| {
+            site.anchors.iter().map(move |anchor| quantizer(anchor.value, &params, site.is_returned))
+        })
         .collect();
     let parameters = parameters::collect(model, emission)?;
     let file = ExtraFile { name: EXTRA_FILE.to_owned(), text: emission.description.clone() };
@@ -53,12 +55,13 @@ pub(crate) fn parameters(model: &Clean, emission: &Emission<'_>) -> Result<Vec<P
 
 pub(crate) use parameters::free_name;
 
-fn quantizer(value: ValueId, params: &QuantParams) -> Quantizer {
+fn quantizer(value: ValueId, params: &QuantParams, is_returned: bool) -> Quantizer {
     Quantizer {
         value,
         scale: params.scale(),
         zero_point: params.zero_point(),
         quant_min: params.quant_min(),
         quant_max: params.quant_max(),
+        is_returned,
     }
 }

@@ -581,6 +581,7 @@ mod tests {
             anchors: vec![Anchor { value, name: String::new() }],
             members: vec![value],
             is_returned: false,
+            is_read: true,
             makers: Vec::new(),
             readers: Vec::new(),
         };

@@ -32,7 +32,7 @@ use engine::Trial;
 use recipe::Larder;
 
 pub use needs::needs;
-pub use outputs::outputs_in_float;
+pub use outputs::{FloatOutput, float_outputs};
 pub use verify::{LayerDifference, Verification};
 
 /// What was chosen for a graph whose sites were found for 8-bit kernels.

@@ -142,26 +142,6 @@ pub fn settle_for(plan: &Plan, sites: Sites, needs: &KernelNeeds) -> Result<(Sit
     Ok((sites, Settings { mixed: plan.mixed_precision.clone(), ..settings }))
 }
 
-/// Takes these activation sites out of the sites, and says why.
-#[must_use]
-pub fn without_activations(
-    (mut sites, mut settings): (Sites, Settings),
-    dropped: &[usize],
-    reason: &str,
-) -> (Sites, Settings) {
-    let all = std::mem::take(&mut sites.activations).into_iter().zip(std::mem::take(&mut settings.activations));
-    for (index, (site, own)) in all.enumerate() {
-        if dropped.contains(&index) {
-            let reason = reason.to_owned();
-            sites.left_float.push(LeftFloat { name: site.name, op: site.op, reason });
-        } else {
-            settings.activations.push(own);
-            sites.activations.push(site);
-        }
-    }
-    (sites, settings)
-}
-
 /// Takes what stays float out of the sites.
 fn divide(mut sites: Sites, weights: &[Settled<'_>], activations: &[Settled<'_>]) -> (Sites, Settings) {
     let mut settings = Settings::default();

@@ -28,8 +28,11 @@ pub fn fake_quantize(tensor: &Tensor, params: &QuantParams) -> Result<Tensor, tc
 #[must_use]
 pub fn substitutes(sites: &[ActivationSite], quantizers: &[Option<QuantParams>]) -> (Vec<Tap>, Vec<QuantParams>) {
     let sites = sites.iter().zip(quantizers).filter_map(|(site, quantizer)| Some((site, (*quantizer)?)));
-    let anchors = sites.flat_map(|(site, quantizer)| site.anchors.iter().map(move |anchor| (anchor.value, quantizer)));
-    let tap = |(number, (value, quantizer))| (Tap { value, number, kind: TapKind::Substitute }, quantizer);
+    let anchors = sites.flat_map(|(site, quantizer)| {
+        let kind = if site.is_returned { TapKind::Substitute } else { TapKind::SubstituteInside };
+        site.anchors.iter().map(move |anchor| (anchor.value, kind, quantizer))
+    });
+    let tap = |(number, (value, kind, quantizer))| (Tap { value, number, kind }, quantizer);
     anchors.enumerate().map(tap).unzip()
 }
 

@@ -101,6 +101,9 @@ pub struct ActivationSite {
     /// Whether the model returns the quantized numbers too: a value that is moved, not one that is made here.
     #[serde(skip)]
     pub is_returned: bool,
+    /// Whether something in the model computes other numbers with it.
+    #[serde(skip)]
+    pub is_read: bool,
     /// The ops whose results it is; a fused activation function counts as the op that it joins.
     #[serde(skip)]
     pub makers: Vec<OpId>,
@@ -160,8 +163,8 @@ pub fn find_for(listing: &Listing, kernels: Kernels) -> Sites {
     find::find(listing, kernels)
 }
 
-/// The values that the model returns and that 8-bit kernels make without a way to write them in float: they are sites where they are
-/// returned through `aten::alias`, in front of which a quantizer can stand.
+/// The values that the model returns and that 8-bit kernels make, which write no float numbers. They are sites where they are returned through
+/// `aten::alias`, in front of which a quantizer can stand.
 #[must_use]
 pub fn returned_in_8_bits(listing: &Listing) -> Vec<ValueId> {
     returned::find(listing)
@@ -171,6 +174,13 @@ pub fn returned_in_8_bits(listing: &Listing) -> Vec<ValueId> {
 #[must_use]
 pub fn names_of_nodes(listing: &Listing) -> Vec<String> {
     names::of_nodes(listing)
+}
+
+/// How many of the first inputs of an op without weights its 8-bit kernel takes as quantized tensors, where it writes a quantizer of its
+/// own; else 0.
+#[cfg(test)]
+pub(crate) fn operands_in_8_bits(op: &str) -> usize {
+    ops::operands_in_8_bits(op)
 }
 
 /// Whether a layer may compute this activation function along with its own.

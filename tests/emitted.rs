@@ -36,7 +36,7 @@ macro_rules! each_model {
 }
 
 each_model! {
-    bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place linear mlp multi_io packed
+    bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place linear mlp multi_io outputs packed
     recurrent scripted_encoder sdpa small_conv stateful tables tiny_encoder training_mode traps mnist_resnet
 }
 

@@ -3,23 +3,24 @@
 
 mod binary;
 mod common;
+mod eight_bits;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 use tch::{CModule, Kind, Tensor};
 use tsquant::config::{EnginePlan, Format, Int8Plan, OutputPlan, Plan, ReduceRange};
 use tsquant::jit::Module;
-use tsquant::lower::engine::{self, Task, Trial};
+use tsquant::lower::engine::Task;
 use tsquant::pipeline::{self, Error, MODEL_FILE, Outcome};
 use tsquant::quantizer::{Bits, Grid, Scheme};
 use tsquant::report::Int8;
 
 use binary::{Folder, experiment, floats, test_data, test_model, tsquant};
 use common::{MNIST, Model, Silent};
+use eight_bits::{alone, count, int8_of_run, noise, quantized_ops, traced, trial};
 
 fn plan(model: Model, dir: &Path) -> Plan {
     let mut plan = model.plan(16, dir);
@@ -28,24 +29,9 @@ fn plan(model: Model, dir: &Path) -> Plan {
     plan
 }
 
-/// One engine is set for the whole process, so what depends on it here takes turns.
-fn alone() -> MutexGuard<'static, ()> {
-    static ENGINE: Mutex<()> = Mutex::new(());
-    ENGINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn quantize(plan: &Plan) -> Result<Outcome, Error> {
     let _alone = alone();
     pipeline::quantize(plan, None, &mut Silent)
-}
-
-/// Ops of the written file that compute on quantized tensors, or go there and back.
-fn quantized_ops(file: &Path) -> BTreeMap<String, usize> {
-    let _alone = alone();
-    let counts = Module::load(file).expect("the emitted file").op_counts().expect("its ops");
-    let is_one =
-        |op: &str| op.starts_with("quantized::") || op == "aten::quantize_per_tensor" || op == "aten::dequantize";
-    counts.into_iter().filter(|(op, _)| is_one(op)).collect()
 }
 
 fn int8_of(outcome: &Outcome) -> &Int8 {
@@ -191,14 +177,6 @@ fn the_command_line_shows_kernels_and_times() {
     assert!(tsquant(folder.path(), engine).refused(2).contains("expected auto, x86, onednn"));
 }
 
-/// Numbers from −1 to 1 without a period.
-fn noise(shape: &[i64], seed: f64) -> Tensor {
-    let count: i64 = shape.iter().product();
-    let index = Tensor::arange(count, (Kind::Double, tch::Device::Cpu));
-    let numbers = ((index + 1.0) * (0.754_877_666 + 0.01 * seed)).fmod(1.0) * 2.0 - 1.0;
-    numbers.reshape(shape).to_kind(Kind::Float)
-}
-
 /// A network with a depthwise convolution of 144 channels, whose weights are large in pairs, as files and an experiment.
 fn depthwise(folder: &Folder) -> String {
     let none: Option<Tensor> = None;
@@ -235,18 +213,6 @@ fn the_last_linear_layer_writes_float_numbers() {
         let sites = report["sites"].as_array().expect("sites");
         assert_eq!(sites.iter().filter(|site| site["kind"] == "activation").count(), 2, "{sites:?}");
     }
-}
-
-/// A traced model with rows of this shape, as files and an experiment.
-fn traced(folder: &Folder, shape: &[i64], mut forward: impl FnMut(&Tensor) -> Tensor) -> String {
-    let x = noise(shape, 5.0);
-    let mut forward = |inputs: &[Tensor]| vec![forward(&inputs[0])];
-    let module = CModule::create_by_tracing("Traced", "forward", std::slice::from_ref(&x), &mut forward);
-    let model = folder.path().join("traced.pt");
-    module.expect("a traced module").save(&model).expect("a writable folder");
-    let values = Vec::<f32>::try_from(x.flatten(0, -1)).expect("numbers");
-    let sizes: Vec<usize> = shape.iter().map(|&size| size as usize).collect();
-    experiment(&model, &folder.write("x.safetensors", floats("x", &sizes, &values)), "[x]")
 }
 
 /// Behind a function a batch normalization does not fold; a ReLU behind it is computed along.
@@ -307,213 +273,6 @@ fn batch_normalization_stays_in_8_bits() {
     let in_float = int8["in_float"].as_array().expect("a list");
     assert!(matches!(in_float.as_slice(), [op] if op["op"] == "aten::batch_norm"), "{int8}");
     assert!(report["left_float"].as_array().expect("a list").iter().all(|left| left["op"] != "aten::batch_norm"));
-}
-
-/// The names of sites that a run says are returned in 8 bits.
-fn returned(report: &Value) -> Vec<String> {
-    let warnings = report["warnings"].as_array().expect("a list").iter().filter_map(Value::as_str);
-    warnings.filter_map(|text| Some(text.split_once(" is returned in 8 bits")?.0.to_owned())).collect()
-}
-
-/// Why a name is left float.
-fn reason_of<'a>(report: &'a Value, name: &str) -> &'a str {
-    let left = report["left_float"].as_array().expect("a list").iter().find(|left| left["name"] == name);
-    left.and_then(|left| left["reason"].as_str()).unwrap_or_else(|| panic!("{name}: {}", report["left_float"]))
-}
-
-/// So are sums, products, concatenations, functions and normalizations of what kernels make; ops that no kernel of 8 bits alone
-/// computes give float numbers.
-#[test]
-fn other_ops_that_make_outputs_run_in_8_bits() {
-    let none: Option<Tensor> = None;
-    let [one, two] = [1.0, 2.0].map(|seed| noise(&[4, 3, 3, 3], seed));
-    let [scale, shift] = [3.0, 4.0].map(|seed| noise(&[4], seed));
-    let [matrix, other] = [5.0, 6.0].map(|seed| noise(&[6, 9], seed));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
-    let a = |x: &Tensor| convolve(x, &one);
-    let b = |x: &Tensor| convolve(x, &two);
-    let affine = [&scale, &shift].map(Some);
-    let norm = |x: &Tensor| {
-        x.batch_norm(affine[0], affine[1], Some(&shift), Some(&(scale.abs() + 0.5)), false, 0.1, 1e-3, false)
-    };
-    type Forward<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
-    let cases: Vec<(&str, &str, Forward<'_>)> = vec![
-        ("quantized::add", "add_0", Box::new(|x| a(x) + b(x))),
-        ("quantized::add_relu", "add_0", Box::new(|x| (a(x) + b(x)).relu())),
-        ("quantized::add", "add_0", Box::new(|x| (a(x) + b(x)).flatten(1, -1))),
-        ("quantized::add", "add_0", Box::new(|x| x.linear(&matrix, none.as_ref()) + x.linear(&other, none.as_ref()))),
-        ("quantized::mul", "mul_0", Box::new(|x| a(x).relu() * b(x))),
-        ("quantized::cat", "cat_0", Box::new(|x| Tensor::cat(&[a(x), b(x)], 1))),
-        ("quantized::hardswish", "hardswish_0", Box::new(|x| a(x).hardswish())),
-        (
-            "quantized::sigmoid",
-            "sigmoid_0",
-            Box::new(|x| a(x).max_pool2d([2, 2], [2, 2], [0, 0], [1, 1], false).sigmoid()),
-        ),
-        ("quantized::leaky_relu", "leaky_relu_0", Box::new(|x| a(x).leaky_relu())),
-        ("quantized::elu", "elu_0", Box::new(|x| a(x).elu())),
-        ("quantized::batch_norm2d", "batch_norm_0", Box::new(|x| norm(&a(x).relu()))),
-        ("quantized::batch_norm2d_relu", "batch_norm_0", Box::new(|x| norm(&a(x).relu()).relu())),
-    ];
-    for (kernel, name, forward) in cases {
-        let folder = Folder::new();
-        let yaml = traced(&folder, &[16, 3, 9, 9], |x| forward(x));
-        let (report, int8) = int8_of_run(&folder, &yaml, &["output.engine=onednn"]);
-        assert_eq!(count(&int8, kernel), 1, "{kernel}: {int8}");
-        assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{kernel}: {int8}");
-        assert_eq!(returned(&report), [format!("{name}.output")], "{kernel}");
-        let ops = quantized_ops(&folder.path().join("run/quantized.pt"));
-        assert_eq!((ops["aten::quantize_per_tensor"], ops["aten::dequantize"]), (1, 1), "{kernel}: {ops:?}");
-        // Left float by the user's own word it is float.
-        let float = format!("overrides=[{{layers: {name}, activations: float}}]");
-        let (report, int8) = int8_of_run(&folder, &yaml, &["output.engine=onednn", &float]);
-        assert_eq!(count(&int8, kernel), 0, "{kernel}: {int8}");
-        assert!(returned(&report).is_empty());
-    }
-    let in_float: Vec<(&str, Forward<'_>)> = vec![
-        ("mul_0.output", Box::new(|x| a(x).relu() * 2.0)),
-        ("add_0.output", Box::new(|x| a(x).relu() + 0.5)),
-        ("silu_0.output", Box::new(|x| a(x).silu())),
-        ("add_0.output", Box::new(|x| a(x).silu() + b(x).tanh())),
-        ("sigmoid_0.output", Box::new(|x| x.linear(&matrix, none.as_ref()).sigmoid())),
-        ("mean_0.output", Box::new(|x| a(x).relu().mean_dim([2i64, 3].as_slice(), false, None))),
-    ];
-    for (name, forward) in in_float {
-        let folder = Folder::new();
-        let yaml = traced(&folder, &[16, 3, 9, 9], |x| forward(x));
-        let (report, _) = int8_of_run(&folder, &yaml, &["output.engine=onednn"]);
-        assert!(returned(&report).is_empty(), "{name}: {}", report["warnings"]);
-        assert!(report["sites"].as_array().expect("sites").iter().all(|site| site["name"] != name), "{name}");
-    }
-}
-
-/// A ReLU that joins no layer runs on the quantized tensor that it reads, and is not said to be in float; behind a float one it is.
-#[test]
-fn a_relu_behind_pooling_is_told_as_it_runs() {
-    let none: Option<Tensor> = None;
-    let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
-    for (settings, is_float) in [(None, false), (Some("overrides=[{layers: conv2d_0, weights: float}]"), true)] {
-        let folder = Folder::new();
-        let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
-            let x = convolve(x, &first).max_pool2d([2, 2], [2, 2], [0, 0], [1, 1], false).relu();
-            convolve(&x, &last)
-        });
-        let (report, int8) = int8_of_run(&folder, &yaml, settings.as_slice());
-        let left = [&report["left_float"], &int8["in_float"]].map(|list| list.as_array().expect("a list"));
-        assert!(left[0].iter().all(|left| left["name"] != "relu_0"), "{}", report["left_float"]);
-        assert_eq!(left[1].iter().any(|left| left["name"] == "relu_0"), is_float, "{}", int8["in_float"]);
-    }
-}
-
-/// A transposed convolution that makes an output is a site where the engine computes it.
-#[test]
-fn transposed_convolutions_that_make_outputs() {
-    let none: Option<Tensor> = None;
-    let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[8, 4, 2, 2], 2.0));
-    for name in ["onednn", "fbgemm"] {
-        let Some(trial) = trial(name).filter(|trial| !trial.asks_for_7_bits()) else { continue };
-        let folder = Folder::new();
-        let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
-            let x = x.conv2d(&first, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1).relu();
-            x.conv_transpose2d(&last, none.as_ref(), [2i64, 2], [0i64, 0], [0i64, 0], 1, [1i64, 1])
-        });
-        let (report, int8) = int8_of_run(&folder, &yaml, &[&format!("output.engine={name}")]);
-        let is_right = trial.computes(Task::Transposed, false);
-        assert_eq!(count(&int8, "quantized::conv_transpose2d"), u64::from(is_right), "{name}: {int8}");
-        if is_right {
-            assert_eq!(returned(&report), ["conv_transpose2d_0.output"]);
-        } else {
-            assert!(returned(&report).is_empty());
-            let reason = reason_of(&report, "conv_transpose2d_0.output");
-            assert_eq!(reason, "an output of the model that is computed in float");
-        }
-    }
-}
-
-/// What a convolution makes is returned in 8 bits, behind a view too; left float it is as it was.
-#[test]
-fn convolutions_that_make_outputs_run_in_8_bits() {
-    let none: Option<Tensor> = None;
-    let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
-    let folder = Folder::new();
-    let shapes: [fn(Tensor) -> Tensor; 4] =
-        [|x| x, |x| x.pixel_shuffle(2), |x| x.permute([0, 2, 3, 1]).reshape([-1, 4]), |x| x.relu()];
-    for shape in shapes {
-        let yaml = traced(&folder, &[16, 3, 9, 9], |x| shape(convolve(&convolve(x, &first).relu(), &last)));
-        let (report, int8) = int8_of_run(&folder, &yaml, &[]);
-        let convolutions = ["", "_relu"].map(|end| count(&int8, &format!("quantized::conv2d{end}")));
-        assert_eq!(convolutions.iter().sum::<u64>(), 2, "{int8}");
-        assert_eq!(int8["in_float"].as_array().map(Vec::len), Some(0), "{int8}");
-        assert_eq!(returned(&report), ["conv2d_1.output"]);
-        let emitted = CModule::load(folder.path().join("run/quantized.pt")).expect("a model");
-        let output = emitted.forward_ts(&[noise(&[2, 3, 9, 9], 5.0)]).expect("an output");
-        assert_eq!(output.kind(), Kind::Float);
-        let numbers = Vec::<f32>::try_from(output.flatten(0, -1)).expect("numbers");
-        let levels = numbers.iter().map(|number| number.to_bits()).collect::<BTreeSet<_>>().len();
-        assert!((2..=256).contains(&levels) && numbers.len() > 256, "{levels} levels");
-    }
-    let yaml = traced(&folder, &[16, 3, 9, 9], |x| convolve(&convolve(x, &first).relu(), &last));
-    let float = "overrides=[{layers: 'conv2d_1', activations: float}]";
-    let (report, int8) = int8_of_run(&folder, &yaml, &[float]);
-    assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 0), "{int8}");
-    assert!(returned(&report).is_empty());
-    // Its weight is in float: nothing makes 8 bits, so nothing is rounded.
-    let float = "overrides=[{layers: 'conv2d_1', weights: float}]";
-    let (report, int8) = int8_of_run(&folder, &yaml, &[float]);
-    assert_eq!((count(&int8, "quantized::conv2d_relu"), count(&int8, "quantized::conv2d")), (1, 0), "{int8}");
-    assert!(returned(&report).is_empty());
-    assert_eq!(reason_of(&report, "conv2d_1.output"), "an output of the model that is computed in float");
-    assert!(report["sites"].as_array().expect("sites").iter().all(|site| site["name"] != "conv2d_1.output"));
-    // In float form outputs stay float.
-    folder.quantize(&yaml, &[]).succeeded();
-    let sites = folder.report("run")["sites"].to_string();
-    assert!(!sites.contains("conv2d_1.output"), "{sites}");
-}
-
-/// A value that is returned among others and read too has the numbers that its reader has.
-#[test]
-fn an_output_that_is_read_is_returned_in_8_bits() {
-    let (folder, model) = (Folder::new(), common::model("multi_io"));
-    let inputs: Vec<String> = model.inputs.iter().map(|input| format!("{input}: {input}")).collect();
-    let yaml = experiment(&model.path(), &model.data_path(), &format!("{{{}}}", inputs.join(", ")));
-    let (report, int8) = int8_of_run(&folder, &yaml, &[]);
-    assert_eq!(count(&int8, "quantized::conv2d_relu"), 1, "{int8}");
-    assert_eq!(returned(&report), ["conv.output"]);
-    // Computed in float it is what its readers read all the same.
-    let (report, int8) = int8_of_run(&folder, &yaml, &["overrides=[{layers: conv, weights: float}]"]);
-    assert_eq!(count(&int8, "quantized::conv2d_relu"), 0, "{int8}");
-    assert_eq!(returned(&report), ["conv.output"]);
-    // One for what the convolution makes, one for the mean of it, one for the sum that the model returns too.
-    let ops = Module::load(&folder.path().join("run/quantized.pt")).expect("a model").op_counts().expect("ops");
-    assert!(ops.contains(&("aten::fake_quantize_per_tensor_affine".to_owned(), 3)), "{ops:?}");
-}
-
-/// The 8-bit part of the report of a run with these settings; its kernels compute what they stand for.
-fn int8_of_run(folder: &Folder, yaml: &str, settings: &[&str]) -> (Value, Value) {
-    let settings = ["output.format=int8"].into_iter().chain(settings.iter().copied());
-    folder.quantize(yaml, &settings.collect::<Vec<_>>()).succeeded();
-    let report = folder.report("run");
-    let int8 = report["int8"].clone();
-    // QNNPACK scales by whole numbers.
-    let share = if int8["engine"] == "qnnpack" { 1e-2 } else { 1e-3 };
-    for layer in int8["layers"].as_array().expect("layers") {
-        let number = |key: &str| layer[key].as_f64().expect("a number");
-        assert!(number("largest") <= 1.0 && number("different") <= share * number("values"), "{layer}");
-    }
-    let close = int8["against_simulation"]["sqnr_db"].as_f64().is_none_or(|db| db > 30.0);
-    assert!(close, "{}", int8["against_simulation"]);
-    (report, int8)
-}
-
-fn trial(engine: &str) -> Option<&'static Trial> {
-    let _alone = alone();
-    engine::trial(EnginePlan::NAMED.into_iter().find(|named| named.name() == engine)?)
-}
-
-fn count(int8: &Value, kernel: &str) -> u64 {
-    int8["kernels"][kernel].as_u64().unwrap_or(0)
 }
 
 #[test]

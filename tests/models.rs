@@ -30,7 +30,7 @@ macro_rules! for_each_model {
     ($($check:ident)*) => {
         $(for_each_model!(@ $check
             bfloat16 control_flow conv_dimensions conv_zoo extras frozen_cnn fused_encoder half_precision in_place linear
-            mlp multi_io packed recurrent scripted_encoder sdpa small_conv stateful tables tiny_encoder training_mode traps mnist_resnet);)*
+            mlp multi_io outputs packed recurrent scripted_encoder sdpa small_conv stateful tables tiny_encoder training_mode traps mnist_resnet);)*
     };
     (@ $check:ident $($name:ident)*) => {
         mod $check {

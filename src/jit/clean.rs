@@ -66,6 +66,8 @@ pub enum TapKind {
     Observe,
     /// [`Visit::substitute`].
     Substitute,
+    /// The same for readers in the model alone: what is returned through `aten::alias` stays as it is made.
+    SubstituteInside,
     /// [`Visit::gradient`]; for [`Clean::differentiable`] alone.
     Gradient,
     /// The same, with what the value does to the outputs as an output itself.
@@ -103,6 +105,8 @@ pub struct Quantizer {
     pub quant_min: i32,
     /// Highest level.
     pub quant_max: i32,
+    /// Whether what is returned through `aten::alias` is quantized too.
+    pub is_returned: bool,
 }
 
 /// A tensor that becomes a named parameter or buffer of the written model.
@@ -473,6 +477,7 @@ fn quantizer_row(quantizer: &Quantizer) -> bridge::QuantizerRow {
         zero_point: i64::from(quantizer.zero_point),
         quant_min: i64::from(quantizer.quant_min),
         quant_max: i64::from(quantizer.quant_max),
+        is_returned: quantizer.is_returned,
     }
 }
 
@@ -493,6 +498,7 @@ fn tap_rows(taps: &[Tap]) -> Vec<bridge::TapRow> {
     let kind = |kind| match kind {
         TapKind::Observe => bridge::TapKind::Observe,
         TapKind::Substitute => bridge::TapKind::Substitute,
+        TapKind::SubstituteInside => bridge::TapKind::SubstituteInside,
         TapKind::Gradient => bridge::TapKind::Gradient,
         TapKind::WholeGradient => bridge::TapKind::WholeGradient,
         TapKind::Input(_) => bridge::TapKind::Input,

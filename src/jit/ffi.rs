@@ -76,6 +76,7 @@ pub(super) mod bridge {
     enum TapKind {
         Observe,
         Substitute,
+        SubstituteInside,
         Gradient,
         WholeGradient,
         Input,
@@ -106,6 +107,7 @@ pub(super) mod bridge {
         zero_point: i64,
         quant_min: i64,
         quant_max: i64,
+        is_returned: bool,
     }
 
     struct ParameterRow {

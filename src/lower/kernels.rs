@@ -128,6 +128,16 @@ mod tests {
         assert_eq!(names.len(), count, "an op stands in the table twice");
     }
 
+    /// Which ops make outputs in 8 bits the sites know by a table of their own.
+    #[test]
+    fn kernels_that_write_a_quantizer_of_their_own_are_known_to_the_sites() {
+        for (op, kernel) in TABLE {
+            let writes =
+                matches!(kernel, Kernel::Binary { .. } | Kernel::Concat | Kernel::BatchNorm | Kernel::Function(_));
+            assert_eq!(crate::sites::operands_in_8_bits(op) > 0, writes, "{op}");
+        }
+    }
+
     #[test]
     fn what_has_no_kernel_has_no_row() {
         for op in ["aten::softmax", "aten::silu", "aten::gelu", "aten::gru"] {

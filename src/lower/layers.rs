@@ -20,6 +20,17 @@ pub(super) struct Target {
     pub(super) relu: bool,
 }
 
+impl Target {
+    /// For a kernel that has no form with a ReLU.
+    pub(super) fn without_relu(mut self) -> Self {
+        if std::mem::take(&mut self.relu) && self.eight.params.zero_point() > self.eight.params.quant_min() {
+            let [_, hi] = self.clamp.unwrap_or([0.0, f64::INFINITY]);
+            self.clamp = Some([0.0, hi]);
+        }
+        self
+    }
+}
+
 /// Reason of a layer whose result leaves the model.
 const OUTPUT: &str = "its result is an output of the model, which stays float";
 
@@ -34,6 +45,7 @@ impl Walk<'_> {
         let geometry = self.geometry(node, slots, spatial)?;
         self.check_engine(self.task(weight, &geometry), &input)?;
         self.check_layer((weight, &geometry), &input)?;
+        let bias = self.bias(node, true)?;
         let target = self.target(id)?;
         let numbers = geometry.operands();
         let (pack, names) = match spatial {
@@ -41,7 +53,6 @@ impl Walk<'_> {
             2 => ("quantized::conv2d_prepack", ["quantized::conv2d", "quantized::conv2d_relu"]),
             _ => ("quantized::conv3d_prepack", ["quantized::conv3d", "quantized::conv3d_relu"]),
         };
-        let bias = self.bias(node, true)?;
         let layer = self.name(id).to_owned();
         let packed = self.recipe(Recipe::Packed { layer, op: pack, weight, transposed: false, bias, numbers });
         let quantized = self.quantized(node.inputs[0], &input);
@@ -60,19 +71,14 @@ impl Walk<'_> {
         }
         let geometry = self.transposed_geometry(node, spatial)?;
         self.check_layer((weight, &geometry), &input)?;
-        let mut target = self.target(id)?;
-        // Its kernel has no form with a ReLU.
-        if std::mem::take(&mut target.relu) && target.eight.params.zero_point() > target.eight.params.quant_min() {
-            let [_, hi] = target.clamp.unwrap_or([0.0, f64::INFINITY]);
-            target.clamp = Some([0.0, hi]);
-        }
+        let bias = self.bias(node, true)?;
+        let target = self.target(id)?.without_relu();
         let numbers = geometry.operands();
         let (pack, name) = match spatial {
             1 => ("quantized::conv_transpose1d_prepack", "quantized::conv_transpose1d"),
             2 => ("quantized::conv_transpose2d_prepack", "quantized::conv_transpose2d"),
             _ => ("quantized::conv_transpose3d_prepack", "quantized::conv_transpose3d"),
         };
-        let bias = self.bias(node, true)?;
         let layer = self.name(id).to_owned();
         let packed = self.recipe(Recipe::Packed { layer, op: pack, weight, transposed: false, bias, numbers });
         let quantized = self.quantized(node.inputs[0], &input);
@@ -344,9 +350,20 @@ impl Walk<'_> {
         mut inputs: Vec<Operand>,
         (target, reads): (Target, Vec<(NodeId, usize, ValueId)>),
     ) {
+        inputs.extend(target.eight.operands());
+        self.put_with(id, names, inputs, (target, reads));
+    }
+
+    /// The same with all that the kernel takes.
+    pub(super) fn put_with(
+        &mut self,
+        id: NodeId,
+        names: [&'static str; 2],
+        inputs: Vec<Operand>,
+        (target, reads): (Target, Vec<(NodeId, usize, ValueId)>),
+    ) {
         let Target { value, last, eight, clamp, relu } = target;
         let position = Position::Before(last);
-        inputs.extend(eight.operands());
         let kernel = names[usize::from(relu)];
         let mut result = self.insert(position, kernel, inputs);
         if let Some(bounds) = clamp {

@@ -1,9 +1,9 @@
 //! Ops without weights on quantized tensors: sums, products, concatenation, functions, pooling, views.
 
-use super::kernels::Function;
+use super::kernels::{self, Function, Kernel};
 use super::recipe::Recipe;
 use super::walk::{Stay, Walk};
-use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
+use crate::jit::{Makes, NodeId, Operand, Position, Reader};
 use crate::sites;
 
 /// Reason of an op whose operands are not all sites.
@@ -93,7 +93,7 @@ impl Walk<'_> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
         let input = self.native(value).ok_or(Stay::AsItIs)?;
-        let target = self.target(id)?;
+        let target = self.target(id)?.without_relu();
         if self.runs_on_qnnpack() && node.op == "aten::sigmoid" && target.eight.scale != 1.0 / 256.0 {
             return Err("QNNPACK's kernel writes a scale of 1/256 alone".into());
         }
@@ -106,31 +106,27 @@ impl Walk<'_> {
                 let inputs = vec![quantized, further(1), Operand::Bool(false)];
                 self.put(id, ["quantized::leaky_relu"; 2], inputs, (target, reads));
             }
-            Function::Elu => self.put_elu(id, (quantized, [further(1), further(2), further(3)]), (target, reads)),
+            Function::Elu => {
+                let further = [further(1), further(2), further(3)];
+                let inputs = [quantized].into_iter().chain(target.eight.operands()).chain(further);
+                self.put_with(id, ["quantized::elu"; 2], inputs.collect(), (target, reads));
+            }
         }
         Ok(())
     }
 
-    /// The one kernel that takes scale and zero point before its further arguments.
-    fn put_elu(
-        &mut self,
-        id: NodeId,
-        (quantized, further): (Operand, [Operand; 3]),
-        (target, reads): (super::layers::Target, Vec<(NodeId, usize, ValueId)>),
-    ) {
-        let (kernel, eight, value, position) = ("quantized::elu", target.eight, target.value, Position::Before(id));
-        let inputs = [quantized].into_iter().chain(eight.operands()).chain(further);
-        let result = self.insert(position, kernel, inputs.collect());
-        let result = self.clamped(position, result, &eight);
-        self.add_8_bit(id, kernel, (value, result, eight), reads, position);
+    /// Whether the kernel of an op, if that has one, computes a clamp behind it too.
+    fn takes_clamps_in(&self, id: NodeId) -> bool {
+        let keeps = |kernel| matches!(kernel, Kernel::Keep | Kernel::KeepOf(_) | Kernel::Mean | Kernel::Reshape);
+        kernels::of(&self.graph.node(id).op).is_some_and(|kernel| !keeps(kernel))
     }
 
     /// libtorch's own op, on a quantized tensor.
     pub(super) fn keep(&mut self, id: NodeId, rank: Option<usize>) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let is_lone_function = sites::is_clamp(&node.op) && self.same_site(value, node.outputs[0]);
-        let stay = || if is_lone_function { Stay::from("its input is in float") } else { Stay::AsItIs };
+        let is_lone = sites::is_clamp(&node.op) && !self.graph.maker(value).is_some_and(|id| self.takes_clamps_in(id));
+        let stay = || if is_lone { Stay::from("its input is in float") } else { Stay::AsItIs };
         let eight = self.native(value).ok_or_else(stay)?;
         if rank.is_some_and(|rank| self.graph.rank(value) != Some(rank)) {
             return Err("its 8-bit kernel takes batches".into());

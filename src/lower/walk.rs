@@ -168,18 +168,20 @@ impl<'a> Walk<'a> {
 
     /// Walks the whole graph.
     pub(super) fn run(mut self) -> Found {
-        for id in 0..self.graph.listing.nodes.len() {
-            self.visit(id);
-        }
+        self.visit_all();
         self.feed_returns()
     }
 
-    /// Whether each value of the graph is made as a quantized tensor.
-    pub(super) fn made_in_8_bits(mut self) -> Vec<bool> {
+    /// Whether each value of the graph is made as a quantized tensor, and what is found on the way.
+    pub(super) fn made_in_8_bits(mut self) -> (Vec<bool>, Found) {
+        self.visit_all();
+        (self.forms.iter().map(|form| form.native.is_some()).collect(), self.found)
+    }
+
+    fn visit_all(&mut self) {
         for id in 0..self.graph.listing.nodes.len() {
             self.visit(id);
         }
-        self.forms.iter().map(|form| form.native.is_some()).collect()
     }
 
     /// Walks the whole graph and leaves it in float; only its weights are stored in another way.

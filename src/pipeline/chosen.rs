@@ -62,7 +62,8 @@ impl Chosen {
         let Observed { statistics, targets, inputs } = observed;
         let given = Given { settings, statistics: &statistics, scores };
         progress.stage("search", Work::Sites(sites.weights.len() + sites.activations.len()));
-        let selections = select::select(given, model, &mut sites, |count| progress.advance(count))?;
+        let mut selections = select::select(given, model, &mut sites, |count| progress.advance(count))?;
+        int8::leave_float_outputs(plan, base, (&mut sites, &mut selections))?;
         let rows = worst::Rows { seen: calibration.rows, stored: calibration.stored_rows };
         let kernels = int8::settled(plan)?.output.int8.map(|int8| {
             let is_reduced = int8.reduce_range == ReduceRange::Always;

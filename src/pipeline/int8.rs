@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::base::Base;
 use super::compare::{self, Comparison, Measured};
+use super::select::Selections;
 use super::simulation::Simulation;
 use super::{CHECK_BATCHES, Error};
 use crate::config::{EnginePlan, Int8Plan, Plan, ReduceRange};
@@ -13,8 +14,8 @@ use crate::feed;
 use crate::jit::{self, Arguments, Clean, Frozen, Instrumented, Module, NoVisit};
 use crate::lower::engine::{self, Trial};
 use crate::lower::{self, Given, LayerDifference, Lowering};
-use crate::report::{self, SiteReport};
-use crate::settings::{self, Settings};
+use crate::report::{self, Kind, SiteReport};
+use crate::settings::{self, KernelNeeds, Settings};
 use crate::sites::{LeftFloat, Sites};
 use crate::speed::{self, Contender};
 
@@ -24,9 +25,6 @@ const MOST_LEVELS: f64 = 1.0;
 const MOST_DIFFERENT: f64 = 1e-3;
 /// Largest difference of a kernel that writes float numbers, relative to the largest of them.
 const MOST_APART: f64 = 1e-4;
-
-/// Reason of a site that is left float.
-const OUTPUT_IN_FLOAT: &str = "an output of the model that is computed in float";
 
 /// Rows of the runs that are timed.
 const BATCH_SIZES: [usize; 2] = [1, 8];
@@ -248,13 +246,43 @@ pub(super) fn settled(plan: &Plan) -> Result<Plan, Error> {
 /// # Errors
 /// Where overrides do not fit the model, or libtorch has no engine.
 pub(super) fn settle(plan: &Plan, base: &Base) -> Result<(Sites, Settings), Error> {
-    let Some(int8) = settled(plan)?.output.int8 else { return Ok(settings::settle(plan, base.sites.clone())?) };
-    let (trial, has_7_bits) = (trial(int8.engine)?, int8.reduce_range == ReduceRange::Always);
-    let (left, _) = settings::settle(plan, base.sites.clone())?;
-    let needs = lower::needs(base.model.listing(), &base.sites, &left.activations, (trial, has_7_bits));
-    let (sites, settings) = settings::settle_for(plan, base.sites.clone(), &needs)?;
-    let in_float = lower::outputs_in_float(&base.model, &sites, &settings, trial)?;
-    Ok(settings::without_activations((sites, settings), &in_float, OUTPUT_IN_FLOAT))
+    let needs = match settled(plan)?.output.int8 {
+        Some(int8) => {
+            let has_7_bits = int8.reduce_range == ReduceRange::Always;
+            let (left, _) = settings::settle(plan, base.sites.clone())?;
+            let given = (trial(int8.engine)?, has_7_bits);
+            lower::needs(base.model.listing(), &base.sites, &left.activations, given)
+        }
+        None => KernelNeeds::default(),
+    };
+    Ok(settings::settle_for(plan, base.sites.clone(), &needs)?)
+}
+
+/// Leaves what the model returns and computes in float as it is made: an output that nothing reads is no site any more.
+///
+/// # Errors
+/// Where libtorch has no engine.
+pub(super) fn leave_float_outputs(
+    plan: &Plan,
+    base: &Base,
+    (sites, selections): (&mut Sites, &mut Selections),
+) -> Result<(), Error> {
+    let Some(int8) = settled(plan)?.output.int8 else { return Ok(()) };
+    let Selections { activations, weights, reports, .. } = &mut *selections;
+    let emission = Emission { sites, activations, weights, biases: &[], description: String::new() };
+    let given = Given::new(&emission, reports, Some(trial(int8.engine)?));
+    for lower::FloatOutput { site: index, reason } in lower::float_outputs(base.model.listing(), &given) {
+        let site = &mut sites.activations[index];
+        site.is_returned = false;
+        if !site.is_read {
+            let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+            let reason = format!("an output of the model that is computed in float{why}");
+            sites.left_float.push(LeftFloat { name: site.name.clone(), op: site.op.clone(), reason });
+            activations[index] = None;
+            reports.retain(|report| report.kind == Kind::Weight || report.name != site.name);
+        }
+    }
+    Ok(())
 }
 
 /// What the engine computes right on this machine.

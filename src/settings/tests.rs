@@ -32,6 +32,7 @@ fn sites() -> Sites {
         anchors: Vec::new(),
         members: Vec::new(),
         is_returned: false,
+        is_read: true,
         makers: vec![maker],
         readers: readers.to_vec(),
     };

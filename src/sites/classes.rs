@@ -116,9 +116,18 @@ impl<'a> Classes<'a> {
     /// True if something in the model computes with the numbers of this class. Asking for shapes, and ops without float
     /// results such as arg-max, do not count.
     pub(super) fn is_computed_with(&self, class: ValueId) -> bool {
+        self.is_used(class, |_| true)
+    }
+
+    /// The same where other numbers come of it, not those of the class again.
+    pub(super) fn makes_others(&self, class: ValueId) -> bool {
+        self.is_used(class, |output| self.of(output) != class)
+    }
+
+    fn is_used(&self, class: ValueId, counts: impl Fn(ValueId) -> bool) -> bool {
         self.members(class).flat_map(|value| self.users(value)).any(|&id| {
             let node = &self.listing.nodes[id];
-            let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output));
+            let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output) && counts(output));
             !moves(self.listing, node) && !is_container(node) && output_floats || self.is_read_by_list_user(node)
         })
     }

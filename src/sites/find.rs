@@ -8,7 +8,7 @@ use super::attention::{self, Scores};
 use super::classes::{Classes, effective_role, moves};
 use super::names;
 use super::ops::{self, Role, Weighted, Weights};
-use super::returned::Makers;
+use super::returned;
 use super::{ActivationSite, Anchor, ChannelAxis, Kernels, Layer, LeftFloat, Sites, WeightSite};
 use crate::jit::{Constant, Listing, Node, NodeId, ValueId};
 
@@ -16,12 +16,14 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
     let classes = Classes::new(listing, kernels);
     let scores = attention::find(listing, &classes);
     let names = names::of_nodes(listing);
+    let written_in_8_bits = returned::written_in_8_bits(listing, &classes);
     let mut finder = Finder {
         listing,
         kernels,
         classes,
         scores,
         names,
+        written_in_8_bits,
         fused_from: BTreeMap::new(),
         demanded: BTreeSet::new(),
         weights: BTreeMap::new(),
@@ -33,7 +35,9 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
     }
     finder.demand_arguments();
     finder.collect_activations();
-    finder.take_up_lone_functions();
+    if kernels == Kernels::Int8 {
+        finder.take_up_lone_functions();
+    }
     finder.collect_ops();
     finder.collect_unknown_ops();
     finder.sites
@@ -45,6 +49,8 @@ struct Finder<'a> {
     classes: Classes<'a>,
     scores: Scores,
     names: Vec<String>,
+    /// By value, for 8-bit kernels.
+    written_in_8_bits: Vec<bool>,
     /// Activation function → the op that it joins.
     fused_from: BTreeMap<NodeId, NodeId>,
     demanded: BTreeSet<ValueId>,
@@ -283,10 +289,9 @@ impl Finder<'_> {
     /// Whether the model returns what kernels make in 8 bits alone. A value that is returned itself stays as it is made; see
     /// [`returned_in_8_bits`](super::returned_in_8_bits).
     fn is_output_in_8_bits(&self, anchors: &[ValueId], class: ValueId) -> bool {
-        let makers = Makers { listing: self.listing, classes: &self.classes };
         self.kernels == Kernels::Int8
             && self.classes.is_model_output(class)
-            && anchors.iter().all(|&anchor| makers.write_8_bits(anchor) && !self.classes.reaches_return(anchor))
+            && anchors.iter().all(|&anchor| self.written_in_8_bits[anchor] && !self.classes.reaches_return(anchor))
     }
 
     fn demand(&mut self, value: ValueId) {
@@ -310,13 +315,12 @@ impl Finder<'_> {
         }
     }
 
-    /// A function whose result has the quantizer of what it reads is not left float after all.
+    /// A clamp whose result has the quantizer of what it reads is not left float after all.
     fn take_up_lone_functions(&mut self) {
         for (id, node) in self.listing.nodes.iter().enumerate() {
             let (Some(input), Some(output)) = (node.inputs.first(), node.outputs.first()) else { continue };
-            let is_function = matches!(effective_role(self.listing, node), Some(Role::Activation));
             let is_within = |site: &ActivationSite| site.members.contains(input) && site.members.contains(output);
-            if is_function && self.sites.activations.iter().any(is_within) {
+            if ops::is_clamp(&node.op) && self.sites.activations.iter().any(is_within) {
                 let name = &self.names[id];
                 self.sites.left_float.retain(|left| left.name != *name);
             }
@@ -362,10 +366,18 @@ impl Finder<'_> {
                 let members: Vec<ValueId> = self.classes.members(class).collect();
                 let is_made = |value: &ValueId| anchors.iter().any(|anchor| anchor.value == *value);
                 let is_returned = members.iter().any(|value| !is_made(value) && self.classes.reaches_return(*value));
-                let (makers, readers) = (Vec::new(), Vec::new());
-                let site =
-                    ActivationSite { name, layer, op, channel_axis, anchors, members, is_returned, makers, readers };
-                self.sites.activations.push(site);
+                self.sites.activations.push(ActivationSite {
+                    name,
+                    layer,
+                    op,
+                    channel_axis,
+                    anchors,
+                    members,
+                    is_returned,
+                    is_read: self.classes.makes_others(class),
+                    makers: Vec::new(),
+                    readers: Vec::new(),
+                });
             }
         }
         self.sites.activations.sort_by_key(|site| site.anchors.first().map(|anchor| anchor.value));

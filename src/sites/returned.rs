@@ -1,87 +1,92 @@
-//! Which outputs of a model 8-bit kernels make that write no float numbers. It knows neither engine nor quantizers, for which an op may
-//! compute in float all the same.
+//! What 8-bit kernels make that write no float numbers. It knows neither engine nor quantizers, for which an op may compute in float all
+//! the same.
 
 use super::Kernels;
 use super::classes::{Classes, effective_role, is_container};
 use super::ops::{self, Role};
 use crate::jit::{Listing, Node, ValueId};
 
-/// Such values of a graph, as their ops make them; the model returns them by themselves or in a tuple, list or dict.
+/// The values of a graph that come from such a kernel and that the model returns, by themselves or in a tuple, list or dict.
 pub(super) fn find(listing: &Listing) -> Vec<ValueId> {
     let classes = Classes::new(listing, Kernels::Int8);
-    let makers = Makers { listing, classes: &classes };
+    let written = written_in_8_bits(listing, &classes);
     let mut open: Vec<ValueId> = listing.blocks.first().map(|forward| forward.returns.clone()).unwrap_or_default();
     let mut found = Vec::new();
     while let Some(value) = open.pop() {
-        let Some(node) = makers.of(value) else { continue };
+        let Some(node) = classes.maker(value).map(|id| &listing.nodes[id]) else { continue };
         if is_container(node) {
             open.extend(&node.inputs);
-        } else if !matches!(effective_role(listing, node), Some(Role::Move(_))) && makers.write_8_bits(value) {
+        } else if written[value] && !matches!(effective_role(listing, node), Some(Role::Move(_))) {
             found.push(value);
         }
     }
     found
 }
 
-/// Who makes the values of a graph.
-pub(super) struct Makers<'a> {
-    pub(super) listing: &'a Listing,
-    pub(super) classes: &'a Classes<'a>,
+/// For each value of a graph, whether the last op that computed it did so by a kernel that writes 8 bits alone. libtorch's own ops, such
+/// as pooling, write what they read, float numbers too.
+pub(super) fn written_in_8_bits(listing: &Listing, classes: &Classes<'_>) -> Vec<bool> {
+    let count = listing.values.len();
+    let mut makers = Makers { listing, classes, there: vec![false; count], written: vec![false; count] };
+    for node in &listing.nodes {
+        let [is_there, is_written] = makers.look_at(node);
+        for &output in &node.outputs {
+            (makers.there[output], makers.written[output]) = (is_there, is_written);
+        }
+    }
+    makers.written
 }
 
-impl<'a> Makers<'a> {
-    /// Whether the last op that computes a value does so by a kernel that writes no float numbers. libtorch's own ops, such as pooling, write
-    /// what they read.
-    pub(super) fn write_8_bits(&self, value: ValueId) -> bool {
-        let Some(node) = self.of(value) else { return false };
-        match effective_role(self.listing, node) {
-            Some(Role::Weighted(row)) => row.convolves,
-            Some(Role::Move(_)) => self.first(node).is_some_and(|input| self.write_8_bits(input)),
-            Some(Role::Activation) if ops::is_clamp(&node.op) => {
-                self.first(node).is_some_and(|input| self.is_read_once(input) && self.write_8_bits(input))
-            }
-            // A layer gives float numbers to the function behind it with which nothing computes.
-            Some(Role::Activation) if self.first(node).is_some_and(|input| self.is_of_linear(input)) => false,
-            _ => self.runs_in_8_bits(node),
-        }
-    }
+struct Makers<'a> {
+    listing: &'a Listing,
+    classes: &'a Classes<'a>,
+    /// In 8 bits for the ops that compute with it.
+    there: Vec<bool>,
+    written: Vec<bool>,
+}
 
-    /// Whether a value is there in 8 bits for the ops that compute with it.
-    fn is_in_8_bits(&self, value: ValueId) -> bool {
-        let Some(node) = self.of(value) else { return false };
-        let of_first = || self.first(node).is_some_and(|input| self.is_in_8_bits(input));
+impl Makers<'_> {
+    /// Whether what a node makes is there in 8 bits, and whether it is written so alone.
+    fn look_at(&self, node: &Node) -> [bool; 2] {
+        let Some(&input) = node.inputs.first() else { return [false; 2] };
+        let runs = self.runs_in_8_bits(node);
         match effective_role(self.listing, node) {
-            Some(Role::Weighted(row)) => row.output,
+            Some(Role::Weighted(row)) => [row.output, row.convolves],
             Some(Role::Product(product)) => {
-                node.inputs.get(product.right).is_some_and(|&right| self.is_constant(right))
+                [node.inputs.get(product.right).is_some_and(|&right| self.is_constant(right)), false]
             }
-            Some(Role::Move(_)) => of_first(),
-            Some(Role::Activation) if ops::is_clamp(&node.op) => of_first(),
-            _ if ops::keeps_quantizer(&node.op) => of_first(),
-            _ => self.runs_in_8_bits(node),
+            Some(Role::Move(_)) => [self.there[input], self.written[input]],
+            Some(Role::Activation) if ops::is_clamp(&node.op) => {
+                [self.there[input], self.is_read_once(input) && self.written[input]]
+            }
+            Some(Role::Activation) => [runs, runs && !self.takes_float_numbers(node, input)],
+            _ if ops::keeps_quantizer(&node.op) => [self.there[input], false],
+            _ => [runs; 2],
         }
     }
 
-    /// Whether an op without weights has a kernel that writes 8 bits and reads something that is there in 8 bits.
+    /// Whether an op without weights has a kernel that writes 8 bits, and reads something that is there in 8 bits.
     fn runs_in_8_bits(&self, node: &Node) -> bool {
-        let operands = match ops::operands_in_8_bits(&node.op) {
-            0 => return false,
-            count => node.inputs.iter().take(count).flat_map(|&value| self.classes.elements(value)),
-        };
-        let operands: Vec<ValueId> = operands.collect();
-        let takes_factor = ops::factor(&node.op).and_then(|slot| node.inputs.get(slot));
-        let has_factor = takes_factor
-            .is_some_and(|&value| self.listing.values[value].constant.as_ref().is_none_or(|factor| factor.text != "1"));
+        let operands = node.inputs.iter().take(ops::operands_in_8_bits(&node.op));
+        let operands: Vec<ValueId> = operands.flat_map(|&value| self.classes.elements(value)).collect();
         let is_tensor = |&value: &ValueId| self.listing.values[value].is_tensor && !self.is_constant(value);
-        !has_factor && operands.iter().all(is_tensor) && operands.iter().any(|&value| self.is_in_8_bits(value))
+        let factor = ops::factor(&node.op).and_then(|slot| node.inputs.get(slot));
+        let is_one = |&value: &ValueId| {
+            let constant = self.listing.values[value].constant.as_ref();
+            constant.and_then(|constant| constant.text.parse().ok()) == Some(1.0)
+        };
+        factor.is_none_or(is_one) && operands.iter().all(is_tensor) && operands.iter().any(|&value| self.there[value])
     }
 
-    fn of(&self, value: ValueId) -> Option<&'a Node> {
-        self.classes.maker(value).map(|id| &self.listing.nodes[id])
-    }
-
-    fn first(&self, node: &Node) -> Option<ValueId> {
-        node.inputs.first().copied()
+    /// Whether a linear layer gives its result in float to the function behind it, as nothing computes with what that makes.
+    fn takes_float_numbers(&self, node: &Node, input: ValueId) -> bool {
+        let maker = self.classes.maker(input).map(|id| &self.listing.nodes[id]);
+        let is_linear = match maker.and_then(|maker| effective_role(self.listing, maker)) {
+            Some(Role::Weighted(row)) => !row.convolves,
+            role => matches!(role, Some(Role::Product(_))),
+        };
+        let is_computed_with = |&output: &ValueId| self.classes.is_computed_with(self.classes.of(output));
+        is_linear && self.is_read_once(input) && !node.outputs.iter().any(is_computed_with)
     }
 
     fn is_constant(&self, value: ValueId) -> bool {
@@ -90,13 +95,5 @@ impl<'a> Makers<'a> {
 
     fn is_read_once(&self, value: ValueId) -> bool {
         self.classes.users(value).len() == 1 && !self.classes.is_returned(value)
-    }
-
-    fn is_of_linear(&self, value: ValueId) -> bool {
-        let role = self.of(value).and_then(|node| effective_role(self.listing, node));
-        match role {
-            Some(Role::Weighted(row)) => !row.convolves,
-            role => matches!(role, Some(Role::Product(_))),
-        }
     }
 }

@@ -52,6 +52,7 @@ pub(crate) const TEST_MODELS: &[Model] = &[
     takes_x("linear"),
     takes_x("mlp"),
     Model { name: "multi_io", inputs: &["x", "y"] },
+    Model { name: "outputs", inputs: &["x"] },
     Model { name: "packed", inputs: &["x", "lengths"] },
     takes_x("recurrent"),
     takes_x("scripted_encoder"),

@@ -43,7 +43,7 @@ void add_quantizer(torch::jit::Graph &graph, torch::jit::Value *value, const Qua
                             1);
   graph.insertNode(node);
   node->output()->setType(c10::TensorType::get());
-  replace_inner_uses(graph, value, node);
+  replace_inner_uses(graph, value, node, !row.is_returned);
 }
 
 // libtorch's archive writer throws out of its destructor once a write has failed, which ends the process. So it is told that

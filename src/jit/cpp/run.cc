@@ -73,6 +73,7 @@ bool may_write_state(torch::jit::Block *block) {
 torch::jit::Symbol operator_of(TapKind kind) {
   switch (kind) {
   case TapKind::Substitute:
+  case TapKind::SubstituteInside:
     return c10::Symbol::fromQualString("tsquant::simulate");
   case TapKind::Gradient:
   case TapKind::WholeGradient:
@@ -108,15 +109,16 @@ void prepare(Executable &executable, const torch::jit::Module &state) {
   executable.state = state;
 }
 
-bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use) {
+bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use, bool by_second_name) {
   const auto *user = use.user;
   if (user == graph.return_node())
     return true;
-  if (user->kind() != torch::jit::prim::TupleConstruct && user->kind() != torch::jit::prim::ListConstruct &&
-      user->kind() != torch::jit::prim::DictConstruct)
+  const bool is_name = by_second_name && user->kind() == c10::aten::alias;
+  if (!is_name && user->kind() != torch::jit::prim::TupleConstruct &&
+      user->kind() != torch::jit::prim::ListConstruct && user->kind() != torch::jit::prim::DictConstruct)
     return false;
   for (const auto &next : user->output()->uses())
-    if (!is_output_use(graph, next))
+    if (!is_output_use(graph, next, by_second_name))
       return false;
   return true;
 }
@@ -127,10 +129,11 @@ torch::jit::Node *node_after(torch::jit::Value *value) {
   return value->node()->next();
 }
 
-void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torch::jit::Node *substitute) {
+void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torch::jit::Node *substitute,
+                        bool by_second_name) {
   const auto uses = value->uses();
   for (const auto &use : uses)
-    if (use.user != substitute && !is_output_use(graph, use))
+    if (use.user != substitute && !is_output_use(graph, use, by_second_name))
       use.user->replaceInput(use.offset, substitute->output());
 }
 
@@ -160,7 +163,7 @@ void insert_taps(torch::jit::Graph &graph, const std::vector<torch::jit::Value *
     if (row.kind == TapKind::WholeGradient)
       value->replaceAllUsesAfterNodeWith(node, node->output());
     else
-      replace_inner_uses(graph, value, node);
+      replace_inner_uses(graph, value, node, row.kind == TapKind::SubstituteInside);
   }
 }
 
