@@ -183,6 +183,12 @@ pub(crate) fn operands_in_8_bits(op: &str) -> usize {
     ops::operands_in_8_bits(op)
 }
 
+/// Whether libtorch's 8-bit kernel of an op writes with the quantizer of what it reads, though it makes other numbers of it.
+#[must_use]
+pub fn keeps_quantizer(op: &str) -> bool {
+    ops::keeps_quantizer(op)
+}
+
 /// Whether a layer may compute this activation function along with its own.
 #[must_use]
 pub fn is_clamp(op: &str) -> bool {

@@ -6,6 +6,10 @@ use super::walk::{Stay, Walk};
 use crate::jit::{Makes, NodeId, Operand, Position, Reader};
 use crate::sites;
 
+/// Reason of an op that reads nothing in 8 bits.
+const FLOAT_INPUT: &str = "what it reads is in float";
+/// Reason of a function behind a layer at the end of a model.
+const FLOAT_LAYER: &str = "the layer in front of it gives it float numbers";
 /// Reason of an op whose operands are not all sites.
 const NOT_BOTH: &str = "not all of its operands have an 8-bit quantizer";
 
@@ -14,7 +18,7 @@ impl Walk<'_> {
         let node = self.graph.node(id);
         let operands = [node.inputs[0], node.inputs[1]];
         if !operands.iter().any(|&value| self.native(value).is_some()) {
-            return Err(Stay::AsItIs);
+            return Err(FLOAT_INPUT.into());
         }
         if operands.iter().any(|&value| self.graph.listing.values[value].constant.is_some()) {
             return Err("its 8-bit kernel takes no constant operand".into());
@@ -35,7 +39,7 @@ impl Walk<'_> {
         let node = self.graph.node(id);
         let elements = self.graph.elements(node.inputs[0]).ok_or("its list is not put together in the graph")?;
         if !elements.iter().any(|&value| self.native(value).is_some()) {
-            return Err(Stay::AsItIs);
+            return Err(FLOAT_INPUT.into());
         }
         let eights: Option<Vec<_>> = elements.iter().map(|&value| Some((value, self.eight(value)?))).collect();
         let eights = eights.ok_or(NOT_BOTH)?;
@@ -52,7 +56,7 @@ impl Walk<'_> {
     pub(super) fn batch_norm(&mut self, id: NodeId) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let input = self.native(value).ok_or("its input is in float")?;
+        let input = self.native(value).ok_or(FLOAT_INPUT)?;
         let names = match self.graph.rank(value) {
             Some(2 | 3) => ["quantized::batch_norm1d", "quantized::batch_norm1d_relu"],
             Some(4) => ["quantized::batch_norm2d", "quantized::batch_norm2d_relu"],
@@ -92,7 +96,8 @@ impl Walk<'_> {
     pub(super) fn function(&mut self, id: NodeId, function: Function) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let input = self.native(value).ok_or(Stay::AsItIs)?;
+        let is_at_the_end = self.is_written_in_float(value);
+        let input = self.native(value).ok_or(if is_at_the_end { FLOAT_LAYER } else { FLOAT_INPUT })?;
         let target = self.target(id)?.without_relu();
         if self.runs_on_qnnpack() && node.op == "aten::sigmoid" && target.eight.scale != 1.0 / 256.0 {
             return Err("QNNPACK's kernel writes a scale of 1/256 alone".into());
@@ -125,8 +130,9 @@ impl Walk<'_> {
     pub(super) fn keep(&mut self, id: NodeId, rank: Option<usize>) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let is_lone = sites::is_clamp(&node.op) && !self.graph.maker(value).is_some_and(|id| self.takes_clamps_in(id));
-        let stay = || if is_lone { Stay::from("its input is in float") } else { Stay::AsItIs };
+        let stands_alone = || !self.graph.maker(value).is_some_and(|id| self.takes_clamps_in(id));
+        let computes = sites::keeps_quantizer(&node.op) || sites::is_clamp(&node.op) && stands_alone();
+        let stay = || if computes { Stay::from(FLOAT_INPUT) } else { Stay::AsItIs };
         let eight = self.native(value).ok_or_else(stay)?;
         if rank.is_some_and(|rank| self.graph.rank(value) != Some(rank)) {
             return Err("its 8-bit kernel takes batches".into());

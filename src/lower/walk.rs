@@ -289,6 +289,11 @@ impl<'a> Walk<'a> {
         self.forms[value].native
     }
 
+    /// Whether an 8-bit kernel writes the value as float numbers.
+    pub(super) fn is_written_in_float(&self, value: ValueId) -> bool {
+        self.forms[value].raw.as_ref().is_some_and(|raw| *raw != Operand::Value(value))
+    }
+
     pub(super) fn insert(&mut self, position: Position, op: &'static str, inputs: Vec<Operand>) -> Operand {
         self.insert_making(position, op, inputs, Makes::Tensor)
     }
