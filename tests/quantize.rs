@@ -401,6 +401,7 @@ const MODELS: &[(&str, &[&str])] = &[
         "multi_io",
         &["[x]", "[x, y]", "{x: x, scale: {const: 2.0}, shift: {const: -1}}", "[x, {const: null}, {const: 0.5}]"],
     ),
+    ("outputs", &["[x]"]),
     ("packed", &["[x, lengths]"]),
     ("recurrent", &["[x]"]),
     ("scripted_encoder", &["[x]"]),
