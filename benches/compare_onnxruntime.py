@@ -1,5 +1,6 @@
 """A model in 8 bits as tsquant writes it, the float model, and ONNX Runtime's static quantization of the same model on the same
-calibration data, each in a process of its own, one after the other, as milliseconds by batch size:
+calibration data, each in a process of its own, one after the other, several rounds of all, as milliseconds by batch size. Since the clock
+of a machine may change within minutes, the second table compares within rounds:
 
     tsquant quantize EXPERIMENT.yaml --set output.format=int8 --set output.dir=RUN
     python benches/compare_onnxruntime.py RUN
@@ -21,7 +22,8 @@ import numpy
 import torch
 import yaml
 
-KINDS = ["float, frozen", "float, optimize_for_inference", "tsquant int8", "ONNX Runtime float", "ONNX Runtime int8"]
+OWN = "tsquant int8"
+KINDS = ["float, frozen", "float, optimize_for_inference", OWN, "ONNX Runtime float", "ONNX Runtime int8"]
 
 
 def rows(section: dict) -> torch.Tensor:
@@ -98,7 +100,7 @@ def runner(kind: str, plan: dict, run: pathlib.Path, folder: pathlib.Path, threa
         session = onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
         return lambda batch: torch.from_numpy(session.run(None, {"x": batch.numpy()})[0])
     torch.set_num_threads(threads)
-    if kind == "tsquant int8":
+    if kind == OWN:
         torch.backends.quantized.engine = plan["output"]["engine"]
         return torch.jit.freeze(torch.jit.load(str(run / int8_file(plan))).eval())
     model = torch.jit.freeze(torch.jit.load(plan["model"]["path"]).eval())
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 8])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=3.0, help="at least so long for each batch size")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all are run")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -153,18 +156,37 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         export(pathlib.Path(plan["model"]["path"]), rows(plan["calibration"]), folder)
+        rounds = [[run_alone(kind, folder) for kind in KINDS] for _ in range(options.rounds)]
         shown = ", ".join(str(size) for size in options.batch_sizes)
-        print(f"{options.threads} threads; median (best) of milliseconds for batches of {shown}; SQNR and agreement with float")
+        print(f"{options.threads} threads, {options.rounds} rounds; milliseconds for batches of {shown}: median of rounds (best of all)")
         for index, kind in enumerate(KINDS):
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--folder", str(folder)]
-            ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(ran.stdout.splitlines()[-1])
-            times = " | ".join(f"{median:8.2f} ({best:.2f})" for median, best in found.values())
+            times = " | ".join(f"{median:8.2f} ({best:.2f})" for median, best in summary([found[index] for found in rounds]))
             outputs, float_outputs = (numpy.load(folder / f"{i}.npy").astype(numpy.float64) for i in (index, 0))
             noise = ((outputs - float_outputs) ** 2).sum()
             sqnr = 10 * numpy.log10((float_outputs**2).sum() / noise) if noise > 0 else numpy.inf
             agreement = (outputs.argmax(-1) == float_outputs.argmax(-1)).mean()
             print(f"| {kind:29} | {times} | {sqnr:6.2f} dB | {agreement:.3f} |")
+        own = KINDS.index(OWN)
+        print(f"{OWN}, times as fast as the others: median of rounds (least to most)")
+        for index, kind in enumerate(KINDS):
+            if index == own:
+                continue
+            ratios = [[other[0] / ours[0] for ours, other in zip(found[own], found[index])] for found in rounds]
+            cells = " | ".join(f"{statistics.median(row):.2f} ({min(row):.2f} to {max(row):.2f})" for row in zip(*ratios))
+            print(f"| {kind:29} | {cells} |")
+
+
+def run_alone(kind: str, folder: pathlib.Path) -> list[list[float]]:
+    """Median and best milliseconds by batch size, measured in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--folder", str(folder)]
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return list(json.loads(ran.stdout.splitlines()[-1]).values())
+
+
+def summary(rounds: list[list[list[float]]]) -> list[tuple[float, float]]:
+    """By batch size the median of the rounds' medians, and the best of their bests."""
+    by_size = zip(*rounds)
+    return [(statistics.median(m for m, _ in found), min(best for _, best in found)) for found in by_size]
 
 
 if __name__ == "__main__":

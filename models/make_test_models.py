@@ -137,7 +137,8 @@ class MultiIo(nn.Module):
 
 
 class Outputs(nn.Module):
-    """Returns what ops of several kinds make: alone, in a list, under two keys of a dict, and though other ops read it."""
+    """Returns what ops of several kinds make: alone, in a list, under two keys of a dict, though other ops read it, and in
+    a list that another op reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,13 +147,15 @@ class Outputs(nn.Module):
         self.last = nn.Conv2d(4, 4, 1)
         self.encode = nn.Linear(8, 6)
         self.decode = nn.Linear(6, 8)
+        self.merge = nn.Conv2d(8, 2, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Tensor], list[Tensor]]:
         features = torch.relu(self.conv(x))
         up = self.up(features)
-        total = self.last(up) + up
+        parts = [self.last(up), up]
+        merged = self.merge(torch.cat(parts, 1))
         code = torch.sigmoid(self.encode(features.mean([2, 3])))
-        return up, [total, self.decode(code)], {"code": code, "again": code}
+        return parts[0] + up, [merged, self.decode(code)], {"code": code, "again": code}, parts
 
 
 class EncoderLayer(nn.Module):

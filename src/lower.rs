@@ -100,11 +100,10 @@ impl<'a> Given<'a> {
         Self { sites, activations, weights: weights.collect(), biases, trial }
     }
 
-    /// Names of the sites that the model returns in 8 bits.
-    pub fn returned(&self) -> impl Iterator<Item = &str> {
+    /// Names and quantizers of the sites that the model returns as they are quantized.
+    pub fn returned(&self) -> impl Iterator<Item = (&str, QuantParams)> {
         let sites = self.sites.activations.iter().zip(self.activations);
-        let returned = sites.filter(|(site, params)| site.is_returned && params.and_then(walk::Eight::of).is_some());
-        returned.map(|(site, _)| site.name.as_str())
+        sites.filter(|(site, _)| site.is_returned).filter_map(|(site, params)| Some((site.name.as_str(), (*params)?)))
     }
 
     /// Sites whose quantizer no kernel takes, each with the reason.

@@ -210,7 +210,7 @@ fn the_last_linear_layer_writes_float_numbers() {
         assert_eq!(count(&int8, "quantized::linear_relu"), 1, "{int8}");
         assert_eq!(count(&int8, "quantized::linear_dynamic"), 1, "{int8}");
         let in_float = int8["in_float"].as_array().expect("a list");
-        let reason = "the layer in front of it gives it float numbers";
+        let reason = "what it reads is in float";
         assert!(
             matches!(in_float.as_slice(), [only] if only["name"] == "sigmoid_0" && only["reason"] == reason),
             "{int8}"

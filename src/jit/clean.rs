@@ -46,6 +46,7 @@ const STEPS: &[Step] = &[
     ("pool constants", bridge::Pass::ConstantPooling),
     ("unpack constants", bridge::Pass::UnpackConstants),
     ("drop dead code", bridge::Pass::EliminateDeadCode),
+    ("give outputs lists of their own", bridge::Pass::SplitReturned),
 ];
 
 /// A value to look at or to replace while the model runs.

@@ -221,6 +221,7 @@ pub(super) mod bridge {
         ConstantPooling,
         UnpackConstants,
         EliminateDeadCode,
+        SplitReturned,
     }
 
     extern "Rust" {

@@ -85,6 +85,11 @@ impl<'a> Graph<'a> {
             })
     }
 
+    /// Whether the model does nothing with a value but return it.
+    pub(super) fn only_leaves(&self, value: ValueId) -> bool {
+        self.readers[value].iter().all(|&reader| self.only_returns(reader))
+    }
+
     /// Axes of a tensor as it was seen.
     pub(super) fn rank(&self, value: ValueId) -> Option<usize> {
         self.listing.values[value].seen.as_ref().map(|seen| seen.shape.len())

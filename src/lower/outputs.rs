@@ -42,6 +42,7 @@ fn is_returned_as_made(graph: &Graph<'_>, site: &ActivationSite) -> bool {
     let is_anchor = |value: &ValueId| site.anchors.iter().any(|anchor| anchor.value == *value);
     let aliases = graph.listing.aliases();
     let others = site.members.iter().filter(|value| !is_anchor(value));
-    let mut of_views = others.filter(|value| !aliases.get(value).is_some_and(&is_anchor));
+    let is_name = |value: &ValueId| aliases.get(value).is_some_and(&is_anchor) && graph.only_leaves(*value);
+    let mut of_views = others.filter(|value| !is_name(value));
     !of_views.any(|value| graph.is_output(*value))
 }

@@ -3,13 +3,11 @@
 use super::kernels::{self, Function, Kernel};
 use super::recipe::Recipe;
 use super::walk::{Stay, Walk};
-use crate::jit::{Makes, NodeId, Operand, Position, Reader};
+use crate::jit::{Makes, NodeId, Operand, Position, Reader, ValueId};
 use crate::sites;
 
 /// Reason of an op that reads nothing in 8 bits.
 const FLOAT_INPUT: &str = "what it reads is in float";
-/// Reason of a function behind a layer at the end of a model.
-const FLOAT_LAYER: &str = "the layer in front of it gives it float numbers";
 /// Reason of an op whose operands are not all sites.
 const NOT_BOTH: &str = "not all of its operands have an 8-bit quantizer";
 
@@ -29,7 +27,12 @@ impl Walk<'_> {
         let eights = operands.map(|value| self.eight(value));
         let [Some(left), Some(right)] = eights else { return Err(NOT_BOTH.into()) };
         let target = self.target(id)?;
-        let inputs = vec![self.quantized(operands[0], &left), self.quantized(operands[1], &right)];
+        let mut inputs = vec![self.quantized(operands[0], &left), self.quantized(operands[1], &right)];
+        // The kernels make room for a result of the shape of the first.
+        let shape = |value: ValueId| self.graph.listing.values[value].seen.as_ref().map(|seen| &seen.shape);
+        if shape(operands[0]) != shape(node.outputs[0]) && shape(operands[1]) == shape(node.outputs[0]) {
+            inputs.swap(0, 1);
+        }
         let reads = vec![(id, 0, operands[0]), (id, 1, operands[1])];
         self.put(id, names, inputs, (target, reads));
         Ok(())
@@ -96,11 +99,13 @@ impl Walk<'_> {
     pub(super) fn function(&mut self, id: NodeId, function: Function) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let is_at_the_end = self.is_written_in_float(value);
-        let input = self.native(value).ok_or(if is_at_the_end { FLOAT_LAYER } else { FLOAT_INPUT })?;
+        let input = self.native(value).ok_or(FLOAT_INPUT)?;
         let target = self.target(id)?.without_relu();
-        if self.runs_on_qnnpack() && node.op == "aten::sigmoid" && target.eight.scale != 1.0 / 256.0 {
-            return Err("QNNPACK's kernel writes a scale of 1/256 alone".into());
+        if self.runs_on_qnnpack()
+            && node.op == "aten::sigmoid"
+            && (target.eight.scale, target.eight.zero_point) != (1.0 / 256.0, 0)
+        {
+            return Err("QNNPACK's kernel writes a scale of 1/256 and a zero point of 0 alone".into());
         }
         let quantized = self.quantized(value, &input);
         let reads = vec![(id, 0, value)];
@@ -130,14 +135,21 @@ impl Walk<'_> {
     pub(super) fn keep(&mut self, id: NodeId, rank: Option<usize>) -> Result<(), Stay> {
         let node = self.graph.node(id);
         let value = node.inputs[0];
-        let stands_alone = || !self.graph.maker(value).is_some_and(|id| self.takes_clamps_in(id));
-        let computes = sites::keeps_quantizer(&node.op) || sites::is_clamp(&node.op) && stands_alone();
+        // A clamp behind an op that could take it in is told along with that.
+        let is_told = || {
+            let takes_in = self.graph.maker(value).is_some_and(|id| self.takes_clamps_in(id));
+            takes_in && self.graph.only_reader(value) == Some(id) && !self.is_written_in_float(value)
+        };
+        let computes = sites::keeps_quantizer(&node.op) || sites::is_clamp(&node.op) && !is_told();
         let stay = || if computes { Stay::from(FLOAT_INPUT) } else { Stay::AsItIs };
         let eight = self.native(value).ok_or_else(stay)?;
         if rank.is_some_and(|rank| self.graph.rank(value) != Some(rank)) {
             return Err("its 8-bit kernel takes batches".into());
         }
         let results = if node.op == "prim::ListUnpack" { node.outputs.as_slice() } else { &node.outputs[..1] };
+        if results.iter().any(|&result| !self.is_of_site(result)) {
+            return Err("its result has no quantizer".into());
+        }
         if !results.iter().all(|&result| self.same_site(value, result)) {
             return Err("its result has a quantizer of its own, which its 8-bit kernel cannot write".into());
         }

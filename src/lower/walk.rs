@@ -264,6 +264,11 @@ impl<'a> Walk<'a> {
         self.anchors.contains(&value)
     }
 
+    /// Whether a value belongs to a site.
+    pub(super) fn is_of_site(&self, value: ValueId) -> bool {
+        self.site_of[value].is_some()
+    }
+
     /// Whether two values have one quantizer.
     pub(super) fn same_site(&self, a: ValueId, b: ValueId) -> bool {
         self.site_of[a].is_some() && self.site_of[a] == self.site_of[b]

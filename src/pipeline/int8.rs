@@ -14,6 +14,7 @@ use crate::feed;
 use crate::jit::{self, Arguments, Clean, Frozen, Instrumented, Module, NoVisit};
 use crate::lower::engine::{self, Trial};
 use crate::lower::{self, Given, LayerDifference, Lowering};
+use crate::quantizer::QuantParams;
 use crate::report::{self, Kind, SiteReport};
 use crate::settings::{self, KernelNeeds, Settings};
 use crate::sites::{LeftFloat, Sites};
@@ -35,8 +36,8 @@ const RACE: Duration = Duration::from_millis(500);
 pub(super) struct Written {
     emitted: Module,
     layers: Vec<LayerDifference>,
-    /// Names of sites that the model returns in 8 bits.
-    outputs: Vec<String>,
+    /// Sites that the model returns as they are quantized.
+    outputs: Vec<(String, QuantParams)>,
     report: report::Int8,
 }
 
@@ -79,7 +80,7 @@ pub(super) fn write(
         threads: jit::thread_count(),
         speed: Vec::new(),
     };
-    let outputs = given.returned().map(str::to_owned).collect();
+    let outputs = given.returned().map(|(name, params)| (name.to_owned(), params)).collect();
     Ok(Written { emitted, layers, outputs, report })
 }
 
@@ -215,8 +216,10 @@ impl Written {
                 .iter()
                 .map(|site| format!("{}: {}; it is simulated in float", site.name, site.reason)),
         );
-        warnings.extend(self.outputs.iter().map(|site| {
-            format!("{site} is returned in 8 bits; an override with `activations: float` leaves it float")
+        warnings.extend(self.outputs.iter().map(|(site, params)| {
+            let levels = params.quant_max().abs_diff(params.quant_min()) + 1;
+            let bits = levels.ilog2();
+            format!("{site} is returned in {bits} bits; an override with `activations: float` leaves it float")
         }));
         warnings
     }

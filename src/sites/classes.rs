@@ -46,15 +46,33 @@ impl<'a> Classes<'a> {
         }
         for node in &listing.nodes {
             classes.join_node(node);
-            if kernels == Kernels::Int8 && (ops::keeps_quantizer(&node.op) || classes.is_lone_relu(node)) {
+            if kernels == Kernels::Int8 && classes.is_lone_relu(node) {
                 classes.join_results(node);
             }
         }
-        for value in 0..count {
-            classes.members.entry(classes.of(value)).or_default().push(value);
+        classes.collect();
+        if kernels == Kernels::Int8 {
+            classes.join_kept();
         }
-        classes.dtypes = classes.find_dtypes();
         classes
+    }
+
+    /// Tells members and dtypes of the classes as they are.
+    fn collect(&mut self) {
+        self.members.clear();
+        for value in 0..self.parent.len() {
+            self.members.entry(self.of(value)).or_default().push(value);
+        }
+        self.dtypes = self.find_dtypes();
+    }
+
+    /// Joins what ops make that write with the quantizer of what they read. At the end of a model they write float numbers.
+    fn join_kept(&mut self) {
+        let is_used = |&output: &ValueId| self.is_computed_with(self.of(output));
+        let keeps = |node: &&Node| ops::keeps_quantizer(&node.op) && node.outputs.iter().any(is_used);
+        let kept: Vec<&Node> = self.listing.nodes.iter().filter(keeps).collect();
+        kept.into_iter().for_each(|node| self.join_results(node));
+        self.collect();
     }
 
     /// The class of a value, as the smallest value in it.
@@ -130,6 +148,28 @@ impl<'a> Classes<'a> {
             let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output) && counts(output));
             !moves(self.listing, node) && !is_container(node) && output_floats || self.is_read_by_list_user(node)
         })
+    }
+
+    /// The activation function that alone reads, as it is or moved, what a linear layer makes, and with whose result nothing computes, as at the
+    /// end of a model: the layer's 8-bit kernel gives it float numbers.
+    pub(super) fn function_at_end(&self, layer: &Node) -> Option<NodeId> {
+        let weight = layer.inputs.get(1).and_then(|&value| self.listing.values[value].constant.as_ref());
+        let is_matrix = weight.is_some_and(|weight| weight.is_tensor() && weight.shape.len() == 2);
+        if !is_matrix || !matches!(layer.op.as_str(), "aten::linear" | "aten::matmul" | "aten::mm") {
+            return None;
+        }
+        let mut value = *layer.outputs.first()?;
+        loop {
+            let [reader] = *self.users(value) else { return None };
+            let node = &self.listing.nodes[reader];
+            let result = *node.outputs.first()?;
+            match effective_role(self.listing, node) {
+                _ if node.inputs.first() != Some(&value) || self.returned[value] => return None,
+                Some(Role::Move(_)) if node.outputs.len() == 1 => value = result,
+                Some(Role::Activation) => return (!self.is_computed_with(self.of(result))).then_some(reader),
+                _ => return None,
+            }
+        }
     }
 
     /// True if the model returns a value of this class, by itself or in a tuple, list or dict.

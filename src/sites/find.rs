@@ -16,7 +16,10 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
     let classes = Classes::new(listing, kernels);
     let scores = attention::find(listing, &classes);
     let names = names::of_nodes(listing);
-    let written_in_8_bits = returned::written_in_8_bits(listing, &classes);
+    let written_in_8_bits = match kernels {
+        Kernels::Float => Vec::new(),
+        Kernels::Int8 => returned::written_in_8_bits(listing, &classes),
+    };
     let mut finder = Finder {
         listing,
         kernels,
@@ -49,7 +52,7 @@ struct Finder<'a> {
     classes: Classes<'a>,
     scores: Scores,
     names: Vec<String>,
-    /// By value, for 8-bit kernels.
+    /// By value; empty for float kernels.
     written_in_8_bits: Vec<bool>,
     /// Activation function → the op that it joins.
     fused_from: BTreeMap<NodeId, NodeId>,
@@ -266,6 +269,9 @@ impl Finder<'_> {
 
     /// The activation function that is the only reader of a layer's, product's or addition's result.
     fn joining_activation(&self, node: &Node, output: ValueId) -> Option<NodeId> {
+        if let (Kernels::Int8, Some(end)) = (self.kernels, self.classes.function_at_end(node)) {
+            return Some(end);
+        }
         let [reader] = *self.classes.users(output) else { return None };
         let function = &self.listing.nodes[reader];
         let joins = matches!(effective_role(self.listing, function), Some(Role::Activation))
@@ -273,17 +279,8 @@ impl Finder<'_> {
             && !self.classes.is_returned(output);
         // Sums fuse with the clamps only, as integer kernels do.
         let is_layer = matches!(effective_role(self.listing, node), Some(Role::Weighted(_) | Role::Product(_)));
-        let takes_any = is_layer && (self.kernels == Kernels::Float || self.is_last(node, function));
+        let takes_any = is_layer && self.kernels == Kernels::Float;
         (joins && (takes_any || ops::is_clamp(&function.op))).then_some(reader)
-    }
-
-    /// Whether nothing computes with what a linear layer and the function behind it make, as at the end of a model: its kernel gives the
-    /// function float numbers.
-    fn is_last(&self, node: &Node, function: &Node) -> bool {
-        let weight = node.inputs.get(1).and_then(|&value| rank(self.listing, value));
-        let is_linear = matches!(node.op.as_str(), "aten::linear" | "aten::matmul" | "aten::mm") && weight == Some(2);
-        let output = function.outputs.first();
-        is_linear && output.is_some_and(|&output| !self.classes.is_computed_with(self.classes.of(output)))
     }
 
     /// Whether the model returns what kernels make in 8 bits alone. A value that is returned itself stays as it is made; see

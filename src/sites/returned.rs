@@ -2,7 +2,7 @@
 //! the same.
 
 use super::Kernels;
-use super::classes::{Classes, effective_role, is_container};
+use super::classes::{Classes, NodeSet, effective_role, is_container};
 use super::ops::{self, Role};
 use crate::jit::{Listing, Node, ValueId};
 
@@ -27,9 +27,10 @@ pub(super) fn find(listing: &Listing) -> Vec<ValueId> {
 /// as pooling, write what they read, float numbers too.
 pub(super) fn written_in_8_bits(listing: &Listing, classes: &Classes<'_>) -> Vec<bool> {
     let count = listing.values.len();
-    let mut makers = Makers { listing, classes, there: vec![false; count], written: vec![false; count] };
-    for node in &listing.nodes {
-        let [is_there, is_written] = makers.look_at(node);
+    let at_end = listing.nodes.iter().filter_map(|node| classes.function_at_end(node)).collect();
+    let mut makers = Makers { listing, classes, at_end, there: vec![false; count], written: vec![false; count] };
+    for (id, node) in listing.nodes.iter().enumerate() {
+        let [is_there, is_written] = if makers.at_end.contains(&id) { [false; 2] } else { makers.look_at(node) };
         for &output in &node.outputs {
             (makers.there[output], makers.written[output]) = (is_there, is_written);
         }
@@ -40,6 +41,8 @@ pub(super) fn written_in_8_bits(listing: &Listing, classes: &Classes<'_>) -> Vec
 struct Makers<'a> {
     listing: &'a Listing,
     classes: &'a Classes<'a>,
+    /// Functions that a layer gives float numbers.
+    at_end: NodeSet,
     /// In 8 bits for the ops that compute with it.
     there: Vec<bool>,
     written: Vec<bool>,
@@ -59,7 +62,6 @@ impl Makers<'_> {
             Some(Role::Activation) if ops::is_clamp(&node.op) => {
                 [self.there[input], self.is_read_once(input) && self.written[input]]
             }
-            Some(Role::Activation) => [runs, runs && !self.takes_float_numbers(node, input)],
             _ if ops::keeps_quantizer(&node.op) => [self.there[input], false],
             _ => [runs; 2],
         }
@@ -76,17 +78,6 @@ impl Makers<'_> {
             constant.and_then(|constant| constant.text.parse().ok()) == Some(1.0)
         };
         factor.is_none_or(is_one) && operands.iter().all(is_tensor) && operands.iter().any(|&value| self.there[value])
-    }
-
-    /// Whether a linear layer gives its result in float to the function behind it, as nothing computes with what that makes.
-    fn takes_float_numbers(&self, node: &Node, input: ValueId) -> bool {
-        let maker = self.classes.maker(input).map(|id| &self.listing.nodes[id]);
-        let is_linear = match maker.and_then(|maker| effective_role(self.listing, maker)) {
-            Some(Role::Weighted(row)) => !row.convolves,
-            role => matches!(role, Some(Role::Product(_))),
-        };
-        let is_computed_with = |&output: &ValueId| self.classes.is_computed_with(self.classes.of(output));
-        is_linear && self.is_read_once(input) && !node.outputs.iter().any(is_computed_with)
     }
 
     fn is_constant(&self, value: ValueId) -> bool {

@@ -397,12 +397,32 @@ std::unique_ptr<Frozen> freeze(const Module &m) {
 
 namespace {
 
+bool is_container(const Node *node) {
+  return node->kind() == prim::TupleConstruct || node->kind() == prim::ListConstruct ||
+         node->kind() == prim::DictConstruct;
+}
+
+// A list, tuple or dict that the model both returns and reads is put together once more for what is returned: its tensors may then be
+// others than those that are read.
+void split_returned(Graph &graph, Node *returning, const torch::jit::AliasDb &aliases) {
+  for (std::size_t slot = 0; slot < returning->inputs().size(); ++slot) {
+    auto *value = returning->input(slot);
+    if (!is_container(value->node()) || value->node()->owningBlock() != graph.block() || aliases.hasWriters(value))
+      continue;
+    if (!only_returned(graph, value)) {
+      torch::jit::WithInsertPoint before(returning);
+      auto *own = graph.insertNode(graph.createClone(value->node(), [](torch::jit::Value *input) { return input; }));
+      returning->replaceInput(slot, own->output());
+    }
+    split_returned(graph, returning->input(slot)->node(), aliases);
+  }
+}
+
 void alias_returned(Graph &graph, Node *returning, const std::unordered_set<torch::jit::Value *> &chosen) {
   for (std::size_t slot = 0; slot < returning->inputs().size(); ++slot) {
     auto *value = returning->input(slot);
     auto *maker = value->node();
-    if (maker->kind() == prim::TupleConstruct || maker->kind() == prim::ListConstruct ||
-        maker->kind() == prim::DictConstruct) {
+    if (is_container(maker)) {
       alias_returned(graph, maker, chosen);
       continue;
     }
@@ -497,6 +517,11 @@ std::size_t run_pass(Frozen &f, Pass pass) {
   case Pass::EliminateDeadCode:
     torch::jit::EliminateDeadCode(graph);
     break;
+  case Pass::SplitReturned: {
+    const torch::jit::AliasDb aliases(graph);
+    split_returned(*graph, graph->return_node(), aliases);
+    break;
+  }
   default:
     TORCH_CHECK(false, "unknown pass");
   }

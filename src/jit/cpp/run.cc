@@ -123,6 +123,11 @@ bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use, b
   return true;
 }
 
+bool only_returned(const torch::jit::Graph &graph, const torch::jit::Value *value) {
+  const auto &uses = value->uses();
+  return std::all_of(uses.begin(), uses.end(), [&](const auto &use) { return is_output_use(graph, use, false); });
+}
+
 torch::jit::Node *node_after(torch::jit::Value *value) {
   if (value->node()->kind() == torch::jit::prim::Param)
     return *value->node()->owningBlock()->nodes().begin();

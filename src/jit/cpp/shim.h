@@ -281,6 +281,8 @@ bool has_tensor_data(const at::Tensor &t);
 std::vector<c10::IValue> fresh(const std::vector<c10::IValue> &arguments);
 // The node to insert in front of so that the new node comes right behind the value.
 torch::jit::Node *node_after(torch::jit::Value *value);
+// Whether the model does nothing with a value but return it, by itself or in lists, tuples and dicts.
+bool only_returned(const torch::jit::Graph &graph, const torch::jit::Value *value);
 // Lets all users of a value read the substitute's output instead, except the substitute itself and the model's own
 // outputs, which keep the value; by_second_name: also those that are returned through aten::alias.
 void replace_inner_uses(torch::jit::Graph &graph, torch::jit::Value *value, torch::jit::Node *substitute,
