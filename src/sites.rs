@@ -163,8 +163,8 @@ pub fn find_for(listing: &Listing, kernels: Kernels) -> Sites {
     find::find(listing, kernels)
 }
 
-/// The values that the model returns and that 8-bit kernels make, which write no float numbers. They are sites where they are returned through
-/// `aten::alias`, in front of which a quantizer can stand.
+/// The values that the model returns and that 8-bit kernels make, which write no float numbers. Returned through `aten::alias` they can be
+/// sites: a quantizer stands in front of it.
 #[must_use]
 pub fn returned_in_8_bits(listing: &Listing) -> Vec<ValueId> {
     returned::find(listing)

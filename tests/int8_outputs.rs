@@ -199,6 +199,45 @@ fn a_relu_behind_pooling_is_told_as_it_runs() {
     }
 }
 
+/// So is one behind a float layer whose result something else reads too.
+#[test]
+fn a_relu_that_is_not_alone_in_reading_is_told_as_it_runs() {
+    let none: Option<Tensor> = None;
+    let (first, [left, right]) = (noise(&[8, 3, 3, 3], 1.0), [2.0, 3.0].map(|seed| noise(&[4, 8, 1, 1], seed)));
+    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
+    for (settings, is_float) in [(None, false), (Some("overrides=[{layers: conv2d_0, weights: float}]"), true)] {
+        let folder = Folder::new();
+        let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
+            let x = convolve(x, &first);
+            convolve(&x.relu(), &left) + convolve(&x, &right)
+        });
+        let (report, int8) = int8_of_run(&folder, &yaml, settings.as_slice());
+        let is_listed = |list: &Value| list.as_array().expect("a list").iter().any(|left| left["name"] == "relu_0");
+        assert_eq!(is_listed(&report["left_float"]) || is_listed(&int8["in_float"]), is_float, "{report}");
+    }
+}
+
+/// With other bits than kernels take an output is simulated, and the run says so.
+#[test]
+fn outputs_of_other_bits_are_simulated() {
+    let none: Option<Tensor> = None;
+    let weights = [1.0, 2.0].map(|seed| noise(&[4, 3, 3, 3], seed));
+    let folder = Folder::new();
+    let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
+        let [a, b] =
+            weights.each_ref().map(|weight| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1));
+        a + b
+    });
+    let four = "overrides=[{layers: add_0, activations: {bits: 4}}]";
+    let refusal = folder.quantize(&yaml, &["output.format=int8", four]);
+    assert!(refusal.refused(1).contains("add_0.output"), "{refusal:?}");
+    let (report, int8) = int8_of_run(&folder, &yaml, &[four, "output.strict=false"]);
+    let warnings = report["warnings"].to_string();
+    assert!(warnings.contains("add_0.output is returned in 4 bits"), "{warnings}");
+    assert_eq!(count(&int8, "quantized::add"), 0, "{int8}");
+    assert!(levels_of(&folder, &[16, 3, 9, 9]) <= 16);
+}
+
 /// A transposed convolution that makes an output is a site where the engine computes it.
 #[test]
 fn transposed_convolutions_that_make_outputs() {

@@ -1,7 +1,7 @@
 //! Convolutions, linear layers and products with a constant matrix as 8-bit kernels. It knows no other ops.
 
 use super::engine::{self, Geometry, Task};
-use super::kernels::Convolution;
+use super::kernels::{self, Convolution, Kernel};
 use super::recipe::{BiasOf, Recipe};
 use super::walk::{Eight, Lowered, Stay, Walk};
 use crate::jit::{Makes, Node, NodeId, Operand, Place, Position, ValueId};
@@ -272,8 +272,14 @@ impl Walk<'_> {
 
     /// The quantizer of the data and the weight of a layer in these slots.
     fn operands(&self, node: &Node, (data, weight): (usize, usize)) -> Result<(Eight, usize), Stay> {
-        let weight = node.inputs.get(weight).and_then(|&value| self.weight(value));
-        let weight = weight.ok_or("it has no quantized weight")?;
+        let factor = node.inputs.get(weight).copied();
+        if factor.is_some_and(|value| self.graph.listing.values[value].constant.is_none()) {
+            let is_product = matches!(kernels::of(&node.op), Some(Kernel::Product { .. }));
+            let of_layer = "its 8-bit kernel takes a constant weight, found one that the model computes";
+            let of_product = "a product of two activations, for which libtorch has no 8-bit kernel";
+            return Err(if is_product { of_product } else { of_layer }.into());
+        }
+        let weight = factor.and_then(|value| self.weight(value)).ok_or("it has no quantized weight")?;
         if !self.given.weights[weight].fits_kernels() {
             return Err("its weight has no quantizer that its 8-bit kernel takes".into());
         }

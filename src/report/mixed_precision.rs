@@ -16,7 +16,8 @@ pub struct MixedPrecision {
     pub activations: Option<Allotted>,
     /// Of the whole model.
     pub noise: Noise,
-    /// Weights, then activations, in the order of the report's sites.
+    /// Weights, then activations, in the order of the report's sites. Bits of an 8-bit model's output count here and in the totals though
+    /// it turned out to compute in float, where the report lists it in `left_float`.
     pub sites: Vec<SiteNoise>,
 }
 
