@@ -276,8 +276,15 @@ impl Walk<'_> {
         if factor.is_some_and(|value| self.graph.listing.values[value].constant.is_none()) {
             let is_product = matches!(kernels::of(&node.op), Some(Kernel::Product { .. }));
             let of_layer = "its 8-bit kernel takes a constant weight, found one that the model computes";
+            let of_left = "its 8-bit kernel takes a constant right factor, found a constant left one";
             let of_product = "a product of two activations, for which libtorch has no 8-bit kernel";
-            return Err(if is_product { of_product } else { of_layer }.into());
+            let left = node.inputs.get(data).and_then(|&value| self.graph.listing.values[value].constant.as_ref());
+            return Err(match left {
+                _ if !is_product => of_layer,
+                Some(_) => of_left,
+                None => of_product,
+            }
+            .into());
         }
         let weight = factor.and_then(|value| self.weight(value)).ok_or("it has no quantized weight")?;
         if !self.given.weights[weight].fits_kernels() {

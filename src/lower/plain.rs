@@ -26,11 +26,15 @@ impl Walk<'_> {
         }
         let eights = operands.map(|value| self.eight(value));
         let [Some(left), Some(right)] = eights else { return Err(NOT_BOTH.into()) };
-        let target = self.target(id)?;
-        let mut inputs = vec![self.quantized(operands[0], &left), self.quantized(operands[1], &right)];
         // The kernels make room for a result of the shape of the first.
         let shape = |value: ValueId| self.graph.listing.values[value].seen.as_ref().map(|seen| &seen.shape);
-        if shape(operands[0]) != shape(node.outputs[0]) && shape(operands[1]) == shape(node.outputs[0]) {
+        let [is_first, is_second] = operands.map(|value| shape(value) == shape(node.outputs[0]));
+        if !is_first && !is_second {
+            return Err("its 8-bit kernel takes an operand of the result's shape".into());
+        }
+        let target = self.target(id)?;
+        let mut inputs = vec![self.quantized(operands[0], &left), self.quantized(operands[1], &right)];
+        if !is_first {
             inputs.swap(0, 1);
         }
         let reads = vec![(id, 0, operands[0]), (id, 1, operands[1])];
@@ -127,8 +131,10 @@ impl Walk<'_> {
 
     /// Whether the kernel of an op, if that has one, computes a clamp behind it too.
     fn takes_clamps_in(&self, id: NodeId) -> bool {
-        let keeps = |kernel| matches!(kernel, Kernel::Keep | Kernel::KeepOf(_) | Kernel::Mean | Kernel::Reshape);
-        kernels::of(&self.graph.node(id).op).is_some_and(|kernel| !keeps(kernel))
+        let takes_none = |kernel| {
+            matches!(kernel, Kernel::Keep | Kernel::KeepOf(_) | Kernel::Mean | Kernel::Reshape | Kernel::Function(_))
+        };
+        kernels::of(&self.graph.node(id).op).is_some_and(|kernel| !takes_none(kernel))
     }
 
     /// libtorch's own op, on a quantized tensor.
@@ -148,7 +154,7 @@ impl Walk<'_> {
         }
         let results = if node.op == "prim::ListUnpack" { node.outputs.as_slice() } else { &node.outputs[..1] };
         if results.iter().any(|&result| !self.is_of_site(result)) {
-            return Err("its result has no quantizer".into());
+            return Err("its result has no quantizer, as at the end of a model".into());
         }
         if !results.iter().all(|&result| self.same_site(value, result)) {
             return Err("its result has a quantizer of its own, which its 8-bit kernel cannot write".into());

@@ -23,6 +23,8 @@ pub(super) struct Classes<'a> {
     makers: Vec<Option<NodeId>>,
     returned: Vec<bool>,
     dtypes: BTreeMap<ValueId, Dtype>,
+    /// For 8-bit kernels; see [`find_ends`](Self::find_ends).
+    at_end: NodeSet,
 }
 
 impl<'a> Classes<'a> {
@@ -36,6 +38,7 @@ impl<'a> Classes<'a> {
             makers: vec![None; count],
             returned: vec![false; count],
             dtypes: BTreeMap::new(),
+            at_end: NodeSet::new(),
         };
         for (id, node) in listing.nodes.iter().enumerate() {
             node.inputs.iter().for_each(|&value| classes.users[value].push(id));
@@ -46,13 +49,10 @@ impl<'a> Classes<'a> {
         }
         for node in &listing.nodes {
             classes.join_node(node);
-            if kernels == Kernels::Int8 && classes.is_lone_relu(node) {
-                classes.join_results(node);
-            }
         }
         classes.collect();
         if kernels == Kernels::Int8 {
-            classes.join_kept();
+            classes.join_what_keeps_quantizers();
         }
         classes
     }
@@ -66,13 +66,46 @@ impl<'a> Classes<'a> {
         self.dtypes = self.find_dtypes();
     }
 
-    /// Joins what ops make that write with the quantizer of what they read. At the end of a model they write float numbers.
-    fn join_kept(&mut self) {
-        let is_used = |&output: &ValueId| self.is_computed_with(self.of(output));
-        let keeps = |node: &&Node| ops::keeps_quantizer(&node.op) && node.outputs.iter().any(is_used);
-        let kept: Vec<&Node> = self.listing.nodes.iter().filter(keeps).collect();
-        kept.into_iter().for_each(|node| self.join_results(node));
+    /// Joins what ops make with what they read, where they write with the quantizer of that. At the end of a model they write float
+    /// numbers, and so does a linear layer for a ReLU.
+    fn join_what_keeps_quantizers(&mut self) {
+        let listing = self.listing;
+        self.at_end = self.find_ends();
+        let of_layers: NodeSet = listing.nodes.iter().filter_map(|node| self.function_at_end(node)).collect();
+        for (id, node) in listing.nodes.iter().enumerate() {
+            let keeps = ops::keeps_quantizer(&node.op) && !self.at_end.contains(&id);
+            let is_alone = self.is_lone_relu(node) && !of_layers.contains(&id) && !self.reads_an_end(node);
+            if keeps || is_alone {
+                self.join_results(node);
+            }
+        }
         self.collect();
+    }
+
+    /// Pooling by mean and the like, and clamps, behind which nothing but such ops computes: what they make is returned.
+    fn find_ends(&self) -> NodeSet {
+        let mut ends = NodeSet::new();
+        for (id, node) in self.listing.nodes.iter().enumerate().rev() {
+            let is_of_kind = ops::keeps_quantizer(&node.op) || ops::is_clamp(&node.op);
+            let goes_on = |&output: &ValueId| self.is_used(self.of(output), |reader, _| !ends.contains(&reader));
+            if is_of_kind && !node.outputs.iter().any(goes_on) {
+                ends.insert(id);
+            }
+        }
+        ends
+    }
+
+    /// Whether an op writes float numbers though it has an 8-bit kernel, as pooling by mean does at the end of a model.
+    pub(super) fn is_at_end(&self, id: NodeId) -> bool {
+        self.at_end.contains(&id) && ops::keeps_quantizer(&self.listing.nodes[id].op)
+    }
+
+    /// Whether what a node reads, as it is or moved, comes from such an op.
+    fn reads_an_end(&self, node: &Node) -> bool {
+        let Some(id) = node.inputs.first().and_then(|&input| self.maker(input)) else { return false };
+        let maker = &self.listing.nodes[id];
+        let moves = matches!(effective_role(self.listing, maker), Some(Role::Move(_)));
+        self.is_at_end(id) || moves && self.reads_an_end(maker)
     }
 
     /// The class of a value, as the smallest value in it.
@@ -134,18 +167,19 @@ impl<'a> Classes<'a> {
     /// True if something in the model computes with the numbers of this class. Asking for shapes, and ops without float
     /// results such as arg-max, do not count.
     pub(super) fn is_computed_with(&self, class: ValueId) -> bool {
-        self.is_used(class, |_| true)
+        self.is_used(class, |_, _| true)
     }
 
     /// The same where other numbers come of it, not those of the class again.
     pub(super) fn makes_others(&self, class: ValueId) -> bool {
-        self.is_used(class, |output| self.of(output) != class)
+        self.is_used(class, |_, output| self.of(output) != class)
     }
 
-    fn is_used(&self, class: ValueId, counts: impl Fn(ValueId) -> bool) -> bool {
+    /// Whether a node reads the class that makes float numbers which count.
+    fn is_used(&self, class: ValueId, counts: impl Fn(NodeId, ValueId) -> bool) -> bool {
         self.members(class).flat_map(|value| self.users(value)).any(|&id| {
             let node = &self.listing.nodes[id];
-            let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output) && counts(output));
+            let output_floats = node.outputs.iter().any(|&output| self.may_be_float(output) && counts(id, output));
             !moves(self.listing, node) && !is_container(node) && output_floats || self.is_read_by_list_user(node)
         })
     }

@@ -213,7 +213,11 @@ impl Finder<'_> {
             return;
         }
         self.demand_inputs(id, slots);
-        self.demand_output(id);
+        // What is but clamped behind it, and returned, is no site.
+        let is_output = node.outputs.iter().all(|&output| !self.classes.is_computed_with(self.classes.of(output)));
+        if is_output || !self.classes.is_at_end(id) {
+            self.demand_output(id);
+        }
         for &slot in slots {
             let operands = node.inputs.get(slot).map(|&value| self.classes.elements(value)).unwrap_or_default();
             for value in operands {
