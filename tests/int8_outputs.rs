@@ -12,7 +12,7 @@ use tsquant::jit::Module;
 use tsquant::lower::engine::Task;
 
 use binary::{Folder, experiment, test_data, test_model, tsquant};
-use eight_bits::{count, int8_of_run, noise, quantized_ops, traced, trial};
+use eight_bits::{convolve, count, int8_of_run, noise, quantized_ops, traced, trial};
 
 /// The names of sites that a run says are returned in 8 bits.
 fn returned(report: &Value) -> Vec<String> {
@@ -34,7 +34,6 @@ fn other_ops_that_make_outputs_run_in_8_bits() {
     let [one, two] = [1.0, 2.0].map(|seed| noise(&[4, 3, 3, 3], seed));
     let [scale, shift] = [3.0, 4.0].map(|seed| noise(&[4], seed));
     let [matrix, other] = [5.0, 6.0].map(|seed| noise(&[6, 9], seed));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
     let a = |x: &Tensor| convolve(x, &one);
     let b = |x: &Tensor| convolve(x, &two);
     let affine = [&scale, &shift].map(Some);
@@ -169,9 +168,7 @@ fn outputs_that_are_read_and_outputs_among_others() {
 /// Statistics that were kept before it was known where a kernel runs serve a run that leaves an output float.
 #[test]
 fn kept_statistics_serve_where_an_output_is_left_float() {
-    let none: Option<Tensor> = None;
     let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
     let folder = Folder::new();
     let yaml = traced(&folder, &[16, 3, 9, 9], |x| convolve(&convolve(x, &first).relu(), &last).flatten(1, -1));
     let yaml = yaml.replace("activation_error_method: NOCLIPPING", "activation_error_method: HMSE");
@@ -189,9 +186,7 @@ fn kept_statistics_serve_where_an_output_is_left_float() {
 /// A ReLU that joins no layer runs on the quantized tensor that it reads, and is not said to be in float; behind a float one it is.
 #[test]
 fn a_relu_behind_pooling_is_told_as_it_runs() {
-    let none: Option<Tensor> = None;
     let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
     for (settings, is_float) in [(None, false), (Some("overrides=[{layers: conv2d_0, weights: float}]"), true)] {
         let folder = Folder::new();
         let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
@@ -208,9 +203,7 @@ fn a_relu_behind_pooling_is_told_as_it_runs() {
 /// So is one behind a float layer whose result something else reads too.
 #[test]
 fn a_relu_that_is_not_alone_in_reading_is_told_as_it_runs() {
-    let none: Option<Tensor> = None;
     let (first, [left, right]) = (noise(&[8, 3, 3, 3], 1.0), [2.0, 3.0].map(|seed| noise(&[4, 8, 1, 1], seed)));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
     for (settings, is_float) in [(None, false), (Some("overrides=[{layers: conv2d_0, weights: float}]"), true)] {
         let folder = Folder::new();
         let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
@@ -226,12 +219,10 @@ fn a_relu_that_is_not_alone_in_reading_is_told_as_it_runs() {
 /// With other bits than kernels take an output is simulated, and the run says so.
 #[test]
 fn outputs_of_other_bits_are_simulated() {
-    let none: Option<Tensor> = None;
     let weights = [1.0, 2.0].map(|seed| noise(&[4, 3, 3, 3], seed));
     let folder = Folder::new();
     let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
-        let [a, b] =
-            weights.each_ref().map(|weight| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1));
+        let [a, b] = weights.each_ref().map(|weight| convolve(x, weight));
         a + b
     });
     let four = "overrides=[{layers: add_0, activations: {bits: 4}}]";
@@ -253,7 +244,7 @@ fn transposed_convolutions_that_make_outputs() {
         let Some(trial) = trial(name).filter(|trial| !trial.asks_for_7_bits()) else { continue };
         let folder = Folder::new();
         let yaml = traced(&folder, &[16, 3, 9, 9], |x| {
-            let x = x.conv2d(&first, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1).relu();
+            let x = convolve(x, &first).relu();
             x.conv_transpose2d(&last, none.as_ref(), [2i64, 2], [0i64, 0], [0i64, 0], 1, [1i64, 1])
         });
         let (report, int8) = int8_of_run(&folder, &yaml, &[&format!("output.engine={name}")]);
@@ -272,9 +263,7 @@ fn transposed_convolutions_that_make_outputs() {
 /// What a convolution makes is returned in 8 bits, behind a view too; left float it is as it was.
 #[test]
 fn convolutions_that_make_outputs_run_in_8_bits() {
-    let none: Option<Tensor> = None;
     let (first, last) = (noise(&[8, 3, 3, 3], 1.0), noise(&[4, 8, 1, 1], 2.0));
-    let convolve = |x: &Tensor, weight: &Tensor| x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1);
     let folder = Folder::new();
     let shapes: [fn(Tensor) -> Tensor; 4] =
         [|x| x, |x| x.pixel_shuffle(2), |x| x.permute([0, 2, 3, 1]).reshape([-1, 4]), |x| x.relu()];

@@ -39,7 +39,7 @@ pub(super) fn find(listing: &Listing, kernels: Kernels) -> Sites {
     finder.demand_arguments();
     finder.collect_activations();
     if kernels == Kernels::Int8 {
-        finder.take_up_lone_functions();
+        finder.take_up_lone_clamps();
     }
     finder.collect_ops();
     finder.collect_unknown_ops();
@@ -317,7 +317,7 @@ impl Finder<'_> {
     }
 
     /// A clamp whose result has the quantizer of what it reads is not left float after all.
-    fn take_up_lone_functions(&mut self) {
+    fn take_up_lone_clamps(&mut self) {
         for (id, node) in self.listing.nodes.iter().enumerate() {
             let (Some(input), Some(output)) = (node.inputs.first(), node.outputs.first()) else { continue };
             let is_within = |site: &ActivationSite| site.members.contains(input) && site.members.contains(output);

@@ -38,6 +38,12 @@ pub(crate) fn noise(shape: &[i64], seed: f64) -> Tensor {
     numbers.reshape(shape).to_kind(Kind::Float)
 }
 
+/// A convolution of images without bias, padding and stride.
+pub(crate) fn convolve(x: &Tensor, weight: &Tensor) -> Tensor {
+    let none: Option<Tensor> = None;
+    x.conv2d(weight, none.as_ref(), [1i64, 1], [0i64, 0], [1i64, 1], 1)
+}
+
 /// A traced model with rows of this shape, as files and an experiment.
 pub(crate) fn traced(folder: &Folder, shape: &[i64], mut forward: impl FnMut(&Tensor) -> Tensor) -> String {
     traced_many(folder, shape, |x| vec![forward(x)])

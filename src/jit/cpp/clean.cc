@@ -397,11 +397,6 @@ std::unique_ptr<Frozen> freeze(const Module &m) {
 
 namespace {
 
-bool is_container(const Node *node) {
-  return node->kind() == prim::TupleConstruct || node->kind() == prim::ListConstruct ||
-         node->kind() == prim::DictConstruct;
-}
-
 // A list, tuple or dict that the model both returns and reads is put together once more for what is returned: its tensors may then be
 // others than those that are read.
 void split_returned(Graph &graph, Node *returning, const torch::jit::AliasDb &aliases) {

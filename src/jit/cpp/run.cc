@@ -109,13 +109,18 @@ void prepare(Executable &executable, const torch::jit::Module &state) {
   executable.state = state;
 }
 
+bool is_container(const torch::jit::Node *node) {
+  const auto kind = node->kind();
+  return kind == torch::jit::prim::TupleConstruct || kind == torch::jit::prim::ListConstruct ||
+         kind == torch::jit::prim::DictConstruct;
+}
+
 bool is_output_use(const torch::jit::Graph &graph, const torch::jit::Use &use, bool by_second_name) {
   const auto *user = use.user;
   if (user == graph.return_node())
     return true;
   const bool is_name = by_second_name && user->kind() == c10::aten::alias;
-  if (!is_name && user->kind() != torch::jit::prim::TupleConstruct &&
-      user->kind() != torch::jit::prim::ListConstruct && user->kind() != torch::jit::prim::DictConstruct)
+  if (!is_name && !is_container(user))
     return false;
   for (const auto &next : user->output()->uses())
     if (!is_output_use(graph, next, by_second_name))

@@ -281,6 +281,8 @@ bool has_tensor_data(const at::Tensor &t);
 std::vector<c10::IValue> fresh(const std::vector<c10::IValue> &arguments);
 // The node to insert in front of so that the new node comes right behind the value.
 torch::jit::Node *node_after(torch::jit::Value *value);
+// True for ops that put values together to a list, tuple or dict and do nothing else.
+bool is_container(const torch::jit::Node *node);
 // Whether the model does nothing with a value but return it, by itself or in lists, tuples and dicts.
 bool only_returned(const torch::jit::Graph &graph, const torch::jit::Value *value);
 // Lets all users of a value read the substitute's output instead, except the substitute itself and the model's own
